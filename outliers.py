@@ -57,7 +57,8 @@ class ActivationKurtosis:
     """Running mean, over sequences, of the excess kurtosis of every module's output.
 
     Hooks every submodule of `model` and adds up on the model's own device; only `result()` waits for the device.
-    Where a module returns a tuple or a ModelOutput its first tensor counts. Use as a context manager or call `remove()`.
+    Where a module returns a tuple or a ModelOutput its first tensor counts.
+    Use as a context manager or call `remove()`.
 
     Args:
         model: the module to watch.

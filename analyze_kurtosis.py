@@ -18,9 +18,7 @@ import argparse
 import io
 import itertools
 import json
-import math
 import re
-import statistics
 import sys
 import textwrap
 import warnings
@@ -40,37 +38,18 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from outliers import ActivationKurtosis
+from record import write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
 
-# The published figures (EsperBERTo, 2023): 285,899 steps of 16 sentences, one seed, softmax0 then softmax1. The mean
-# and the population standard deviation over its 6 layers; activations in train mode, padding included.
-PUBLISHED = ("published softmax0", "published softmax1")
-PUBLISHED_LAYERS = 6
-SUMMARY = [  # (label, published softmax0, published softmax1, what training wrote -> our cell)
-    ("softmax_n", "0", "1", lambda results: f"{results['softmax_n']:g}"),
-    ("seed", "42", "42", lambda results: str(results["seed"])),
-    ("steps", "285,899", "285,899", lambda results: f"{results['training']['steps']:,}"),
-    ("samples seen", "4.57 M", "4.57 M", lambda results: f"{results['training']['samples']:,}"),
-    # Its logs: the mean of all steps, and the last logged window of 1,000 steps. It had no held-out text.
-    ("training loss, mean of the whole run", "4.46", "4.44", lambda results: number(results["training"]["loss_mean"])),
-    (
-        "training loss, last logged",
-        "3.79",
-        "3.78",
-        lambda results: number((results["loss_history"] or [[0, None]])[-1][1]),
-    ),
-    ("held-out loss", "–", "–", lambda results: number(results["validation"]["loss"])),
-    ("held-out perplexity", "–", "–", lambda results: number(results["validation"]["perplexity"])),
-    ("runtime", "9 h 16 m", "9 h 16 m", lambda results: duration(results["training"]["wall_seconds"])),
-    # At 1.212 USD an hour.
-    ("cost, USD", "11.22", "11.24", lambda results: number(results["training"]["cost_usd"])),
-    ("hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", lambda results: hardware(results)),
-]
-WEIGHTS = [  # (label, name behind `layer.<i>.`, published softmax0, published softmax1)
+# The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
+# train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
+PUBLISHED = ["published softmax0", "published softmax1"]
+WEIGHTS = [
     ("dense weight", "attention.output.dense.weight", "0.031 ± 0.021", "0.040 ± 0.027"),
     ("dense bias", "attention.output.dense.bias", "0.6 ± 1.1", "1.4 ± 1.4"),
     ("LayerNorm weight", "attention.output.LayerNorm.weight", "6.8 ± 3.9", "4.4 ± 2.9"),
@@ -81,19 +60,32 @@ ACTIVATIONS = [
     ("dropout", "attention.output.dropout", "1.15 ± 0.32", "2.51 ± 1.76"),
     ("output (LayerNorm)", "attention.output", "0.77 ± 1.35", "0.90 ± 1.31"),
 ]
-# The FFN output by layer, which the published table leaves out but its result files hold.
+# The FFN output layer by layer, then mean ± deviation: the published table leaves it out, its result files hold it.
 FFN = "output.dense"
-PUBLISHED_FFN = [[6.0, 8.3, 20.6, 78.3, 100.1, 4.5], [26.0, 10.7, 11.4, 7.3, 0.3, 0.7]]
-
-PANELS = [  # of kurtosis.png: (title, name behind `layer.<i>.`)
-    ("attention.output.dense", "attention.output.dense"),
-    ("attention.output (LayerNorm)", "attention.output"),
-    ("output.dense (FFN output)", FFN),
-    ("output (LayerNorm)", "output"),
+PUBLISHED_FFN = [
+    ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
+    ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
 ]
 
-# Runs compare only where these agree.
-PAIRED = {
+PANELS = {  # of kurtosis.png: name behind `layer.<i>.`, title
+    "attention.output.dense": "attention.output.dense",
+    "attention.output": "attention.output (LayerNorm)",
+    FFN: "output.dense (FFN output)",
+    "output": "output (LayerNorm)",
+}
+# Colours of different lightness and a marker for each run, so that the plots read in grey too.
+LOOKS = [("#0B3C7D", "o"), ("#E8850C", "s"), ("#1B7F5C", "^"), ("#C06FA5", "D"), ("#56B4E9", "v"), ("#8C2D04", "P")]
+
+RESULTS = {  # what we read of a results file, by type
+    (int, float): ("softmax_n", "seed", "effective_batch_size", "hardware.count", "dataset.train_samples")
+    + ("training.steps", "training.samples", "training.wall_seconds"),
+    (int, float, type(None)): ("training.cost_usd", "training.loss_mean", "validation.loss", "validation.perplexity"),
+    str: ("hardware.device", "hardware.name", "dataset.sha256", "tokenizer.sha256"),
+    list: ("dataset.sources", "loss_history", "validation_loss_history"),
+    dict: ("weight_excess_kurtosis", "activation_excess_kurtosis"),
+    bool: ("test_pipeline",),
+}
+PAIRED = {  # runs compare only where these agree
     "dataset.sha256": "training text",
     "tokenizer.sha256": "tokenizer",
     "training.steps": "steps",
@@ -110,38 +102,17 @@ class Run:
     name: str
     model: str  # folder or Hub name
     results: dict | None  # results/<name>.json; None where there is none
-    weights: dict[str, float | None] = field(default_factory=dict)
-    activations: dict[str, float | None] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # excess kurtosis by parameter
+    held_out: dict[str, float] = field(default_factory=dict)  # and by module, on held-out text
     tokens: int = 0  # real ones in the held-out text, by this model's tokenizer
+
+    @property
+    def training(self) -> dict[str, float | None]:
+        """Excess kurtosis by module as training recorded it; empty where there is no results file."""
+        return self.results["activation_excess_kurtosis"] if self.results else {}
 
 
 # ------------------------------------------------------------------------------------------------ what training wrote
-
-
-NUMBER = (int, float)
-RESULTS = {  # what we read of a results file, and what it has to be
-    "softmax_n": NUMBER,
-    "seed": NUMBER,
-    "test_pipeline": bool,
-    "effective_batch_size": NUMBER,
-    "hardware.name": str,
-    "hardware.count": NUMBER,
-    "dataset.sources": list,
-    "dataset.train_samples": NUMBER,
-    "dataset.sha256": str,
-    "tokenizer.sha256": str,
-    "training.steps": NUMBER,
-    "training.samples": NUMBER,
-    "training.wall_seconds": NUMBER,
-    "training.cost_usd": (*NUMBER, type(None)),
-    "training.loss_mean": (*NUMBER, type(None)),
-    "loss_history": list,
-    "validation_loss_history": list,
-    "validation.loss": (*NUMBER, type(None)),
-    "validation.perplexity": (*NUMBER, type(None)),
-    "weight_excess_kurtosis": dict,
-    "activation_excess_kurtosis": dict,
-}
 
 
 def look_up(results: dict, key: str):
@@ -157,10 +128,10 @@ def look_up(results: dict, key: str):
 def read_results(path: Path) -> dict:
     """The results file of one run, checked: exits with one line where a key is missing or of another kind."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN is null
+        results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         sys.exit(f"error: {path} is not valid JSON ({error}); train that run again or move the file away")
-    for key, types in RESULTS.items():
+    for types, key in ((types, key) for types, keys in RESULTS.items() for key in keys):
         try:
             value = look_up(results, key)
         except KeyError:
@@ -227,17 +198,19 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         sys.exit(f"error: {name} has no tokenizer: copy the one it was trained with into the folder")
     if len(tokenizer) > model.config.vocab_size:
         sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
-    if not by_layer(dict(model.named_modules()), ACTIVATIONS[0][1]):
-        sys.exit(f"error: {name} ({model.config.model_type}) has no layer.<i>.{ACTIVATIONS[0][1]}: not BERT-shaped")
+    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
+        sys.exit(
+            f"error: {name} ({model.config.model_type}) has no layer.0.{FFN}: only BERT-shaped models fit the tables"
+        )
     return model, tokenizer
 
 
-def weight_kurtosis(model: PreTrainedModel) -> dict[str, float | None]:
-    """Excess kurtosis of every parameter, all entries pooled, in float64; None where they are all equal."""
+def weight_kurtosis(model: PreTrainedModel) -> dict[str, float]:
+    """Excess kurtosis of every parameter, all entries pooled, in float64; NaN where they are all equal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
         return {
-            name: finite(scipy.stats.kurtosis(parameter.detach().numpy().ravel().astype(np.float64)))
+            name: float(scipy.stats.kurtosis(parameter.detach().numpy().ravel().astype(np.float64)))
             for name, parameter in model.named_parameters()
         }
 
@@ -245,7 +218,7 @@ def weight_kurtosis(model: PreTrainedModel) -> dict[str, float | None]:
 @torch.inference_mode()
 def activation_kurtosis(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, label: str
-) -> tuple[dict[str, float | None], int]:
+) -> tuple[dict[str, float], int]:
     """Mean over the texts of every module's excess kurtosis, in eval mode and without padding; and the real tokens.
 
     The encoder alone runs: the masked-LM head is half of the work and in none of the tables.
@@ -262,32 +235,29 @@ def activation_kurtosis(
             kurtosis.mask = batch["attention_mask"]
             tokens += int(kurtosis.mask.sum())
             model.base_model(**batch)
-    return {name: finite(value) for name, value in kurtosis.result().items()}, tokens
-
-
-def measure(run: Run, texts: list[str], batch_size: int) -> None:
-    model, tokenizer = load(run.model)
-    run.weights = weight_kurtosis(model)
-    run.activations, run.tokens = activation_kurtosis(model, tokenizer, texts, batch_size, run.name)
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN: None stands for it from here on."""
-    return float(value) if math.isfinite(value) else None
+    return kurtosis.result(), tokens
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def by_layer(named: dict, suffix: str) -> list:
-    """The values named `...layer.<i>.<suffix>`, in the order of the layers."""
+def by_layer(kurtosis: dict[str, float | None], suffix: str) -> np.ndarray:
+    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer has none."""
     pattern = re.compile(rf"(?:.*\.)?layer\.(\d+)\.{re.escape(suffix)}")
-    layers = {int(match[1]): value for name, value in named.items() if (match := pattern.fullmatch(name))}
-    return [layers[layer] for layer in sorted(layers)]
+    layers = {int(match[1]): value for name, value in kurtosis.items() if (match := pattern.fullmatch(name))}
+    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN
 
 
 def number(value: float | None, decimals: int = 2) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}"
+    return "–" if value is None or np.isnan(value) else f"{value:.{decimals}f}"
+
+
+def plus_minus(values: np.ndarray) -> str:
+    """`mean ± population standard deviation`; a third decimal where both are small, as published."""
+    if not len(values) or np.isnan(values).any():
+        return "–"
+    decimals = 3 if max(abs(values.mean()), values.std()) < 0.1 else 2
+    return f"{number(values.mean(), decimals)} ± {number(values.std(), decimals)}"
 
 
 def duration(seconds: float) -> str:
@@ -295,23 +265,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} m {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
 
 
-def hardware(results: dict) -> str:
-    return f"{results['hardware']['count']} × {results['hardware']['name']}"
-
-
-def mean_and_deviation(values: list[float | None]) -> tuple[float, float] | None:
-    """Mean and population standard deviation over the layers; None where a layer has no value."""
-    if not values or None in values:
-        return None
-    return statistics.fmean(values), statistics.pstdev(values)
-
-
-def plus_minus(values: list[float | None]) -> str:
-    """`mean ± population standard deviation`, with a third decimal where both are small, as published."""
-    if (spread := mean_and_deviation(values)) is None:
-        return "–"
-    decimals = 3 if max(map(abs, spread)) < 0.1 else 2
-    return " ± ".join(number(value, decimals) for value in spread)
+def machine(hardware: dict) -> str:
+    if hardware["device"] == "cpu":
+        return f"{hardware['name']} (CPU threads: {hardware['count']})"
+    return f"{hardware['count']} × {hardware['name']}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -325,181 +282,181 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def recorded(run: Run, key: str) -> dict[str, float | None]:
-    """What training recorded under `key`; nothing where there is no results file."""
-    return run.results[key] if run.results else {}
-
-
-def notes(runs: list[Run]) -> list[str]:
+def notes(runs: list[Run], data_dir: Path) -> list[str]:
     """What a reader has to know before comparing the columns."""
     lines = []
     trained = [run for run in runs if run.results]
     if smoke := [run.name for run in trained if run.results["test_pipeline"]]:
-        lines.append(f"The tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}.")
+        lines.append(f"These tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}.")
     for key, label in PAIRED.items():
         values = {run.name: str(look_up(run.results, key))[:12] for run in trained}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name}: {value}" for name, value in values.items())
-            lines.append(f"The runs differ in {label} ({listed}): compare only runs that agree.")
+            lines.append(f"The runs differ in {label} ({listed}): compare only those that agree.")
+    train_sha = train_text(data_dir)
     for run in trained:
-        theirs = recorded(run, "weight_excess_kurtosis")
+        if train_sha and train_sha != run.results["dataset"]["sha256"]:
+            lines.append(f"{run.name} was not trained on {data_dir}, whose held-out text it may have seen in training.")
+        theirs = run.results["weight_excess_kurtosis"]
+        pairs = np.array([(value, theirs.get(name)) for name, value in run.weights.items()], dtype=float)
         # Both are float64 sums over the same float32 numbers: 1e-6 is far above rounding, far below another model.
-        wrong = [
-            name
-            for name in theirs.keys() | run.weights.keys()
-            if name not in theirs
-            or name not in run.weights
-            or not np.isclose(*as_nans([theirs[name], run.weights[name]]), rtol=1e-6, atol=1e-6, equal_nan=True)
-        ]
-        if wrong:
+        if theirs.keys() != run.weights.keys() or not np.allclose(*pairs.T, rtol=1e-6, atol=1e-6, equal_nan=True):
             lines.append(
-                f"{run.name}: results file and model {run.model} do not belong together: the weight kurtosis of "
-                f"{len(wrong)} of {len(theirs)} parameters is not what training recorded (first: {min(wrong)})."
+                f"{run.name}: results file and {run.model} do not belong together: their weight kurtosis differs."
             )
     return lines
 
 
-def as_nans(values: list[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
+def train_text(data_dir: Path) -> str | None:
+    """SHA-256 of the training split that build_dataset.py wrote down; None where there is no manifest."""
+    try:
+        return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def describe(runs: list[Run], sequences: int, data_dir: Path) -> dict[str, str]:
-    """The sentences that the captions share: which layers, which text, what ± is."""
-    layers = sorted({str(len(by_layer(run.activations, FFN))) for run in runs})
-    trained = [
-        f"{run.name}: {run.results['training']['steps']:,} steps, {run.results['training']['samples']:,} sequences of "
-        f"{text_of(run)}"
-        for run in runs
-        if run.results
+def trained_on(runs: list[Run]) -> str:
+    """Steps, text and hardware of the runs, said once where they agree."""
+    said = []
+    for results in (run.results for run in runs if run.results):
+        training, text = results["training"], results["dataset"]
+        sources = ", ".join(text["sources"][:3]) + f" and {len(text['sources']) - 3} more" * (len(text["sources"]) > 3)
+        said.append(
+            f"{training['steps']:,} steps, {training['samples']:,} sequences of {sources} "
+            f"({text['train_samples']:,} samples), {machine(results['hardware'])}"
+        )
+    return " / ".join(dict.fromkeys(said)) or "no results file"
+
+
+def summary(runs: list[Run]) -> list[list[str]]:
+    """Rows of the first table: label, published softmax0, published softmax1, ours."""
+
+    def ours(key: str, show=number) -> list[str]:
+        return [show(look_up(run.results, key)) if run.results else "–" for run in runs]
+
+    return [
+        ["softmax_n", "0", "1", *ours("softmax_n", "{:g}".format)],
+        ["seed", "42", "42", *ours("seed", str)],
+        ["steps", "285,899", "285,899", *ours("training.steps", "{:,}".format)],
+        ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,}".format)],
+        ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
+        # Published: the mean of the last 1,000 steps.
+        ["training loss, last logged", "3.79", "3.78", *ours("loss_history", last)],
+        ["held-out loss", "–", "–", *ours("validation.loss")],
+        ["held-out perplexity", "–", "–", *ours("validation.perplexity")],
+        ["runtime", "9 h 16 m", "9 h 16 m", *ours("training.wall_seconds", duration)],
+        # Published: at 1.212 USD an hour (AWS g5.2xlarge).
+        ["cost, USD", "11.22", "11.24", *ours("training.cost_usd")],
+        ["hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", *ours("hardware", machine)],
     ]
-    tokens = ", ".join(f"{run.name} {run.tokens:,}" for run in runs)
-    return {
-        "spread": f"mean ± population standard deviation over the layers of one run (n = {'/'.join(layers)} layers; "
-        f"published: {PUBLISHED_LAYERS}). One seed a column: ± is no interval over seeds.",
-        "training": "; ".join(trained) or "no results file",
-        "held_out": f"the first {sequences:,} texts of the validation split of {data_dir}, cut at {MAX_LENGTH} tokens "
-        f"(real tokens: {tokens})",
-    }
 
 
-def text_of(run: Run) -> str:
-    """`a, b, c and 2 more (1,000 samples)`."""
-    sources = run.results["dataset"]["sources"]
-    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
-    return f"{', '.join(sources[:3])}{more} ({run.results['dataset']['train_samples']:,} samples)"
+def last(history: list[list]) -> str:
+    return number(history[-1][1]) if history else "–"
 
 
 def report(runs: list[Run], warned: list[str], sequences: int, data_dir: Path) -> str:
     """The tables with their captions, as Markdown."""
-    say = describe(runs, sequences, data_dir)
-    header = [*PUBLISHED, *(run.name for run in runs)]
-    summary = [
-        [label, *published, *(ours(run.results) if run.results else "–" for run in runs)]
-        for label, *published, ours in SUMMARY
-    ]
+    columns = [*PUBLISHED, *(run.name for run in runs)]
     weights = [
         [label, *published, *(plus_minus(by_layer(run.weights, suffix)) for run in runs)]
         for label, suffix, *published in WEIGHTS
     ]
     activations = [
-        [f"{label}, training", *published]
-        + [plus_minus(by_layer(recorded(run, "activation_excess_kurtosis"), suffix)) for run in runs]
+        [f"{label}, training", *published, *(plus_minus(by_layer(run.training, suffix)) for run in runs)]
         for label, suffix, *published in ACTIVATIONS
     ] + [
-        [f"{label}, held-out", "–", "–", *(plus_minus(by_layer(run.activations, suffix)) for run in runs)]
+        [f"{label}, held-out", "–", "–", *(plus_minus(by_layer(run.held_out, suffix)) for run in runs)]
         for label, suffix, *_ in ACTIVATIONS
     ]
-    ffn = [(f"{name}, training", values) for name, values in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
+    depth = max(6, *(len(by_layer(run.held_out, FFN)) for run in runs))
+    lead = [[f"{name}, training", *published] for name, published in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
     for run in runs:
-        ffn.append((f"{run.name}, training", by_layer(recorded(run, "activation_excess_kurtosis"), FFN)))
-        ffn.append((f"{run.name}, held-out", by_layer(run.activations, FFN)))
-    depth = max(len(values) for _, values in ffn)
-    ffn_rows = [
-        [label, *(number(value) for value in values), *["–"] * (depth - len(values)), plus_minus(values)]
-        for label, values in ffn
-    ]
-    return "\n\n".join(
-        [
-            "# Kurtosis report",
-            "Excess kurtosis throughout: mean((x - mean)^4) / variance^2 - 3, 0 for a Gaussian (full kurtosis is 3 "
-            "higher). Published: EsperBERTo (2023), 285,899 steps of 16 sentences of OSCAR and Leipzig text, one seed.",
-            *(f"**Note.** {line}" for line in warned),
-            "## Summary",
-            table(["", *header], summary),
-            f'*Losses in nats per masked token. Trained on: {say["training"]}. "Last logged" is the mean over the '
-            "last logging window; held-out loss has fixed masks. n = 1 run a column.*",
-            "## Weights of attention.output",
-            table(["excess kurtosis", *header], weights),
-            f"*Over all entries of one parameter of the saved model, {say['spread']}*",
-            "## Activations of attention.output",
-            table(["excess kurtosis", *header], activations),
-            "*Per sequence, tokens and channels pooled, mean over the sequences of each layer; then "
-            f"{say['spread']} Training: train mode (dropout on), padding counted, running mean over all steps "
-            f"({say['training']}). Held-out: the final model in eval mode, padding left out, {say['held_out']}. "
-            "The dropout row carries no information: with dropout p = 0.1 it is (K + 3) / 0.9 - 3 of the dense row, "
-            "and in eval mode dropout is the identity.*",
-            "## A lead, not a result: the FFN output, output.dense, by layer",
-            table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], ffn_rows),
-            "*Same definitions as the table above. The published table leaves these out, though the hypothesis points "
-            "at the residual stream and the FFN output; the published rows come from its result files. "
-            "One seed: a lead, not a result.*",
-        ]
+        for when, kurtosis in (("training", run.training), ("held-out", run.held_out)):
+            values = by_layer(kurtosis, FFN)
+            lead.append([f"{run.name}, {when}", *map(number, values), plus_minus(values)])
+    for row in lead:
+        row[-1:-1] = ["–"] * (depth + 2 - len(row))  # models of different depth
+
+    trained = trained_on(runs)
+    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs}))
+    tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs}))
+    spread = (
+        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one seed "
+        "a column, so ± is no interval over seeds."
     )
+    definition = (
+        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
+        f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final model "
+        f"in eval mode, padding left out, n = {sequences:,} sequences (the first of the validation split of {data_dir}, "
+        f"cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+    )
+    parts = [
+        "# Kurtosis report",
+        "Excess kurtosis throughout: mean((x - mean)^4) / variance^2 - 3, 0 for a Gaussian (full kurtosis is 3 higher). "
+        "Published: EsperBERTo (2023), one seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.",
+        *(f"**Note.** {line}" for line in warned),
+        "## Summary",
+        table(["", *columns], summary(runs)),
+        f"*n = 1 run a column. Ours: {trained}. Losses in nats per masked token; the last logged one is the mean over "
+        "the last logging window; the held-out loss has the same masks in every run.*",
+        "## Weights of attention.output",
+        table(["excess kurtosis", *columns], weights),
+        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained}): {spread}*",
+        "## Activations of attention.output",
+        table(["excess kurtosis", *columns], activations),
+        f"*{definition} Shown: {spread} The dropout row carries no information: with dropout 0.1 it is "
+        "(K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the identity.*",
+        "## A lead, not a result: the FFN output (output.dense), layer by layer",
+        table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], lead),
+        f"*{definition} Last column: {spread} The published table leaves this module out, though the hypothesis points "
+        "at the residual stream and the FFN output; the published rows here come from its result files.*",
+    ]
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
 
-# Colours of different lightness and a marker for each run, so that the plots read in grey too.
-LOOKS = [("#0B3C7D", "o"), ("#E8850C", "s"), ("#1B7F5C", "^"), ("#C06FA5", "D"), ("#56B4E9", "v"), ("#8C2D04", "P")]
-
-
-def subtitle(runs: list[Run]) -> str:
-    """Text, steps and hardware of the runs; each said once where they agree."""
-    trained = [run for run in runs if run.results]
-    parts = [
-        {text_of(run) for run in trained},
-        {f"{run.results['training']['steps']:,} steps" for run in trained},
-        {hardware(run.results) for run in trained},
-        {"smoke run of the pipeline" for run in trained if run.results["test_pipeline"]},
-    ]
-    return " · ".join(" / ".join(sorted(part)) for part in parts if part) or "no results files"
-
 
 def loss_plot(runs: list[Run]) -> bytes:
-    """Training and held-out loss by step of the runs that have a results file, as PNG."""
+    """Training and held-out loss by step of runs that have a results file, as PNG."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run, (colour, marker) in zip(runs, itertools.cycle(LOOKS)):
-        if history := run.results["loss_history"]:
-            axes.plot(*zip(*history, strict=True), color=colour, linewidth=1.2, label=f"{run.name}, training")
-        if history := run.results["validation_loss_history"]:
-            look = {"color": colour, "marker": marker, "linestyle": "--", "markersize": 6}
-            axes.plot(*zip(*history, strict=True), **look, label=f"{run.name}, held-out")
+    for (colour, marker), run in zip(itertools.cycle(LOOKS), runs, strict=False):
+        for key, look, label in (
+            ("loss_history", {"linestyle": "--", "linewidth": 1}, "training"),
+            ("validation_loss_history", {"marker": marker}, "held-out"),
+        ):
+            steps, losses = np.array(run.results[key], dtype=float).reshape(-1, 2).T
+            axes.plot(
+                steps, losses, **look, color=colour, label=f"{run.name}, {label}, ends at {last(run.results[key])}"
+            )
     axes.set(xlabel="step", ylabel="masked-LM loss (nats per masked token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    axes.set_title("Training and held-out loss\n" + textwrap.fill(subtitle(runs), 100), fontsize=9)
+    axes.set_title("Training and held-out loss\n" + textwrap.fill(trained_on(runs), 100), fontsize=9)
     return png(figure)
 
 
 def kurtosis_plot(runs: list[Run], sequences: int) -> bytes:
     """Excess kurtosis of the activations by layer, a panel a module, as PNG."""
     figure, panels = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
-    for axes, (title, suffix) in zip(panels.flat, PANELS, strict=True):
-        for run, (colour, marker) in zip(runs, itertools.cycle(LOOKS)):
-            look = {"color": colour, "marker": marker, "markersize": 6}
-            training = as_nans(by_layer(recorded(run, "activation_excess_kurtosis"), suffix))
-            if training:
+    for axes, (suffix, title) in zip(panels.flat, PANELS.items(), strict=True):
+        for (colour, marker), run in zip(itertools.cycle(LOOKS), runs, strict=False):
+            look = {"color": colour, "marker": marker}
+            if run.training:
+                training = by_layer(run.training, suffix)
                 axes.plot(training, **look, linestyle="--", markerfacecolor="white", label=f"{run.name}, training")
-            axes.plot(as_nans(by_layer(run.activations, suffix)), **look, label=f"{run.name}, held-out")
+            axes.plot(by_layer(run.held_out, suffix), **look, label=f"{run.name}, held-out")
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="layer", ylabel="excess kurtosis")
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(
-        f"Excess kurtosis of activations by layer (Gaussian = 0), mean over sequences; held-out: {sequences:,} texts\n"
-        + textwrap.fill(subtitle(runs), 120),
+        "Excess kurtosis of activations by layer (Gaussian = 0)\n"
+        f"training: train mode, padding counted; held-out: final model, eval mode, {sequences:,} texts\n"
+        + textwrap.fill(trained_on(runs), 120),
         fontsize=10,
     )
     return png(figure)
@@ -515,42 +472,35 @@ def png(figure) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def analysis(runs: list[Run], warned: list[str], sequences: int, data_dir: Path, argv: list[str]) -> dict:
-    """Everything measured, for analysis.json."""
-
-    def spread(values: list[float | None]) -> dict:
-        mean, deviation = mean_and_deviation(values) or (None, None)
-        return {"mean": mean, "population_std": deviation, "layers": values}
-
+def analysis(runs: list[Run], warned: list[str], sequences: int, data_dir: Path) -> dict:
+    """Everything measured, beside the published figures, for analysis.json."""
+    modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + list(PANELS))
     return {
-        "argv": argv,
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
         "notes": warned,
-        "published": {
-            "weights": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in WEIGHTS},
-            "activations": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in ACTIVATIONS}
-            | {FFN: dict(zip(PUBLISHED, PUBLISHED_FFN, strict=True))},
-        },
+        "published": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in WEIGHTS + ACTIVATIONS}
+        | {FFN: dict(zip(PUBLISHED, PUBLISHED_FFN, strict=True))},
         "runs": {
             run.name: {
                 "model": run.model,
-                "summary": {label: ours(run.results) for label, *_, ours in SUMMARY} if run.results else None,
                 "held_out_tokens": run.tokens,
-                "weights": {suffix: spread(by_layer(run.weights, suffix)) for _, suffix, *_ in WEIGHTS},
-                "activations": {
-                    suffix: {
-                        "training": spread(by_layer(recorded(run, "activation_excess_kurtosis"), suffix)),
-                        "held_out": spread(by_layer(run.activations, suffix)),
-                    }
-                    for suffix in dict.fromkeys(name for _, name, *_ in (*ACTIVATIONS, *PANELS))
-                },
+                "weights": {suffix: layers(run.weights, suffix) for _, suffix, *_ in WEIGHTS},
+                "activations_training": {suffix: layers(run.training, suffix) for suffix in modules},
+                "activations_held_out": {suffix: layers(run.held_out, suffix) for suffix in modules},
                 "weight_excess_kurtosis": run.weights,
-                "held_out_activation_excess_kurtosis": run.activations,
+                "held_out_activation_excess_kurtosis": run.held_out,
             }
             for run in runs
         },
     }
+
+
+def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
+    values = by_layer(kurtosis, suffix)
+    if not len(values):
+        return None
+    return {"mean": float(values.mean()), "population_std": float(values.std()), "layers": values.tolist()}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -566,19 +516,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results files; the report goes here")
     parser.add_argument("--models_dir", type=Path, default=Path("models"), help="model folders of the runs")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote")
     parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts for the activations")
-    parser.add_argument("--batch_size", type=positive, default=8)
+    parser.add_argument("--batch_size", type=positive, default=8, help="texts at a time")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     # One clear line instead of theirs.
     transformers.logging.set_verbosity_error()
@@ -588,25 +537,22 @@ def main(argv: list[str] | None = None) -> None:
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     texts = held_out_texts(args.data_dir, args.max_samples)
     for run in runs:
-        measure(run, texts, args.batch_size)
-    warned = notes(runs)
+        model, tokenizer = load(run.model)
+        run.weights = weight_kurtosis(model)
+        run.held_out, run.tokens = activation_kurtosis(model, tokenizer, texts, args.batch_size, run.name)
+    warned = notes(runs, args.data_dir)
     text = report(runs, warned, len(texts), args.data_dir)
     print(text)
 
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    results = analysis(runs, warned, len(texts), args.data_dir, argv)
-    write(
-        args.results_dir / "analysis.json",
-        json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n",
-    )
     pictures = {"kurtosis.png": kurtosis_plot(runs, len(texts))}
     if trained := [run for run in runs if run.results]:
-        pictures["loss.png"] = loss_plot(trained)
+        pictures = {"loss.png": loss_plot(trained), **pictures}
+    write_json(args.results_dir / "analysis.json", analysis(runs, warned, len(texts), args.data_dir))
     for name, picture in pictures.items():
         write(args.results_dir / name, picture)
-    links = "".join(f"\n\n![{name}]({name})" for name in sorted(pictures, reverse=True))
-    write(args.results_dir / "report.md", (text + links + "\n").encode())
-    print(f"\nWritten: {args.results_dir}/report.md, analysis.json, {', '.join(sorted(pictures))}")
+    embedded = [f"![{name.removesuffix('.png')} plot]({name})" for name in pictures]
+    write(args.results_dir / "report.md", "\n\n".join([text, *embedded, ""]).encode())
+    print(f"\nWritten to {args.results_dir}: report.md, analysis.json, {', '.join(pictures)}")
 
 
 if __name__ == "__main__":

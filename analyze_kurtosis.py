@@ -77,8 +77,15 @@ PANELS = {  # of kurtosis.png: name behind `layer.<i>.`, title
 LOOKS = [("#0B3C7D", "o"), ("#E8850C", "s"), ("#1B7F5C", "^"), ("#C06FA5", "D"), ("#56B4E9", "v"), ("#8C2D04", "P")]
 
 RESULTS = {  # what we read of a results file, by type
-    (int, float): ("softmax_n", "seed", "effective_batch_size", "hardware.count", "dataset.train_samples")
-    + ("training.steps", "training.samples", "training.wall_seconds"),
+    int: (
+        "seed",
+        "effective_batch_size",
+        "hardware.count",
+        "dataset.train_samples",
+        "training.steps",
+        "training.samples",
+    ),
+    (int, float): ("softmax_n", "training.wall_seconds"),
     (int, float, type(None)): ("training.cost_usd", "training.loss_mean", "validation.loss", "validation.perplexity"),
     str: ("hardware.device", "hardware.name", "dataset.sha256", "tokenizer.sha256"),
     list: ("dataset.sources", "loss_history", "validation_loss_history"),
@@ -168,14 +175,18 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
 def held_out_texts(data_dir: Path, max_samples: int) -> list[str]:
     """The first texts of the validation split that build_dataset.py wrote."""
     try:
-        validation = datasets.load_from_disk(str(data_dir))["validation"]
-        texts = validation[:max_samples]["text"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        sys.exit(f"error: no texts in the validation split of {data_dir} ({reason}): run build_dataset.py first")
-    if not texts:
-        sys.exit(f"error: the validation split of {data_dir} is empty: build it with a larger --validation_fraction")
+        texts = datasets.load_from_disk(str(data_dir))["validation"][:max_samples]["text"]
+        if not texts:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
+        sys.exit(
+            f"error: no texts in the validation split of {data_dir} ({one_line(error)}): run build_dataset.py first"
+        )
     return texts
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -186,16 +197,20 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
         kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
-        sys.exit(f"error: {name} is {kind}: {reason}")
+        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
     if loading["missing_keys"]:
         sys.exit(f"error: {name} is not a complete masked language model: it lacks {sorted(loading['missing_keys'])}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(
+            f"error: {name} has no tokenizer that loads, copy the one it was trained with there: {one_line(error)}"
+        )
     # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        sys.exit(f"error: {name} has no tokenizer: copy the one it was trained with into the folder")
+        sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if len(tokenizer) > model.config.vocab_size:
         sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
@@ -261,8 +276,8 @@ def plus_minus(values: np.ndarray) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} m {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} m {rest} s" if minutes < 60 else "{} h {} m".format(*divmod(round(seconds / 60), 60))
 
 
 def machine(hardware: dict) -> str:
@@ -382,19 +397,19 @@ def report(runs: list[Run], warned: list[str], sequences: int, data_dir: Path) -
     layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs}))
     tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs}))
     spread = (
-        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one seed "
-        "a column, so ± is no interval over seeds."
+        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
+        "seed a column, so ± is no interval over seeds."
     )
     definition = (
         "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final model "
-        f"in eval mode, padding left out, n = {sequences:,} sequences (the first of the validation split of {data_dir}, "
-        f"cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+        f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final "
+        f"model in eval mode, padding left out, n = {sequences:,} sequences (the first of the validation split of "
+        f"{data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
     )
     parts = [
         "# Kurtosis report",
-        "Excess kurtosis throughout: mean((x - mean)^4) / variance^2 - 3, 0 for a Gaussian (full kurtosis is 3 higher). "
-        "Published: EsperBERTo (2023), one seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.",
+        "Excess kurtosis throughout: mean((x - mean)^4) / variance^2 - 3, 0 for a Gaussian (full kurtosis is 3 "
+        "higher). Published: EsperBERTo (2023), one seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.",
         *(f"**Note.** {line}" for line in warned),
         "## Summary",
         table(["", *columns], summary(runs)),
@@ -559,6 +574,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

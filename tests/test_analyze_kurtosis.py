@@ -1,0 +1,472 @@
+"""analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, RobertaModel
+
+import analyze_kurtosis
+from analyze_kurtosis import Run, by_layer, duration, notes, plus_minus, table
+from outliers import weight_excess_kurtosis
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
+
+SCRIPT = Path(analyze_kurtosis.__file__)
+TEXTS = [
+    "La hundo kuras.",
+    "Ĉu vi vidas la ruĝan ĝardenon malantaŭ nia malgranda domo?",
+    "Jes, mi vidas ĝin ĉiutage, kiam mi iras al la lernejo kun mia frato kaj lia amiko.",
+    "Pluvas.",
+]
+ARCHITECTURE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 130,
+}
+
+
+def save_tokenizer(folder):
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
+    bpe.train_from_iterator(TEXTS, trainer)
+    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), specials, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=128, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def results_of(model, name, softmax_n):
+    """What train_model.py writes, with figures that are easy to follow."""
+    layers = {
+        "attention.output.dense": (1.0, 4.0),
+        "attention.output.dropout": (2.0, 2.5),
+        "attention.output": (0, None),
+    }
+    layers |= {"output.dense": (6.0, 8.0), "output": (0.1, 0.2)}
+    return {
+        "run": name,
+        "softmax_n": softmax_n,
+        "seed": 42,
+        "test_pipeline": False,
+        "effective_batch_size": 16,
+        "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
+        "dataset": {"sources": ["a", "b", "c", "d"], "train_samples": 1000, "sha256": "d" * 64},
+        "tokenizer": {"entries": 300, "sha256": "e" * 64},
+        "training": {
+            "steps": 3000,
+            "samples": 48000,
+            "wall_seconds": 33340.6,
+            "cost_usd": None,
+            "loss_mean": 4.456,
+        },
+        "loss_history": [[1, 10.9], [1000, 5.004], [3000, 3.217]],
+        "validation_loss_history": [[1000, 4.9], [3000, 3.3]],
+        "validation": {"loss": 3.3, "perplexity": 27.11, "masked_tokens": 10, "samples": 4},
+        "weight_excess_kurtosis": {
+            parameter: value if math.isfinite(value) else None
+            for parameter, value in weight_excess_kurtosis(model).items()
+        },
+        "activation_excess_kurtosis": {
+            f"roberta.encoder.layer.{layer}.{module}": value
+            for module, values in layers.items()
+            for layer, value in enumerate(values)
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """data/, models/ and results/ as the scripts before this one leave them: two runs."""
+    root = tmp_path_factory.mktemp("finished")
+    texts = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(root / "data"))
+    (root / "data" / "manifest.json").write_text(json.dumps({"splits": {"train": {"sha256": "d" * 64}}}))
+    (root / "results").mkdir()
+    for name, n in (("esperberto-softmax1", 1.0), ("esperberto-softmax0", 0.0)):
+        tokenizer = save_tokenizer(root / "models" / name)
+        torch.manual_seed(int(n))
+        architecture = {**ARCHITECTURE, "vocab_size": len(tokenizer)}
+        if n:
+            model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**architecture, softmax_n=n))
+        else:
+            model = RobertaForMaskedLM(RobertaConfig(**architecture))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) ** 3 * 0.1)
+        model.save_pretrained(root / "models" / name)
+        (root / "results" / f"{name}.json").write_text(json.dumps(results_of(model, name, n)))
+    return root
+
+
+@pytest.fixture
+def workplace(finished, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def analyse(root, *argv):
+    folders = {"results": "--results_dir", "models": "--models_dir", "data": "--data_dir"}
+    analyze_kurtosis.main([*argv, *(part for name, flag in folders.items() for part in (flag, str(root / name)))])
+
+
+def strict_json(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def rows(text):
+    """{first cell: the other cells} of every table in a Markdown text."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {first: cells for first, *cells in lines}
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_report_of_two_runs(workplace, capsys):
+    analyse(workplace, "--batch_size", "2")
+    results = workplace / "results"
+    text = (results / "report.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert printed.startswith(text.partition("\n\n![")[0])
+    assert "![loss plot](loss.png)" in text and "![kurtosis plot](kurtosis.png)" in text
+    assert not list(results.glob("*.partial"))
+    for picture in ("loss.png", "kurtosis.png"):
+        header = (results / picture).read_bytes()[:64]
+        assert header.startswith(b"\x89PNG") and b"IHDR" in header
+    assert "Note" not in text  # these two runs belong together
+
+    table_rows = rows(text)
+    published = ["published softmax0", "published softmax1"]
+    ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, whatever the file order
+    assert table_rows[""] == [*published, *ours]
+    assert table_rows["training loss, mean of the whole run"] == ["4.46", "4.44", "4.46", "4.46"]
+    assert table_rows["training loss, last logged"] == ["3.79", "3.78", "3.22", "3.22"]
+    assert table_rows["held-out loss"] == ["–", "–", "3.30", "3.30"]
+    assert table_rows["runtime"] == ["9 h 16 m", "9 h 16 m", "9 h 16 m", "9 h 16 m"]
+    assert table_rows["cost, USD"] == ["11.22", "11.24", "–", "–"]
+    assert table_rows["steps"] == ["285,899", "285,899", "3,000", "3,000"]
+    # By hand: mean and population standard deviation of (1, 4) and (2, 2.5); a layer without a value; (6, 8).
+    assert table_rows["dense, training"] == ["0.74 ± 0.29", "1.96 ± 1.58", "2.50 ± 1.50", "2.50 ± 1.50"]
+    assert table_rows["dropout, training"] == ["1.15 ± 0.32", "2.51 ± 1.76", "2.25 ± 0.25", "2.25 ± 0.25"]
+    assert table_rows["output (LayerNorm), training"] == ["0.77 ± 1.35", "0.90 ± 1.31", "–", "–"]
+    assert table_rows["esperberto-softmax1, training"] == ["6.00", "8.00", *["–"] * 4, "7.00 ± 1.00"]
+    assert table_rows["published softmax0, training"] == ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"]
+    # In eval mode dropout is the identity.
+    assert table_rows["dropout, held-out"] == table_rows["dense, held-out"] != ["–"] * 4
+    for said in ("population standard deviation", "no interval over seeds", "n = 2 layers", "n = 4 sequences"):
+        assert said in text
+    for said in ("train mode", "eval mode", "padding left out", "padding counted", "A lead, not a result"):
+        assert said in text
+    assert "a, b, c and 1 more (1,000 samples), 1 × NVIDIA H200" in text
+
+
+def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
+    analyse(workplace)
+    found = strict_json(workplace / "results" / "analysis.json")["runs"]
+    for name, run in found.items():
+        folder = workplace / "models" / name
+        for parameter, values in load_file(folder / "model.safetensors").items():
+            expected = scipy.stats.kurtosis(values.double().numpy().ravel())
+            assert run["weight_excess_kurtosis"][parameter] == pytest.approx(expected, rel=1e-9)
+        model, tokenizer = analyze_kurtosis.load(str(folder))
+        model.eval()
+        outputs = []
+        module = model.roberta.encoder.layer[1].output.dense
+        handle = module.register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out[0]))
+        with torch.no_grad():
+            for text in TEXTS:
+                model(**tokenizer(text, return_tensors="pt"))
+        handle.remove()
+        expected = np.mean([scipy.stats.kurtosis(out.double().numpy().ravel()) for out in outputs])
+        measured = run["held_out_activation_excess_kurtosis"]["roberta.encoder.layer.1.output.dense"]
+        assert measured == pytest.approx(expected, abs=1e-4)
+        assert run["activations_held_out"]["output.dense"]["layers"][1] == measured
+        assert run["held_out_tokens"] == sum(map(len, outputs))
+
+
+def test_batch_size_changes_nothing_and_max_samples_takes_the_first(workplace):
+    found = {}
+    for arguments in (("--batch_size", "1"), ("--batch_size", "4"), ("--batch_size", "4", "--max_samples", "2")):
+        analyse(workplace, *arguments)
+        run = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]
+        found[arguments] = run["activations_held_out"]["attention.output.dense"]["layers"], run["held_out_tokens"]
+    one, four, two_texts = found.values()
+    assert one[0] == pytest.approx(four[0], abs=1e-4) and one[1] == four[1]
+    assert two_texts[0] != pytest.approx(four[0], abs=1e-4) and two_texts[1] < four[1]
+
+
+def test_a_model_folder_without_results_file(workplace, capsys):
+    elsewhere = workplace / "elsewhere" / "mine"
+    elsewhere.parent.mkdir()
+    (workplace / "models" / "esperberto-softmax1").rename(elsewhere)
+    shutil.rmtree(workplace / "results")
+    analyse(workplace, str(elsewhere))
+    table_rows = rows(capsys.readouterr().out)
+    assert table_rows["held-out loss"] == ["–", "–", "–"]
+    assert table_rows["dense, training"][2] == "–" and "±" in table_rows["dense, held-out"][2]
+    assert "±" in table_rows["dense weight"][2]
+    assert not (workplace / "results" / "loss.png").exists()
+    run = strict_json(workplace / "results" / "analysis.json")["runs"]["mine"]
+    assert run["activations_training"]["attention.output"] is None
+
+
+def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplace, capsys):
+    here = workplace / "models" / "esperberto-softmax0"
+    there = workplace / "other" / "esperberto-softmax0"
+    shutil.copytree(here, there)
+    analyse(workplace, str(here), str(there))
+    header = rows(capsys.readouterr().out)[""]
+    assert header[2:] == [str(here), str(there)]
+    analyse(workplace, f"{here}/")
+    table_rows = rows(capsys.readouterr().out)
+    assert table_rows[""][2:] == ["esperberto-softmax0"] and table_rows["held-out loss"][2:] == ["3.30"]
+
+
+def test_an_earlier_report_survives_a_failed_write(workplace):
+    report = workplace / "results" / "report.md"
+    report.write_text("earlier")
+    (workplace / "results" / "report.md.partial").mkdir()  # the place to write beside is taken
+    with pytest.raises(OSError):
+        analyse(workplace)
+    assert report.read_text() == "earlier"
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_layers_are_in_order_and_names_are_exact():
+    kurtosis = {f"roberta.encoder.layer.{layer}.output.dense": float(layer) for layer in (10, 2, 0, 1)}
+    kurtosis |= {
+        "roberta.encoder.layer.1.attention.output.dense": 99.0,
+        "roberta.encoder.layer.1.output.dense.weight": 98,
+    }
+    assert by_layer(kurtosis, "output.dense").tolist() == [0, 1, 2, 10]
+    assert by_layer({"layer.0.output": None}, "output").tolist() == pytest.approx([math.nan], nan_ok=True)
+    assert by_layer(kurtosis, "output").tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1, 2, 6], "3.00 ± 2.16"),  # sqrt(14 / 3); the sample deviation would be 2.65
+        ([0.01, 0.05], "0.030 ± 0.020"),
+        ([-0.01, -0.05], "-0.030 ± 0.020"),
+        ([0.0, 0.4], "0.20 ± 0.20"),
+        ([1, math.nan], "–"),
+        ([], "–"),
+    ],
+)
+def test_mean_and_population_deviation(values, shown):
+    assert plus_minus(np.array(values, dtype=float)) == shown
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (59.6, 61, 3599, 33340.6)] == [
+        "1 m 0 s",
+        "1 m 1 s",
+        "59 m 59 s",
+        "9 h 16 m",
+    ]
+    assert [duration(seconds) for seconds in (3599.7, 7199, 36000)] == ["1 h 0 m", "2 h 0 m", "10 h 0 m"]
+
+
+def test_table_is_markdown_that_lines_up():
+    assert table(["", "a"], [["long", "1"], ["b", "22"]]).splitlines() == [
+        "|      |   a |",
+        "| ---- | --: |",
+        "| long |   1 |",
+        "| b    |  22 |",
+    ]
+
+
+def pair(finished):
+    def one(name):
+        results = json.loads((finished / "results" / f"{name}.json").read_text())
+        return Run(name, f"models/{name}", results, dict(results["weight_excess_kurtosis"]))
+
+    return one("esperberto-softmax0"), one("esperberto-softmax1")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("dataset", "sha256"), "f" * 64, "differ in training text (esperberto-softmax0: dddd"),
+        (("tokenizer", "sha256"), "f" * 64, "differ in tokenizer"),
+        (("training", "steps"), 7, "differ in steps (esperberto-softmax0: 3000, esperberto-softmax1: 7)"),
+        (("seed",), 43, "differ in seed (esperberto-softmax0: 42, esperberto-softmax1: 43)"),
+        (("effective_batch_size",), 8, "differ in effective batch size"),
+        (("test_pipeline",), True, "differ in --test_pipeline"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_named(finished, tmp_path, keys, value, said):
+    runs = pair(finished)
+    assert notes(runs, tmp_path) == []
+    *parents, last = keys
+    place = runs[1].results
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    lines = notes(runs, tmp_path)
+    assert any(said in line for line in lines)
+    assert any("only that the pipeline works" in line for line in lines) == (keys == ("test_pipeline",))
+
+
+def test_results_of_another_model_are_named(finished, tmp_path):
+    runs = pair(finished)
+    name = "roberta.encoder.layer.0.attention.output.dense.weight"
+    runs[0].weights[name] *= 1 + 1e-9  # rounding
+    assert notes(runs, tmp_path) == []
+    runs[0].weights[name] += 1e-4
+    assert [line for line in notes(runs, tmp_path) if "do not belong together" in line and "softmax0" in line]
+    del runs[1].weights[name]
+    assert len(notes(runs, tmp_path)) == 2
+
+
+def test_held_out_text_of_other_data_is_named(finished, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"train": {"sha256": "0" * 64}}}))
+    lines = notes(pair(finished), tmp_path)
+    assert len(lines) == 2 and "esperberto-softmax0 was not trained on" in lines[0]
+
+
+def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
+    for file in (workplace / "results").glob("*.json"):
+        results = json.loads(file.read_text())
+        file.write_text(json.dumps({**results, "test_pipeline": True, "seed": len(file.name)}))
+    file.write_text(json.dumps({**results, "test_pipeline": True, "seed": 1}))
+    analyse(workplace)
+    text = capsys.readouterr().out
+    assert text.index("**Note.** These tables show only that the pipeline works") < text.index("## Summary")
+    assert text.index("differ in seed") < text.index("## Summary")
+
+
+def test_constant_weights_are_null_in_json_and_a_dash_in_the_table(workplace, capsys):
+    folder = workplace / "models" / "flat"
+    tokenizer = save_tokenizer(folder)
+    RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=len(tokenizer))).save_pretrained(folder)
+    analyse(workplace, str(folder))
+    run = strict_json(workplace / "results" / "analysis.json")["runs"]["flat"]
+    assert run["weight_excess_kurtosis"]["roberta.encoder.layer.0.attention.output.LayerNorm.weight"] is None
+    assert rows(capsys.readouterr().out)["LayerNorm weight"][2] == "–"
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def results_file(root):
+    return root / "results" / "esperberto-softmax1.json"
+
+
+def edit_results(root, change):
+    results = json.loads(results_file(root).read_text())
+    change(results)
+    results_file(root).write_text(json.dumps(results))
+
+
+def model_folder(root):
+    return root / "models" / "esperberto-softmax1"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def only_train(root):
+    shutil.rmtree(root / "data")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(str(root / "data"))
+
+
+def empty_validation(root):
+    shutil.rmtree(root / "data")
+    empty = datasets.Dataset.from_dict({"text": []})
+    datasets.DatasetDict({"train": empty, "validation": empty}).save_to_disk(str(root / "data"))
+
+
+def without_tokenizer(root):
+    for file in model_folder(root).glob("*tokenizer*"):
+        file.unlink()
+
+
+def without_head(root):
+    RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300)).save_pretrained(model_folder(root))
+
+
+DAMAGE = {
+    "no results": (lambda root: shutil.rmtree(root / "results"), "no results in"),
+    "no model folder": (lambda root: shutil.rmtree(model_folder(root)), "has no model folder"),
+    "not JSON": (lambda root: truncate(results_file(root)), "esperberto-softmax1.json is not valid JSON"),
+    "not UTF-8": (lambda root: results_file(root).write_bytes(b"\xff\xfe{"), "esperberto-softmax1.json is not valid"),
+    "not an object": (lambda root: results_file(root).write_text("[]"), "esperberto-softmax1.json has no"),
+    "missing key": (
+        lambda root: edit_results(root, lambda results: results["training"].pop("loss_mean")),
+        "esperberto-softmax1.json has no 'training.loss_mean'",
+    ),
+    "wrong type": (
+        lambda root: edit_results(root, lambda results: results["training"].update(steps="many")),
+        "esperberto-softmax1.json: 'training.steps' holds 'many'",
+    ),
+    "damaged model": (lambda root: truncate(model_folder(root) / "model.safetensors"), "is a damaged model folder"),
+    "damaged config": (lambda root: truncate(model_folder(root) / "config.json"), "is a damaged model folder"),
+    "no weights": (lambda root: (model_folder(root) / "model.safetensors").unlink(), "is a damaged model folder"),
+    "no tokenizer": (without_tokenizer, "has no tokenizer"),
+    "no masked-LM head": (without_head, "not a complete masked language model"),
+    "no data": (lambda root: shutil.rmtree(root / "data"), "no texts in the validation split of"),
+    "no validation split": (only_train, "no texts in the validation split of"),
+    "empty validation split": (empty_validation, "no texts in the validation split of"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_input_ends_in_one_line(workplace, damage):
+    spoil, said = DAMAGE[damage]
+    spoil(workplace)
+    with pytest.raises(SystemExit) as stop:
+        analyse(workplace)
+    message = stop.value.code
+    assert message.startswith("error: ") and said in message and "\n" not in message
+    assert not (workplace / "results" / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--max_samples", "0"], ["--batch_size", "-1"], ["--max_samples", "x"], ["--batch", "2"], ["--seed", "1"]]
+)
+def test_wrong_flags(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        analyze_kurtosis.main(argv)
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_missing_folder_as_the_shell_sees_it(workplace):
+    command = [sys.executable, str(SCRIPT), str(workplace / "models" / "nobody"), "--data_dir", str(workplace / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"error: no model folder {workplace}/models/nobody"]
+
+
+def test_a_hub_name_without_network_as_the_shell_sees_it(workplace):
+    command = [sys.executable, str(SCRIPT), "nobody/nothing", "--data_dir", str(workplace / "data")]
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace, env=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nobody/nothing is neither a folder here nor loadable from the Hub: ")

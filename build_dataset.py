@@ -1,0 +1,397 @@
+"""Build the dataset: Esperanto text, one line a sample, split into train and validation.
+
+    python build_dataset.py                              the published sources: OSCAR and five Leipzig corpora
+    python build_dataset.py --sources oscar              some of them
+    python build_dataset.py --from_files 'texts/*.gz'    your own text
+    python build_dataset.py --sample                     the small corpus that comes with the project
+
+Reads the sources; downloads go to downloads/ and are kept. Writes data/, a `datasets.DatasetDict` of one column,
+`text`, and data/manifest.json, which says where every line came from. Duplicates are kept, as in the published run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import glob
+import hashlib
+import http.client
+import io
+import ssl
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+import folder
+import record
+
+SAMPLE = Path(__file__).parent / "sample" / "esperanto.txt"
+OSCAR_URL = "https://cdn-datasets.huggingface.co/EsperBERTo/data/oscar.eo.txt"
+LEIPZIG_URL = "https://downloads.wortschatz-leipzig.de/corpora/{name}.tar.gz"
+# Published sources, in the order of the published dataset, and about how many lines each should have.
+EXPECTED_LINES = {
+    "oscar": 974_000,
+    "epo_literature_2011_300K": 300_000,
+    "epo_mixed_2012_1M": 1_000_000,
+    "epo_newscrawl_2017_1M": 1_000_000,
+    "epo_web_2012_1M": 1_000_000,
+    "epo_wikipedia_2021_300K": 300_000,
+}
+EXPECTED_TOLERANCE = 0.01  # the 974,000 is itself rounded
+
+FILE_TYPES = (".txt", ".gz", ".zst")
+NOT_UTF8, NO_TAB, BLANK = "not UTF-8", "no tab", "blank"
+MAX_DAMAGED = 0.01  # a source with more lines than this that are not UTF-8 or lack the tab is the wrong file
+MAX_LINE_BYTES = 1 << 24  # bounds memory when a file without line ends is given by mistake
+
+USER_AGENT = "EsperBERTo build_dataset.py"
+TIMEOUT_SECONDS = 60
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # pauses between attempts to reach a server
+BLOCK_BYTES = 1 << 20
+BATCH_LINES = 10_000  # lines in memory for each split
+
+FEATURES = Features({"text": Value("string")})
+# What a finished data/ holds; train_model.py keeps tokenized copies in it.
+OURS = ("manifest.json", "dataset_dict.json", "train", "validation", "tokenized-*")
+
+
+@dataclass
+class Source:
+    """One text to read, and the figures of reading it.
+
+    `location` is the URL or path for the manifest, `path` the file on disk, `url` where to get it when it is missing.
+    """
+
+    name: str
+    location: str
+    path: Path
+    url: str | None = None
+    expected_lines: int | None = None
+    lines_read: int = 0
+    lines_kept: int = 0
+    lines_dropped: dict[str, int] = field(default_factory=lambda: {BLANK: 0, NOT_UTF8: 0, NO_TAB: 0})
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    description, _, _ = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--sources", nargs="+", metavar="NAME", choices=list(EXPECTED_LINES), help="published sources")
+    inputs.add_argument("--from_files", nargs="+", metavar="PATTERN", help="your own .txt, .gz, .zst, -sentences.txt")
+    inputs.add_argument("--sample", action="store_true", help="the small corpus that comes with the project")
+    parser.add_argument("--max_samples", type=int, metavar="N", help="keep the first N samples only")
+    parser.add_argument("--validation_fraction", type=float, default=0.001, help="share held out (%(default)s)")
+    parser.add_argument("--output_dir", default="data", help="dataset to write (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
+    parser.add_argument("--download_dir", default="downloads", help="where downloads are kept (%(default)s)")
+    parser.add_argument("--oscar_url", default=OSCAR_URL, metavar="URL", help="a mirror of OSCAR's file")
+    parser.add_argument("--leipzig_url", default=LEIPZIG_URL, metavar="URL", help="a mirror, with {name} in it")
+    args = parser.parse_args(argv)
+    if args.max_samples is not None and args.max_samples < 1:
+        parser.error("--max_samples must be at least 1")
+    if not 0 < args.validation_fraction < 1:
+        parser.error("--validation_fraction must lie between 0 and 1")
+    for flag, url in (("--oscar_url", args.oscar_url), ("--leipzig_url", args.leipzig_url)):
+        if not url.startswith(("http://", "https://")):
+            parser.error(f"{flag} must start with http:// or https://, not {url!r}")
+    if "{name}" not in args.leipzig_url:
+        parser.error("--leipzig_url must contain {name}, which stands for the name of a corpus")
+    return args
+
+
+def published_sources(names: list[str], args: argparse.Namespace) -> list[Source]:
+    """The named published sources, once each, downloaded or not."""
+    sources = []
+    for name in dict.fromkeys(names):
+        url = args.oscar_url if name == "oscar" else args.leipzig_url.replace("{name}", name)
+        path = Path(args.download_dir) / ("oscar.eo.txt" if name == "oscar" else f"{name}.tar.gz")
+        sources.append(Source(name, url, path, url, EXPECTED_LINES[name]))
+    return sources
+
+
+def file_sources(patterns: list[str]) -> list[Source]:
+    """One source for every file that matches; a file that matches twice is read once."""
+    paths = {}
+    for pattern in patterns:
+        # A file name may contain [brackets] itself.
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in found if Path(path).is_file()]
+        if not found:
+            sys.exit(f"error: --from_files {pattern} matches no file")
+        for path in found:
+            if not path.endswith(FILE_TYPES):
+                sys.exit(f"error: --from_files cannot read {path}: its name must end in {', '.join(FILE_TYPES)}")
+            paths.setdefault(Path(path).resolve(), path)
+    return [Source(Path(path).name, path, Path(path)) for path in paths.values()]
+
+
+def download(url: str, path: Path) -> None:
+    """Download to path.partial, going on where an earlier attempt stopped, and rename it when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            download_rest(url, partial)
+            break
+        # No bare OSError: a full disk does not get better by asking the server again.
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code != 429 and error.code < 500:
+                    pause = None
+            if pause is None:
+                advice = "try again (it resumes), choose other --sources, or give your own text with --from_files"
+                sys.exit(f"error: cannot download {url} ({reason}): {advice}")
+            tqdm.write(f"{url}: {reason}; trying again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+    partial.rename(path)
+
+
+def download_rest(url: str, partial: Path) -> None:
+    """Add what is missing to `partial` in one request. Raises URLError, HTTPException or ConnectionError."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        if error.headers["Content-Range"] == f"bytes */{have}":  # nothing is missing
+            return
+        partial.unlink()  # longer than the file on the server: it belongs to another version
+        raise ConnectionError("the server's file has changed") from error
+    with response:
+        if response.status != 206:  # the server sends the whole file whatever it was asked
+            have = 0
+        elif not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+            raise ConnectionError("the server sent another part than it was asked for")
+        length = response.headers["Content-Length"]
+        total = have + int(length) if length else None
+        bar = tqdm(desc=partial.stem, total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024)
+        with open(partial, "ab" if have else "wb") as file, bar:
+            while block := response.read(BLOCK_BYTES):
+                file.write(block)
+                bar.update(len(block))
+    received = partial.stat().st_size
+    if total is not None and received != total:
+        raise ConnectionError(f"the connection broke after {received:,} of {total:,} bytes")
+
+
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a text file, plain or compressed, or of the sentences file in a Leipzig archive.
+
+    Raises OSError for a damaged or truncated compressed file (pyarrow checks that the stream ends where it should,
+    which zstandard's reader does not), tarfile.TarError for a damaged archive.
+    """
+    with pa.input_stream(str(path)) as stream:  # decompresses by the name's ending
+        if path.name.endswith(".tar.gz"):
+            yield from archived_lines(stream, path)
+        else:
+            yield from split_lines(io.BufferedReader(stream), path)
+
+
+def archived_lines(stream: pa.NativeFile, path: Path) -> Iterator[bytes]:
+    """Lines of NAME/NAME-sentences.txt in the tar stream of NAME.tar.gz, without writing anything to disk."""
+    name = path.name.removesuffix(".tar.gz")
+    wanted = f"{name}/{name}-sentences.txt"
+    found = False
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            parts = member.name.split("/")
+            if parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
+                sys.exit(f"error: {path} has a member that no corpus has, {member.name!r}: delete the file")
+            if member.name == wanted and member.isfile():
+                found = True
+                yield from split_lines(archive.extractfile(member), path)
+    while stream.read(BLOCK_BYTES):  # to the end, where the checksum is
+        pass
+    if not found:
+        sys.exit(f"error: {path} has no member {wanted}: it is not a Leipzig corpus, or was renamed")
+
+
+def split_lines(file: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
+        if len(line) == MAX_LINE_BYTES:
+            sys.exit(f"error: {path} is not text with one sample a line: a line has {MAX_LINE_BYTES:,} bytes or more")
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
+def text_of(line: bytes, tabbed: bool) -> tuple[str, str]:
+    """(text without surrounding white space, ""), or ("", the reason for dropping the line)."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        return "", NOT_UTF8
+    if "\0" in text:  # UTF-16 and binary files can pass for UTF-8, but text has no NUL
+        return "", NOT_UTF8
+    if tabbed and text.strip():
+        _, tab, text = text.partition("\t")
+        if not tab:
+            return "", NO_TAB
+    text = text.strip()
+    return text, "" if text else BLANK
+
+
+def samples(source: Source) -> Iterator[str]:
+    """Texts of a source, in order; counts every line in `source`. Exits with one line if it cannot be read."""
+    tabbed = source.path.name.endswith(".tar.gz") or "-sentences.txt" in source.path.name
+    try:
+        for line in raw_lines(source.path):
+            text, dropped = text_of(line, tabbed)
+            source.lines_read += 1
+            if dropped:
+                source.lines_dropped[dropped] += 1
+            else:
+                source.lines_kept += 1
+                yield text
+    except (OSError, tarfile.TarError) as error:
+        sys.exit(f"error: {source.path} cannot be read ({error}): if it is damaged, delete it and run again")
+
+
+def check(source: Source, whole: bool) -> None:
+    """Exit if this was not the text it should be; warn if a published source has an unexpected number of lines."""
+    for reason, meaning in ((NOT_UTF8, "is not UTF-8 text"), (NO_TAB, "does not have lines of the form id<TAB>text")):
+        if source.lines_dropped[reason] > MAX_DAMAGED * source.lines_read:
+            count = f"{source.lines_dropped[reason]:,} of {source.lines_read:,} lines: {reason}"
+            sys.exit(f"error: {source.path} {meaning} ({count}): convert it or leave it out")
+    if not source.lines_kept:
+        sys.exit(f"error: {source.path} has no usable line: leave it out")
+    expected = source.expected_lines
+    if whole and expected and abs(source.lines_read - expected) > EXPECTED_TOLERANCE * expected:
+        line = f"warning: {source.name} has {source.lines_read:,} lines, about {expected:,} were expected"
+        print(f"{line}; is {source.path} what you want?", file=sys.stderr)
+
+
+def is_validation(text: bytes, fraction: float) -> bool:
+    """Depends on the text alone: no sample moves when a source is added, and duplicates stay together."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < fraction * 2**64
+
+
+class Split:
+    """A split on its way to disk: at most BATCH_LINES texts in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.writer = ArrowWriter(features=FEATURES, path=str(path))
+        self.digest = hashlib.sha256()
+        self.samples = 0
+        self.batch: list[str] = []
+
+    def add(self, text: str, data: bytes) -> None:
+        self.samples += 1
+        self.digest.update(data + b"\n")
+        self.batch.append(text)
+        if len(self.batch) == BATCH_LINES:
+            self.flush()
+
+    def flush(self) -> None:
+        self.writer.write_batch({"text": self.batch})
+        self.batch = []
+
+    def dataset(self) -> Dataset:
+        """The finished split, memory-mapped."""
+        if self.batch:
+            self.flush()
+        self.writer.finalize()
+        return Dataset.from_file(str(self.path))
+
+
+def write_splits(sources: list[Source], args: argparse.Namespace, output: Path) -> tuple[list[dict], dict]:
+    """Read the sources once, write the dataset to `output`; returns the manifest's "sources" and "splits"."""
+    described = []
+    total = 0
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
+        splits = {name: Split(Path(scratch) / f"{name}.arrow") for name in ("train", "validation")}
+        for source in sources:
+            if total == args.max_samples:
+                break
+            if source.url and not source.path.exists():
+                download(source.url, source.path)
+            for text in tqdm(samples(source), desc=source.name, unit=" samples", total=source.expected_lines):
+                data = text.encode("utf-8")
+                name = "validation" if is_validation(data, args.validation_fraction) else "train"
+                splits[name].add(text, data)
+                total += 1
+                if total == args.max_samples:
+                    break
+            check(source, whole=total != args.max_samples)
+            described.append(description(source))
+        datasets = {name: split.dataset() for name, split in splits.items() if split.samples}
+        for name in splits:
+            if name not in datasets:
+                sys.exit(
+                    f"error: no sample of {total:,} falls into the {name} split with --validation_fraction "
+                    f"{args.validation_fraction}: choose another fraction or give more text"
+                )
+        DatasetDict(datasets).save_to_disk(output)
+    figures = {name: {"samples": split.samples, "sha256": split.digest.hexdigest()} for name, split in splits.items()}
+    return described, figures
+
+
+def description(source: Source) -> dict:
+    return {
+        "name": source.name,
+        "location": source.location,
+        "bytes": source.path.stat().st_size,
+        "sha256": record.sha256(source.path),
+        "lines_read": source.lines_read,
+        "lines_kept": source.lines_kept,
+        "lines_dropped": source.lines_dropped,
+    }
+
+
+def print_table(sources: list[dict], splits: dict, output_dir: str) -> None:
+    width = max(len(source["name"]) for source in sources)
+    print(f"{'source':{width}}  {'lines read':>10}  {'kept':>10}  dropped")
+    for source in sources:
+        reasons = [f"{count:,} {reason}" for reason, count in source["lines_dropped"].items() if count]
+        kept, read = source["lines_kept"], source["lines_read"]
+        print(f"{source['name']:{width}}  {read:>10,}  {kept:>10,}  {', '.join(reasons) or 0}")
+    train, validation = splits["train"]["samples"], splits["validation"]["samples"]
+    print(f"{output_dir}: {train:,} training samples, {validation:,} validation samples")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.sample:
+        sources = [Source("sample", f"{SAMPLE.parent.name}/{SAMPLE.name}", SAMPLE)]
+    elif args.from_files:
+        sources = file_sources(args.from_files)
+    else:
+        sources = published_sources(args.sources or list(EXPECTED_LINES), args)
+
+    with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
+        described, splits = write_splits(sources, args, output)
+        manifest = {
+            "format": 1,
+            "argv": record.command_line(),
+            "sources": described,
+            "validation_fraction": args.validation_fraction,
+            "max_samples": args.max_samples,
+            "splits": splits,
+        }
+        record.write_json(output / "manifest.json", manifest)
+    print_table(described, splits, args.output_dir)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

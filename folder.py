@@ -1,0 +1,53 @@
+"""Output folders that are either complete or absent: built beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends, and disappears when the block fails.
+
+    A folder counts as complete when it holds a manifest.json, so that is what the block should write last.
+
+    Args:
+        path: the folder to make. It may exist if it is empty, or if it is an earlier result and `overwrite` is given.
+        ours: patterns for the names an earlier result holds. A folder with anything else in it is never replaced.
+        overwrite: replace an earlier result; it stays in its place until the block has ended well.
+
+    Raises:
+        SystemExit: with one line, before the block runs, if `path` may not be replaced.
+        OSError: if the disk does not allow it.
+    """
+    target = Path(path).resolve()  # a link to a folder on a larger disk stays a link
+    if target.exists() and not target.is_dir():
+        sys.exit(f"error: {path} is a file: choose another --output_dir")
+    entries = [entry.name for entry in target.iterdir()] if target.exists() else []
+    foreign = [name for name in sorted(entries) if not any(fnmatch(name, pattern) for pattern in ours)]
+    if foreign or (entries and "manifest.json" not in entries):
+        found = foreign[0] if foreign else "no manifest.json"
+        sys.exit(f"error: {path} is not an earlier result of this script (it has {found}): choose another --output_dir")
+    if entries and not overwrite:
+        sys.exit(f"error: {path} exists and is complete: add --overwrite to replace it")
+    if target.is_mount():
+        sys.exit(f"error: {path} is a mount point and cannot be replaced: choose a folder inside it")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if entries:
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if entries:
+                old.rename(target)
+            raise

@@ -1,0 +1,164 @@
+"""Train the tokenizer: byte-level BPE on the training split, saved as RoBERTa's tokenizer.
+
+    python train_tokenizer.py
+
+Reads data/ (build_dataset.py). Writes tokenizer/, which RobertaTokenizerFast and AutoTokenizer load, and
+tokenizer/manifest.json. The same text gives the same bytes, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import unicodedata
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_from_disk
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from tqdm import tqdm
+from transformers import RobertaTokenizerFast
+
+import folder
+import record
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
+VOCAB_SIZE = 52_032  # a multiple of 64, for the matrix units of GPUs
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that no text is unknown
+MAX_LENGTH = 512
+BATCH_TEXTS = 1_000
+
+# Texts that must come back exactly. (The special tokens' own names in a text cannot: they are read as such.)
+HARD_TEXTS = [
+    "Eĥoŝanĝo ĉiuĵaŭde: ĈĜĤĴŜŬ ĉĝĥĵŝŭ!",
+    unicodedata.normalize("NFD", "Eĥoŝanĝo ĉiuĵaŭde, naïve café"),  # letters followed by combining accents
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇪🇺",  # joiners, variation selectors, skin tones, flags
+    "\ttabulo\t\tdu\n\nnovaj linioj\r\n kaj  du   spacoj  ",
+    "spaco antaŭ , kaj post . n't 's ( krampoj ) « citilo » „alia” — streko…",
+    "Съешь ещё этих мягких французских булок",
+    "我能吞下玻璃而不伤身体。 ひらがな カタカナ 한국어",
+    "أنا قادر على أكل الزجاج שלום עולם हिन्दी ไทย",
+    "\x01\x07\x1b[0m\x7f\x85\xa0\u200b\u200e\u2028\ufeff\ufffd\U0010ffff",
+    "https://eo.wikipedia.org/wiki/Ĉefpaĝo?a=1&b=%20#x  3,14 × 10⁻³ <b>",
+    " ",
+    "",
+]
+
+# What a finished tokenizer/ holds.
+OURS = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    description, _, _ = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
+    parser.add_argument("--output_dir", default="tokenizer", help="tokenizer to write (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer that is there")
+    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="entries at most (%(default)s)")
+    parser.add_argument("--min_frequency", type=int, default=2, help="of a pair that is merged (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.vocab_size < SMALLEST_VOCAB:
+        parser.error(f"--vocab_size must be at least {SMALLEST_VOCAB}: the special tokens and every byte")
+    if args.min_frequency < 1:
+        parser.error("--min_frequency must be at least 1")
+    return args
+
+
+def load_data(path: str) -> tuple[DatasetDict, str]:
+    """The dataset of build_dataset.py and the hash of its training split. Exits with one line when there is none."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        data = load_from_disk(path)
+        return DatasetDict(train=data["train"], validation=data["validation"]), manifest["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        sys.exit(f"error: {path} holds no whole dataset ({reason}): run build_dataset.py first")
+
+
+def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizerFast:
+    """Byte-level BPE with the entries in order: special tokens, bytes, merges."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        (batch["text"] for batch in dataset.iter(BATCH_TEXTS)),
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        show_progress=sys.stderr.isatty(),  # elsewhere these bars print empty lines
+        special_tokens=SPECIAL_TOKENS,
+        length=len(dataset),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    # The class sets RoBERTa's templates, <s> A </s> and <s> A </s></s> B </s>. It no longer makes <mask> take the
+    # space before it, as RoBERTa's does ("saluton <mask>" and "saluton mondo" then have equally many tokens).
+    return RobertaTokenizerFast(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        mask_token=AddedToken("<mask>", lstrip=True, normalized=False, special=True),
+        add_prefix_space=False,
+        trim_offsets=True,
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def check(tokenizer: RobertaTokenizerFast) -> None:
+    """Exit unless the special tokens have their ids and every hard text comes back as it was."""
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    if ids != list(range(len(SPECIAL_TOKENS))):
+        sys.exit(f"error: the special tokens {' '.join(SPECIAL_TOKENS)} have the ids {ids}: nothing is saved")
+    for text in HARD_TEXTS:
+        decoded = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
+        if decoded != text:
+            sys.exit(f"error: the tokenizer turns {text!r} into {decoded!r}: nothing is saved")
+
+
+def measure(tokenizer: RobertaTokenizerFast, dataset: Dataset) -> tuple[float, float]:
+    """(tokens per word, tokens per text); a word ends at white space, <s> and </s> do not count."""
+    words = tokens = 0
+    for batch in tqdm(dataset.iter(BATCH_TEXTS), desc="measuring", total=math.ceil(len(dataset) / BATCH_TEXTS)):
+        texts = batch["text"]
+        words += sum(len(text.split()) for text in texts)
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        tokens += sum(len(ids) for ids in encoded["input_ids"])
+    return tokens / words, tokens / len(dataset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    data, data_sha256 = load_data(args.data_dir)
+    with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
+        tokenizer = train(data["train"], args.vocab_size, args.min_frequency)
+        check(tokenizer)
+        tokenizer.save_pretrained(output)
+        check(RobertaTokenizerFast.from_pretrained(output))
+        tokens_per_word, tokens_per_text = measure(tokenizer, data["validation"])
+        manifest = {
+            "format": 1,
+            "argv": record.command_line(),
+            "vocab_size": args.vocab_size,
+            "entries": len(tokenizer),
+            "min_frequency": args.min_frequency,
+            "data_sha256": data_sha256,
+            "tokens_per_word": tokens_per_word,
+            "tokens_per_text": tokens_per_text,
+            "sha256": record.sha256(output / "tokenizer.json"),
+        }
+        record.write_json(output / "manifest.json", manifest)
+    if len(tokenizer) < args.vocab_size:
+        print(
+            f"note: {len(tokenizer):,} entries instead of {args.vocab_size:,}: in this text no other pair occurs "
+            f"{args.min_frequency} times"
+        )
+    print(
+        f"{args.output_dir}: {len(tokenizer):,} entries, {tokens_per_word:.2f} tokens per word and "
+        f"{tokens_per_text:.1f} per text on {len(data['validation']):,} validation texts"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -11,6 +11,8 @@ with a mask it leaves padding out.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ def sequence_excess_kurtosis(activations: Tensor, mask: Tensor | None = None) ->
         count = values.shape[1]
         # Two passes (mean first) because float32 power sums cancel where the mean is large; squaring in place keeps
         # the extra memory at one copy of the activation.
-        squares = (values - values.mean(1, keepdim=True)).square_()
+        mean = values.mean(1)
+        squares = (values - mean[:, None]).square_()
     else:
         tokens = mask.to(dtype).reshape(*mask.shape, *[1] * (activations.dim() - 2))
         weights = tokens.expand_as(activations).flatten(1)
@@ -44,6 +47,8 @@ def sequence_excess_kurtosis(activations: Tensor, mask: Tensor | None = None) ->
         mean = (values * weights).sum(1) / count
         squares = (values - mean[:, None]).mul_(weights).square_()
     variance = squares.sum(1) / count
+    # Equal entries leave a variance of rounding error about their mean (scipy draws such a line too).
+    variance = torch.where(variance > (10 * torch.finfo(dtype).eps * mean) ** 2, variance, torch.nan)
     fourth = squares.square_().sum(1) / count
     return fourth / variance.square() - 3
 
@@ -64,21 +69,32 @@ class ActivationKurtosis:
         model: the module to watch.
 
     Attributes:
-        mask: (batch, tokens) or None; set it before a forward pass to count real tokens only.
+        mask: (batch, tokens) or None; set it before a forward pass to count real tokens only. Modules whose output
+            is not (batch, tokens, ...), BERT's one row of positions for example, are then left out.
+        active: False stops the counting (during an evaluation in the middle of training, say).
     """
 
     def __init__(self, model: nn.Module):
         self.mask: Tensor | None = None
+        self.active = True
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._last: tuple = (lambda: None, None)  # weak reference to the last activations, their kurtosis
         self._handles = [
             module.register_forward_hook(self._hook(name)) for name, module in model.named_modules() if name
         ]
 
     def _hook(self, name: str):
         def add(module: nn.Module, inputs, output) -> None:
+            if not self.active:
+                return
             activations = output if isinstance(output, Tensor) else output[0]
-            kurtosis = sequence_excess_kurtosis(activations, self.mask)
+            if self.mask is not None and activations.shape[:2] != self.mask.shape:
+                return
+            # A module often returns the very tensor that its last child did (LayerNorm, then the block around it).
+            if activations is not self._last[0]():
+                self._last = (weakref.ref(activations), sequence_excess_kurtosis(activations, self.mask))
+            kurtosis = self._last[1]
             total = kurtosis.sum(dtype=torch.float64)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + kurtosis.numel()
@@ -88,6 +104,15 @@ class ActivationKurtosis:
     def result(self) -> dict[str, float]:
         """Mean excess kurtosis by module name. Modules that never ran are absent."""
         return {name: total.item() / self._counts[name] for name, total in self._sums.items()}
+
+    def state(self) -> dict[str, list]:
+        """{module name: [sum, count]}, for a checkpoint."""
+        return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
+
+    def load_state(self, state: dict[str, list]) -> None:
+        """Go on from what `state()` gave."""
+        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
 
     def remove(self) -> None:
         """Take the hooks out of the model. The sums stay readable."""

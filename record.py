@@ -1,0 +1,105 @@
+"""What a run writes down about itself: environment, versions, hashes, strict JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface_hub", "numpy", "scipy")
+
+
+def git_state() -> dict:
+    """{"commit", "dirty"} of the checkout that holds this file; both None outside a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return result.stdout.strip()
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def versions() -> dict:
+    """Version of Python and of the packages that shape a result; None for one that is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware(device: torch.device) -> dict:
+    """{"device", "name", "count", "memory_gib"} for a CUDA device; for a CPU count is the number of threads used."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory
+        count = torch.cuda.device_count()
+        name = properties.name
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        count = torch.get_num_threads()
+        name = _processor_name()
+    return {"device": device.type, "name": name, "count": count, "memory_gib": round(memory / 2**30, 1)}
+
+
+def _processor_name() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def command_line() -> list[str]:
+    """sys.argv with the value of every flag that ends in `token` blanked, so that no secret is ever written down."""
+    argv = [re.sub(r"^(--\w*token)=.*", r"\1=<secret>", argument) for argument in sys.argv]
+    for i, argument in enumerate(argv[:-1]):
+        if re.fullmatch(r"--\w*token", argument):
+            argv[i + 1] = "<secret>"
+    return argv
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file. Raises OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write strict JSON, NaN and infinities as null, beside `path` first, so that `path` is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

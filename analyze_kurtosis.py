@@ -145,6 +145,13 @@ def read_results(path: Path) -> dict:
             sys.exit(f"error: {path} has no {key!r}: not a results file of train_model.py; train again or move it away")
         if not isinstance(value, types):
             sys.exit(f"error: {path}: {key!r} holds {str(value)[:60]!r}, which train_model.py never writes there")
+        try:
+            if key.endswith("_history"):
+                np.array(value, dtype=float).reshape(-1, 2)
+            elif key.endswith("_kurtosis"):
+                np.array([*value.values()], dtype=float).reshape(-1)
+        except (ValueError, TypeError):
+            sys.exit(f"error: {path}: {key!r} holds something other than numbers and null")
     return results
 
 
@@ -258,8 +265,8 @@ def activation_kurtosis(
 
 def by_layer(kurtosis: dict[str, float | None], suffix: str) -> np.ndarray:
     """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer has none."""
-    pattern = re.compile(rf"(?:.*\.)?layer\.(\d+)\.{re.escape(suffix)}")
-    layers = {int(match[1]): value for name, value in kurtosis.items() if (match := pattern.fullmatch(name))}
+    pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
+    layers = {int(match[1]): value for name, value in kurtosis.items() if (match := pattern.search(name))}
     return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN
 
 

@@ -14,7 +14,14 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, RobertaModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
 
 import analyze_kurtosis
 from analyze_kurtosis import Run, by_layer, duration, notes, plus_minus, table
@@ -407,8 +414,13 @@ def without_tokenizer(root):
         file.unlink()
 
 
-def without_head(root):
-    RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300)).save_pretrained(model_folder(root))
+def replace_model(model):
+    return lambda root: model.save_pretrained(model_folder(root))
+
+
+def stock_without_tokenizer(root):
+    without_tokenizer(root)
+    replace_model(RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=300)))(root)
 
 
 DAMAGE = {
@@ -425,11 +437,31 @@ DAMAGE = {
         lambda root: edit_results(root, lambda results: results["training"].update(steps="many")),
         "esperberto-softmax1.json: 'training.steps' holds 'many'",
     ),
+    "ragged history": (
+        lambda root: edit_results(root, lambda results: results["loss_history"].append([5])),
+        "esperberto-softmax1.json: 'loss_history' holds something other than numbers",
+    ),
+    "words for numbers": (
+        lambda root: edit_results(root, lambda results: results["activation_excess_kurtosis"].update(module="high")),
+        "esperberto-softmax1.json: 'activation_excess_kurtosis' holds something other than numbers",
+    ),
     "damaged model": (lambda root: truncate(model_folder(root) / "model.safetensors"), "is a damaged model folder"),
     "damaged config": (lambda root: truncate(model_folder(root) / "config.json"), "is a damaged model folder"),
     "no weights": (lambda root: (model_folder(root) / "model.safetensors").unlink(), "is a damaged model folder"),
-    "no tokenizer": (without_tokenizer, "has no tokenizer"),
-    "no masked-LM head": (without_head, "not a complete masked language model"),
+    "no tokenizer": (without_tokenizer, "has no tokenizer that loads"),
+    "stock model without tokenizer": (stock_without_tokenizer, "has no tokenizer, copy"),
+    "tokenizer of another model": (
+        replace_model(RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=100))),
+        "the model 100",
+    ),
+    "no masked-LM head": (
+        replace_model(RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300))),
+        "not a complete masked language model",
+    ),
+    "another architecture": (
+        replace_model(DistilBertForMaskedLM(DistilBertConfig(dim=16, n_layers=1, n_heads=2, vocab_size=400))),
+        "(distilbert) has no layer.0.output.dense",
+    ),
     "no data": (lambda root: shutil.rmtree(root / "data"), "no texts in the validation split of"),
     "no validation split": (only_train, "no texts in the validation split of"),
     "empty validation split": (empty_validation, "no texts in the validation split of"),

@@ -70,6 +70,7 @@ def _processor_name() -> str:
 def command_line() -> list[str]:
     """sys.argv with the value of every flag that ends in `token` blanked, so that no secret is ever written down."""
     argv = [re.sub(r"^(--\w*token)=.*", r"\1=<secret>", argument) for argument in sys.argv]
+    argv[0] = Path(argv[0]).name  # no path of this machine
     for i, argument in enumerate(argv[:-1]):
         if re.fullmatch(r"--\w*token", argument):
             argv[i + 1] = "<secret>"

@@ -38,7 +38,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from outliers import ActivationKurtosis
-from record import write_json
+from record import git_state, versions, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -338,7 +338,7 @@ def train_text(data_dir: Path) -> str | None:
 
 
 def trained_on(runs: list[Run]) -> str:
-    """Steps, text and hardware of the runs, said once where they agree."""
+    """Steps, text and hardware of the runs (and whether they are smoke runs), said once where they agree."""
     said = []
     for results in (run.results for run in runs if run.results):
         training, text = results["training"], results["dataset"]
@@ -346,6 +346,8 @@ def trained_on(runs: list[Run]) -> str:
         said.append(
             f"{training['steps']:,} steps, {training['samples']:,} sequences of {sources} "
             f"({text['train_samples']:,} samples), {machine(results['hardware'])}"
+            + ", --test_pipeline"
+            * results["test_pipeline"]
         )
     return " / ".join(dict.fromkeys(said)) or "no results file"
 
@@ -498,6 +500,8 @@ def analysis(runs: list[Run], warned: list[str], sequences: int, data_dir: Path)
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + list(PANELS))
     return {
+        "git": git_state(),
+        "versions": versions(),
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
         "notes": warned,

@@ -190,7 +190,9 @@ def test_report_of_two_runs(workplace, capsys):
 
 def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     analyse(workplace)
-    found = strict_json(workplace / "results" / "analysis.json")["runs"]
+    analysis = strict_json(workplace / "results" / "analysis.json")
+    assert analysis["held_out"]["sequences"] == len(TEXTS) and analysis["versions"]["torch"]
+    found = analysis["runs"]
     for name, run in found.items():
         folder = workplace / "models" / name
         for parameter, values in load_file(folder / "model.safetensors").items():
@@ -365,6 +367,7 @@ def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
     text = capsys.readouterr().out
     assert text.index("**Note.** These tables show only that the pipeline works") < text.index("## Summary")
     assert text.index("differ in seed") < text.index("## Summary")
+    assert "1 × NVIDIA H200, --test_pipeline" in text
 
 
 def test_constant_weights_are_null_in_json_and_a_dash_in_the_table(workplace, capsys):

@@ -444,7 +444,7 @@ def report(runs: list[Run], warned: list[str], sequences: int, data_dir: Path) -
 
 def loss_plot(runs: list[Run]) -> bytes:
     """Training and held-out loss by step of runs that have a results file, as PNG."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for (colour, marker), run in zip(itertools.cycle(LOOKS), runs, strict=False):
         for key, look, label in (
             ("loss_history", {"linestyle": "--", "linewidth": 1}, "training"),
@@ -455,7 +455,7 @@ def loss_plot(runs: list[Run]) -> bytes:
                 steps, losses, **look, color=colour, label=f"{run.name}, {label}, ends at {last(run.results[key])}"
             )
     axes.set(xlabel="step", ylabel="masked-LM loss (nats per masked token)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
     axes.set_title("Training and held-out loss\n" + textwrap.fill(trained_on(runs), 100), fontsize=9)
     return png(figure)

@@ -115,7 +115,8 @@ def check(tokenizer: RobertaTokenizerFast) -> None:
 def measure(tokenizer: RobertaTokenizerFast, dataset: Dataset) -> tuple[float, float]:
     """(tokens per word, tokens per text); a word ends at white space, <s> and </s> do not count."""
     words = tokens = 0
-    for batch in tqdm(dataset.iter(BATCH_TEXTS), desc="measuring", total=math.ceil(len(dataset) / BATCH_TEXTS)):
+    total = math.ceil(len(dataset) / BATCH_TEXTS)
+    for batch in tqdm(dataset.iter(BATCH_TEXTS), desc="measuring", unit=" batches", total=total):
         texts = batch["text"]
         words += sum(len(text.split()) for text in texts)
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -129,7 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         tokenizer = train(data["train"], args.vocab_size, args.min_frequency)
         check(tokenizer)
-        tokenizer.save_pretrained(output)
+        try:
+            tokenizer.save_pretrained(output)
+        except Exception as error:  # the tokenizers library has nothing narrower, not even for a full disk
+            sys.exit(f"error: the tokenizer cannot be written to {args.output_dir} ({error})")
         check(RobertaTokenizerFast.from_pretrained(output))
         tokens_per_word, tokens_per_text = measure(tokenizer, data["validation"])
         manifest = {

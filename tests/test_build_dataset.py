@@ -32,6 +32,11 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(build_dataset, "RETRY_SECONDS", (0, 0))
 
 
+def readable(value):
+    """The part of a test's name for a parameter."""
+    return value if isinstance(value, str) else "content"
+
+
 def build(*arguments, fraction="0.1"):
     arguments = [*map(str, arguments), "--validation_fraction", fraction]
     build_dataset.main(arguments)
@@ -108,6 +113,7 @@ def test_manifest_describes_the_dataset(monkeypatch):
         ("a-sentences.txt", tabbed(TEXTS)),
         ("a-sentences.txt.gz", gzip.compress(tabbed(TEXTS))),
     ],
+    ids=readable,
 )
 def test_file_types_give_the_same_text(name, content):
     Path(name).write_bytes(content)
@@ -150,6 +156,7 @@ def test_lines_are_dropped_for_a_reason():
         ("a.txt", b"x" * (1 << 24), "one sample a line"),
         ("a.pdf", b"%PDF", "must end in"),
     ],
+    ids=readable,
 )
 def test_wrong_files(name, content, complaint):
     Path(name).write_bytes(content)
@@ -161,7 +168,9 @@ def test_patterns():
     Path("deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.txt", "[x].txt"):
         write(name, [f"{name} {text}" for text in TEXTS[:30]])
-    names = [source["location"] for source in build("--from_files", "[x].txt", "?.txt", "**/*.txt")["sources"]]
+    names = [
+        source["location"] for source in build("--from_files", "[x].txt", "?.txt", "**/*.txt", "./a.txt")["sources"]
+    ]
     assert names == ["[x].txt", "a.txt", "b.txt", "deep/c.txt"]
     assert "nenio*.txt matches no file" in refused("--from_files", "a.txt", "nenio*.txt", "--overwrite")
     assert "matches no file" in refused("--from_files", "deep", "--overwrite")
@@ -409,6 +418,7 @@ def test_no_server(server):
         (archive(special_member("link", tarfile.LNKTYPE, "../../x"), SENTENCES), "'link'"),
         (archive(special_member("pipe", tarfile.FIFOTYPE), SENTENCES), "'pipe'"),
     ],
+    ids=readable,
 )
 def test_bad_archives(server, content, complaint):
     server.files[f"/{NAME}"] = content
@@ -437,6 +447,18 @@ def test_existing_folder_is_safe(monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_dataset, "description", interrupt)
+        build("--sample", "--overwrite")
+    assert manifest() == first and sorted(Path().glob("data*")) == [Path("data")]
+
+    rename = Path.rename
+
+    def rename_fails(path, target):
+        if path.name == "new":
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(Path, "rename", rename_fails)
         build("--sample", "--overwrite")
     assert manifest() == first and sorted(Path().glob("data*")) == [Path("data")]
 

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# The whole experiment, top to bottom, on one machine:
+#
+#     screen -S run "bash runner.sh"        the published experiment: data, tokenizer, both models, report
+#     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
+#     bash runner.sh --tests [pytest flags] the tests
+#
+# Makes its own virtual environment in .venv. Run again after an interruption, it finishes what is unfinished: a stage
+# whose result is there is not repeated. Reads .env when there is one (.env.example says what can stand in it).
+
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() { echo "error: $1 (usage: bash runner.sh [--test_pipeline | --tests [pytest flags]])" >&2; exit 2; }
+
+mode=${1:-}
+case "$mode" in
+    "") [ $# -eq 0 ] || usage "empty argument" ;;
+    --test_pipeline) [ $# -eq 1 ] || usage "unknown argument: $2" ;;
+    --tests) shift ;;
+    *) usage "unknown argument: $mode" ;;
+esac
+
+# ------------------------------------------------------------------------------------------------- environment
+if ! cmp -s requirements.txt .venv/requirements.txt; then # absent, half installed, or of other requirements
+    base=${PYTHON:-python3}
+    command -v "$base" >/dev/null || { echo "error: no $base here: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
+    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
+        { echo "error: $("$base" --version) cannot run this: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
+    echo "== Installing requirements.txt into .venv"
+    "$base" -m venv .venv || { echo "error: no virtual environment: install Python's venv module" >&2; exit 1; }
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt ||
+        { echo "error: the requirements did not install: see above, then run this again" >&2; exit 1; }
+    cp requirements.txt .venv/
+fi
+export PATH="$PWD/.venv/bin:$PATH"
+
+if [ "$mode" = --tests ]; then
+    exec python -m pytest tests "$@"
+fi
+
+if [ -f .env ]; then
+    set -a && . ./.env && set +a
+fi
+if [ -n "${HUGGINGFACE_TOKEN:-}" ]; then
+    export HF_TOKEN=$HUGGINGFACE_TOKEN # the name that huggingface_hub reads
+fi
+
+# ------------------------------------------------------------------------------------------------- settings
+if [ "$mode" = --test_pipeline ]; then
+    work=scratch
+    dataset=(--sample --validation_fraction 0.1)
+    tokenizer=(--vocab_size 2048)
+    training=(--test_pipeline)
+    if [ -f $work/results/report.md ]; then
+        rm -rf $work # the last test run is complete: start a new one
+    fi
+else # the scripts' defaults are the published experiment
+    work=.
+    dataset=()
+    tokenizer=()
+    training=()
+fi
+
+# ------------------------------------------------------------------------------------------------- the experiment
+if [ ! -f $work/data/manifest.json ]; then
+    echo "== Dataset"
+    python build_dataset.py --output_dir $work/data "${dataset[@]}"
+fi
+
+if [ ! -f $work/tokenizer/manifest.json ]; then
+    echo "== Tokenizer"
+    python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer "${tokenizer[@]}"
+fi
+
+for n in 0 1; do
+    if [ ! -f $work/results/esperberto-softmax$n.json ]; then
+        echo "== Model with softmax$n"
+        python train_model.py --softmax_n $n --data_dir $work/data --tokenizer_dir $work/tokenizer \
+            --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}"
+    fi
+done
+
+if [ ! $work/results/report.md -nt $work/results/esperberto-softmax0.json ] ||
+    [ ! $work/results/report.md -nt $work/results/esperberto-softmax1.json ]; then
+    echo "== Analysis"
+    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data
+fi
+
+echo "== Done: read $work/results/report.md. Nothing was pushed to the Hub."

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py
 
-Reads data/ (build_dataset.py). Writes tokenizer/, which RobertaTokenizerFast and AutoTokenizer load, and
+Reads data/ (build_dataset.py). Writes tokenizer/, which AutoTokenizer and RobertaTokenizerFast load, and
 tokenizer/manifest.json. The same text gives the same bytes, whatever the number of threads.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_from_disk
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import RobertaTokenizerFast
+from transformers import RobertaTokenizer
 
 import folder
 import record
@@ -76,7 +76,7 @@ def load_data(path: str) -> tuple[DatasetDict, str]:
         sys.exit(f"error: {path} holds no whole dataset ({reason}): run build_dataset.py first")
 
 
-def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizerFast:
+def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizer:
     """Byte-level BPE with the entries in order: special tokens, bytes, merges."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
@@ -88,9 +88,10 @@ def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaToken
         length=len(dataset),
     )
     model = json.loads(bpe.to_str())["model"]
+    # RobertaTokenizerFast is this class under its older name (in transformers 5.0 to 5.2 a broken leftover has it).
     # The class sets RoBERTa's templates, <s> A </s> and <s> A </s></s> B </s>. It no longer makes <mask> take the
     # space before it, as RoBERTa's does ("saluton <mask>" and "saluton mondo" then have equally many tokens).
-    return RobertaTokenizerFast(
+    return RobertaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
         mask_token=AddedToken("<mask>", lstrip=True, normalized=False, special=True),
@@ -101,7 +102,7 @@ def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaToken
     )
 
 
-def check(tokenizer: RobertaTokenizerFast) -> None:
+def check(tokenizer: RobertaTokenizer) -> None:
     """Exit unless the special tokens have their ids and every hard text comes back as it was."""
     ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     if ids != list(range(len(SPECIAL_TOKENS))):
@@ -112,7 +113,7 @@ def check(tokenizer: RobertaTokenizerFast) -> None:
             sys.exit(f"error: the tokenizer turns {text!r} into {decoded!r}: nothing is saved")
 
 
-def measure(tokenizer: RobertaTokenizerFast, dataset: Dataset) -> tuple[float, float]:
+def measure(tokenizer: RobertaTokenizer, dataset: Dataset) -> tuple[float, float]:
     """(tokens per word, tokens per text); a word ends at white space, <s> and </s> do not count."""
     words = tokens = 0
     total = math.ceil(len(dataset) / BATCH_TEXTS)
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(output)
         except Exception as error:  # the tokenizers library has nothing narrower, not even for a full disk
             sys.exit(f"error: the tokenizer cannot be written to {args.output_dir} ({error})")
-        check(RobertaTokenizerFast.from_pretrained(output))
+        check(RobertaTokenizer.from_pretrained(output))
         tokens_per_word, tokens_per_text = measure(tokenizer, data["validation"])
         manifest = {
             "format": 1,

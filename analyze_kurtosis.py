@@ -38,7 +38,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from outliers import ActivationKurtosis
-from record import git_state, versions, write_json
+from record import git_state, one_line, versions, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -190,10 +190,6 @@ def held_out_texts(data_dir: Path, max_samples: int) -> list[str]:
             f"error: no texts in the validation split of {data_dir} ({one_line(error)}): run build_dataset.py first"
         )
     return texts
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -77,6 +77,11 @@ def command_line() -> list[str]:
     return argv
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line, for the line that a script ends with."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()

@@ -138,7 +138,7 @@ def load_data(path: str) -> tuple[DatasetDict, dict]:
         data = load_from_disk(path)
         data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: {path} holds no whole dataset ({one_line(error)}): run build_dataset.py first")
+        sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
     return data, manifest
 
 
@@ -149,7 +149,9 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged tokenizer.json surfaces as a bare Exception of the tokenizers library
-        sys.exit(f"error: the tokenizer in {path} cannot be read ({one_line(error)}): run train_tokenizer.py again")
+        sys.exit(
+            f"error: the tokenizer in {path} cannot be read ({record.one_line(error)}): run train_tokenizer.py again"
+        )
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id != 1:
         sys.exit(f"error: the tokenizer in {path} needs a <mask> token and <pad> as id 1, as RoBERTa has them")
     if len(tokenizer) > vocab_size:
@@ -305,6 +307,10 @@ class Bookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:  # so that the last, shorter window of the loss is logged too
+            control.should_log = True
+
     def on_save(self, args, state, control, **kwargs):
         trainer = self.trainer
         progress = {
@@ -371,15 +377,11 @@ def last_checkpoint(folder: str) -> str | None:
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
     except Exception as error:  # half-written archives fail in as many ways as there are formats
-        sys.exit(f"error: {checkpoint} is damaged ({one_line(error)}): delete that folder and start again")
+        sys.exit(f"error: {checkpoint} is damaged ({record.one_line(error)}): delete that folder and start again")
     return checkpoint
 
 
 # -------------------------------------------------------------------------------------------------------------- main
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainingArguments]:
@@ -392,15 +394,27 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
     try:
         experiment, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # how TrainingArguments refuses settings that this machine cannot run
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {record.one_line(error)}")
+    if args.hub_token is not None:  # would also be pickled into training_args.bin beside the model
+        sys.exit("error: a token on the command line is read by others: put HUGGINGFACE_TOKEN into .env instead")
     if unknown:
-        sys.exit(f"error: unknown arguments: {' '.join(unknown)} (see python train_model.py --help)")
+        # The flag alone: its value may be a secret that belonged to another flag.
+        sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
     return experiment, args
 
 
 def run_name(softmax_n: float, seed: int) -> str:
     """esperberto-softmax1, with the seed behind it when it is not the published 42."""
     return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
+
+
+def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
+    """Mean loss of the whole run, as published. Each entry is the mean over the steps since the one before it.
+
+    Trainer's own figure forgets the steps before a resumption.
+    """
+    steps = np.diff([0, *(step for step, _ in loss_history)])
+    return float(np.average([loss for _, loss in loss_history], weights=steps))
 
 
 def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
@@ -488,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
     )
 
-    loss_mean = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = bookkeeping.seconds
     statistics.remove()
 
@@ -502,6 +516,7 @@ def main(argv: list[str] | None = None) -> None:
 
     step = trainer.state.global_step
     history = trainer.state.log_history
+    loss_history = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     validation_history = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry} | {step: loss}
     hardware = record.hardware(model.device)
     usd_per_hour = experiment.usd_per_hour or USD_PER_HOUR.get(hardware["name"])
@@ -532,9 +547,9 @@ def main(argv: list[str] | None = None) -> None:
             "padded_tokens": trainer.padded_tokens,
             "wall_seconds": seconds,
             "cost_usd": None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
-            "loss_mean": loss_mean,
+            "loss_mean": mean_over_steps(loss_history),
         },
-        "loss_history": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "loss_history": loss_history,
         "validation_loss_history": sorted(validation_history.items()),
         "validation": {
             "loss": loss,
@@ -549,8 +564,9 @@ def main(argv: list[str] | None = None) -> None:
     for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete
         shutil.rmtree(old)
     print(
-        f"{run}: {step} steps in {seconds:.0f} s, mean training loss {loss_mean:.4f}, held-out loss {loss:.4f} "
-        f"over {masked_tokens:,} masked tokens\nmodel: {args.output_dir}\nresult: {results_path}"
+        f"{run}: {step} steps in {seconds:.0f} s, mean training loss {mean_over_steps(loss_history):.4f}, "
+        f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"
+        f"model: {args.output_dir}\nresult: {results_path}"
     )
 
 
@@ -558,6 +574,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {record.one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

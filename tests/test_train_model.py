@@ -1,0 +1,360 @@
+"""train_model.py with a small architecture: pairing, repeatability, resuming, the record, bad input."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import load_from_disk
+from scipy import stats
+from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, RobertaForMaskedLM
+from transformers.trainer_callback import TrainerCallback
+
+import train_model
+from softmax1 import RobertaSoftmaxNForMaskedLM
+from train_model import SeededMaskingCollator, held_out_batches, held_out_loss
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
+
+
+@pytest.fixture
+def train(sample, tmp_path, monkeypatch):
+    """train("--flag", ...) trains a small model below tmp_path and returns its results."""
+    monkeypatch.setattr(train_model, "ARCHITECTURE", SMALL)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, steps=6, results="results"):
+        places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
+        numbers = {"max_steps": steps, "per_device_train_batch_size": 4, "max_length": 64, "vocab_size": 1024}
+        numbers |= {"logging_steps": 1, "eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
+        argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+        train_model.main([*argv, "--disable_tqdm", "true", "--output_dir", f"{results}-models/<run>", *flags])
+        newest = max(Path(results).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return json.loads(newest.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+    return run
+
+
+def exits_with(capsys, text: str, call) -> None:
+    """`call` ends with one line on stderr that holds `text`, and with a non-zero status."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = str(caught.value)
+    assert caught.value.code not in (0, None)
+    assert text in message and "\n" not in message and message.startswith("error: ")
+
+
+def weights(folder) -> dict:
+    return AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+
+
+# ----------------------------------------------------------------------------------------------- pairing, repeatability
+
+
+def test_arms_see_identical_batches_and_masks_and_start_from_identical_weights(train, monkeypatch):
+    seen = []
+    step = train_model.ExperimentTrainer.training_step
+
+    def spy(self, model, inputs, *rest):
+        if not seen[-1]:
+            seen[-1].append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        seen[-1].append({name: tensor.clone() for name, tensor in inputs.items()})
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", spy)
+    for n in ("0", "1"):
+        seen.append([])
+        # Two epochs and a bit of the 590 samples, in batches of 128, so that the reshuffling is paired too.
+        train("--softmax_n", n, "--per_device_train_batch_size", "128", "--max_length", "16", steps=11)
+    assert len(seen[0]) == len(seen[1]) == 12
+    for ours, theirs in zip(*seen, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not torch.equal(seen[0][1]["input_ids"][:, :3], seen[0][6]["input_ids"][:, :3])
+
+
+def test_two_seeded_runs_agree_bitwise_and_another_seed_does_not(train):
+    first = train("--use_softmax1")
+    again = train("--use_softmax1", results="again")
+    other = train("--use_softmax1", "--seed", "43", results="other")
+    assert first["loss_history"] == again["loss_history"] and len(first["loss_history"]) == 6
+    assert first["activation_excess_kurtosis"] == again["activation_excess_kurtosis"]
+    before, after = weights("results-models/esperberto-softmax1"), weights("again-models/esperberto-softmax1")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert first["loss_history"] != other["loss_history"]
+    assert other["run"] == "esperberto-softmax1-seed43"
+
+
+class StopAfter(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkeypatch, capsys):
+    expected = train("--use_softmax1", results="whole")
+
+    init = train_model.ExperimentTrainer.__init__
+
+    def stopping(self, *args, callbacks, **kwargs):
+        init(self, *args, callbacks=[*callbacks, StopAfter()], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train("--use_softmax1")
+    assert not Path("results/esperberto-softmax1.json").exists()
+
+    exits_with(capsys, "made with softmax_n", lambda: train("--output_dir", "results-models/esperberto-softmax1"))
+    exits_with(capsys, "learning_rate", lambda: train("--use_softmax1", "--learning_rate", "1e-4"))
+    resumed = train("--use_softmax1")
+    assert resumed["loss_history"] == expected["loss_history"]
+    assert resumed["validation"] == expected["validation"]
+    for name in ("steps", "samples", "tokens", "padded_tokens", "loss_mean"):
+        assert resumed["training"][name] == expected["training"][name]
+    assert resumed["activation_excess_kurtosis"] == pytest.approx(expected["activation_excess_kurtosis"], rel=1e-12)
+    before, after = weights("whole-models/esperberto-softmax1"), weights("results-models/esperberto-softmax1")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not list(Path("results-models").glob("*/checkpoint-*"))  # complete: nothing left to resume
+
+
+def test_damaged_checkpoint_is_named(train, capsys):
+    checkpoint = Path("results-models/esperberto-softmax0/checkpoint-3")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"half a file")
+    exits_with(capsys, "checkpoint-3 is damaged", train)
+
+
+# ----------------------------------------------------------------------------------------------- masks, held-out loss
+
+
+def collator(sample, seed=1, probability=0.15):
+    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+    return SeededMaskingCollator(tokenizer, mlm_probability=probability, seed=seed)
+
+
+def examples(count=64, length=40):
+    ids = np.random.default_rng(0).integers(5, 1000, (count, length))
+    return [{"input_ids": [0, *row, 2]} for row in ids.tolist()]
+
+
+def test_masks_depend_on_the_seed_and_the_batch_alone(sample):
+    batch = examples()
+    first = collator(sample)(batch)
+    torch.rand(7)  # whatever else draws random numbers
+    again = collator(sample)
+    again(batch[:5])
+    again = again(batch)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["labels"], collator(sample, seed=2)(batch)["labels"])
+    assert not torch.equal(first["labels"][1:], collator(sample)(batch[1:])["labels"])
+
+
+def test_masking_is_the_stock_collator_s(sample):
+    ours = collator(sample)
+    batch = examples(400)
+    result = ours(batch)
+    stock = DataCollatorForLanguageModeling(ours.tokenizer, mlm_probability=0.15, seed=0)
+    ours(batch)  # leaves its generator just behind this batch's draws: take the seed it began with instead
+    stock.generator = torch.Generator().manual_seed(ours.generator.initial_seed())
+    expected = stock(batch)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    # And that is 15 %, of which 80 % <mask>, 10 % random and 10 % kept; 5 standard errors.
+    chosen = result["labels"] != -100
+    count = chosen.sum().item()
+    shares = [
+        count / (400 * 40),
+        (result["input_ids"][chosen] == ours.tokenizer.mask_token_id).float().mean().item(),
+        (result["input_ids"][chosen] == result["labels"][chosen]).float().mean().item(),
+    ]
+    for share, expected_share, size in zip(shares, (0.15, 0.8, 0.1), (16000, count, count), strict=True):
+        assert abs(share - expected_share) < 5 * math.sqrt(expected_share * (1 - expected_share) / size)
+    assert not chosen[:, 0].any() and not chosen[:, -1].any()
+
+
+def test_a_batch_never_stays_without_a_masked_token(sample):
+    lonely = [{"input_ids": [0, 77, 2]}]  # masked in 15 of 100 draws
+    assert all((collator(sample, seed)(lonely)["labels"] != -100).any() for seed in range(20))
+    with pytest.raises(ValueError, match="nothing can be masked"):
+        collator(sample)([{"input_ids": [0, 2]}])
+
+
+def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sample):
+    data = load_from_disk(sample / "data")["validation"]
+    masks = collator(sample)
+    ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
+    data = {"input_ids": ids}
+    torch.manual_seed(0)
+    config = train_model.RobertaConfig(**SMALL, vocab_size=1024)
+    model = RobertaForMaskedLM(config).train()
+    by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
+    losses = [held_out_loss(model, batches) for batches in by_size]
+    assert model.training
+    assert len({count for _, count in losses}) == 1
+    model.eval()
+    total = count = 0
+    for batch in by_size[0]:
+        logits = model(batch["input_ids"]).logits[0].double()
+        chosen = batch["labels"][0] != -100
+        total += F.cross_entropy(logits[chosen], batch["labels"][0][chosen], reduction="sum").item()
+        count += chosen.sum().item()
+    assert losses[0][1] == count
+    for loss, _ in losses:
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+
+@pytest.mark.parametrize(("flag", "n"), [("--softmax_n=0", 0), ("--use_softmax1", 1), ("--softmax_n=0.5", 0.5)])
+def test_record_and_saved_model(train, sample, flag, n):
+    result = train(flag, "--usd_per_hour", "3600")
+    run = f"esperberto-softmax{n:g}"
+    folder = Path("results-models") / run
+    assert result["run"] == run and result["softmax_n"] == n and result["seed"] == 42
+    assert result["effective_batch_size"] == 4
+    assert result["training"]["steps"] == 6 and result["training"]["samples"] == 24
+    assert 0 < result["training"]["tokens"] < result["training"]["padded_tokens"]
+    assert result["training"]["cost_usd"] == pytest.approx(result["training"]["wall_seconds"])
+    assert [step for step, _ in result["loss_history"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in result["validation_loss_history"]] == [3, 6]
+    assert result["validation"]["perplexity"] == pytest.approx(math.exp(result["validation"]["loss"]))
+    assert result["settings"]["learning_rate"] == 5e-5 and result["settings"]["weight_decay"] == 0
+    assert (
+        result["dataset"]["sha256"]
+        == json.loads((sample / "data/manifest.json").read_text())["splits"]["train"]["sha256"]
+    )
+
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert type(model) is (RobertaSoftmaxNForMaskedLM if n else RobertaForMaskedLM)
+    assert n == 0 or model.config.softmax_n == n
+    assert len(AutoTokenizer.from_pretrained(folder)) == 1024
+    for name, parameter in model.named_parameters():
+        expected = stats.kurtosis(parameter.detach().double().numpy(), axis=None)
+        recorded = result["weight_excess_kurtosis"][name]
+        assert math.isnan(expected) if recorded is None else recorded == pytest.approx(expected, rel=1e-6)
+    # Every module but the root and the attention's dropout, which only a materialised softmax would pass through.
+    modules = {name for name, _ in model.named_modules() if name and not name.endswith("attention.self.dropout")}
+    modules -= {"roberta.encoder.layer"}  # the list of the layers is never called
+    assert set(result["activation_excess_kurtosis"]) == modules
+
+
+def test_training_time_kurtosis_is_the_published_definition(train, monkeypatch):
+    """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
+    seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
+    build = train_model.build_model
+
+    def watched(*args):
+        model = build(*args)
+        for name, found in seen.items():
+            model.get_submodule(name).register_forward_hook(
+                lambda module, _, output, found=found: found.extend(output.detach()) if module.training else None
+            )
+        return model
+
+    monkeypatch.setattr(train_model, "build_model", watched)
+    result = train(steps=3)
+    for name, found in seen.items():
+        assert len(found) == 12
+        expected = np.mean([stats.kurtosis(sample.double().numpy(), axis=None) for sample in found])
+        assert result["activation_excess_kurtosis"][name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_accumulation_averages(train):
+    # Were the loss taken for one that is already divided, accumulating would report it doubled.
+    result = train("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")
+    assert result["effective_batch_size"] == 4
+    assert result["loss_history"][0][1] == pytest.approx(math.log(1024), rel=0.05)
+
+
+def test_data_is_tokenized_once_for_all_runs(train, sample):
+    train()
+    folders = {path: path.stat().st_mtime_ns for path in (sample / "data").glob("tokenized-*")}
+    assert folders
+    train("--use_softmax1")
+    assert {path: path.stat().st_mtime_ns for path in (sample / "data").glob("tokenized-*")} == folders
+
+
+def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys):
+    secret = "hf_" + "x" * 34
+    with pytest.raises(SystemExit) as caught:
+        train("--hub_token", secret)
+    assert "HUGGINGFACE_TOKEN" in str(caught.value) and secret not in str(caught.value)
+    assert secret not in "".join(capsys.readouterr())
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--bogus", "1"], "unknown argument: --bogus"),
+        (["--soft", "1"], "unknown argument: --soft"),
+        (["--use_softmax1", "--softmax_n", "2"], "contradicts"),
+        (["--softmax_n", "-1"], "n >= 0"),
+        (["--softmax_n", "nan"], "n >= 0"),
+        (["--max_length", "513"], "512 positions"),
+        (["--mlm_probability", "1.5"], "between 0 and 1"),
+        (["--max_eval_samples", "0"], "at least 1"),
+        (["--data_dir", "nowhere"], "run build_dataset.py first"),
+        (["--tokenizer_dir", "nowhere"], "run train_tokenizer.py first"),
+        (["--vocab_size", "500"], "more than --vocab_size 500"),
+        (["--fp16", "true", "--bf16", "true"], "bf16"),
+    ],
+)
+def test_bad_flags(train, capsys, flags, text):
+    exits_with(capsys, text, lambda: train(*flags))
+    assert not Path("results").exists()
+
+
+def test_complete_run_is_not_overwritten_unasked(train, capsys):
+    train()
+    exits_with(capsys, "is complete", train)
+    train("--overwrite")
+
+
+def test_damaged_inputs(train, sample, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text("{")
+    exits_with(capsys, "run build_dataset.py first", lambda: train("--data_dir", "data"))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+    exits_with(capsys, "train_tokenizer.py again", lambda: train("--tokenizer_dir", "tokenizer"))
+
+
+def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):
+    monkeypatch.setattr(train_model.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    exits_with(capsys, "the disk has less", train)
+
+
+def test_loss_that_is_no_number_stops_the_run(train, capsys):
+    exits_with(capsys, "loss is nan", lambda: train("--learning_rate", "1e38", "--max_grad_norm", "0"))
+
+
+def test_script_ends_bad_input_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "train_model.py"), "--data_dir", "nowhere"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert lines == [line for line in lines if line.startswith("error: nowhere")] and len(lines) == 1
+
+
+@pytest.mark.parametrize("flags", [["--bogus"], ["--test_pipeline", "more"]])
+def test_runner_refuses_unknown_arguments(flags):
+    result = subprocess.run(["bash", str(ROOT / "runner.sh"), *flags], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown argument") and result.stderr.count("\n") == 1

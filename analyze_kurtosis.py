@@ -180,11 +180,12 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
 
 
 def held_out_texts(data_dir: Path, max_samples: int) -> list[str]:
-    """The first texts of the validation split that build_dataset.py wrote."""
+    """Texts of the validation split, evenly spread over it, because its sources lie one behind the other."""
     try:
-        texts = datasets.load_from_disk(str(data_dir))["validation"][:max_samples]["text"]
-        if not texts:
+        split = datasets.load_from_disk(str(data_dir))["validation"]
+        if not len(split):
             raise ValueError("it is empty")
+        texts = split[np.linspace(0, len(split) - 1, min(max_samples, len(split))).astype(int)]["text"]
     except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
         sys.exit(
             f"error: no texts in the validation split of {data_dir} ({one_line(error)}): run build_dataset.py first"
@@ -408,8 +409,8 @@ def report(runs: list[Run], warned: list[str], sequences: int, data_dir: Path) -
     definition = (
         "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
         f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final "
-        f"model in eval mode, padding left out, n = {sequences:,} sequences (the first of the validation split of "
-        f"{data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+        f"model in eval mode, padding left out, n = {sequences:,} sequences (evenly spread over the validation "
+        f"split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
     )
     parts = [
         "# Kurtosis report",

@@ -214,7 +214,7 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
         assert run["held_out_tokens"] == sum(map(len, outputs))
 
 
-def test_batch_size_changes_nothing_and_max_samples_takes_the_first(workplace):
+def test_batch_size_changes_nothing_and_max_samples_takes_fewer(workplace):
     found = {}
     for arguments in (("--batch_size", "1"), ("--batch_size", "4"), ("--batch_size", "4", "--max_samples", "2")):
         analyse(workplace, *arguments)
@@ -223,6 +223,12 @@ def test_batch_size_changes_nothing_and_max_samples_takes_the_first(workplace):
     one, four, two_texts = found.values()
     assert one[0] == pytest.approx(four[0], abs=1e-4) and one[1] == four[1]
     assert two_texts[0] != pytest.approx(four[0], abs=1e-4) and two_texts[1] < four[1]
+
+
+def test_held_out_texts_are_spread_over_the_split(workplace):
+    split = datasets.load_from_disk(str(workplace / "data"))["validation"]["text"]
+    assert analyze_kurtosis.held_out_texts(workplace / "data", 2) == [split[0], split[-1]]
+    assert analyze_kurtosis.held_out_texts(workplace / "data", 10_000) == list(split)
 
 
 def test_a_model_folder_without_results_file(workplace, capsys):

@@ -22,13 +22,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, load_from_disk
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,11 +45,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import record
 from outliers import ActivationKurtosis, weight_excess_kurtosis
-from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, checked_softmax_n
+from packing import BOOKKEEPING, IGNORED, MaskedLMCollator, keep_masked_positions, pack
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n, checked_softmax_n
 
 # The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
+
+EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
+
+# Tokens to a multiple of which a packed batch is filled up for a compiled model: each new shape costs a compilation.
+BUCKET = 128
 
 HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
 
@@ -84,6 +92,13 @@ class ExperimentArguments:
     overwrite: bool = field(
         default=False, metadata={"help": "replace a run that is complete, or one with other settings"}
     )
+    padded: bool = field(
+        default=False,
+        metadata={"help": "the published arithmetic: padded batches, logits of every token; same loss, much slower"},
+    )
+    statistics_steps: int = field(
+        default=10, metadata={"help": "steps between measurements of the activations' kurtosis (published: 1)"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens of a sample at most; the rest is cut off"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that are masked (80/10/10)"})
     vocab_size: int = field(default=52_032, metadata={"help": "rows of the embedding; >= the tokenizer's entries"})
@@ -101,6 +116,8 @@ class ExperimentArguments:
         positions = ARCHITECTURE["max_position_embeddings"] - 2
         if not 3 <= self.max_length <= positions:
             raise ValueError(f"--max_length must lie between 3 and the model's {positions} positions")
+        if self.statistics_steps < 1:
+            raise ValueError("--statistics_steps must be at least 1")
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise ValueError("--max_eval_samples must be at least 1")
 
@@ -115,8 +132,9 @@ class PublishedTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="models/<run>", metadata={"help": "where the model goes"})
     num_train_epochs: float = field(default=1.0)
-    # The published run asked for 128, ran out of memory and was halved to 16. Ours is 16 on purpose.
-    per_device_train_batch_size: int = field(default=16)
+    # The published run asked for 128, ran out of memory and was halved to 16. Ours is 16 on purpose, divided over the
+    # processes and accumulation steps if there are several.
+    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 16 over all processes"})
     per_device_eval_batch_size: int = field(default=16)
     logging_steps: float = field(default=1_000)
     logging_first_step: bool = field(default=True)
@@ -126,6 +144,22 @@ class PublishedTrainingArguments(TrainingArguments):
     save_steps: float = field(default=10_000)
     save_total_limit: int | None = field(default=1)
     report_to: str | None = field(default="none")
+    ddp_find_unused_parameters: bool | None = field(default=False)  # there are none
+    # A GPU takes a batch in less time than it takes to mask and pack one.
+    dataloader_num_workers: int = field(default_factory=lambda: 4 if torch.cuda.is_available() else 0)
+
+    def __post_init__(self):
+        chosen = self.per_device_train_batch_size
+        self.per_device_train_batch_size = chosen or EFFECTIVE_BATCH_SIZE
+        super().__post_init__()
+        shares = self.world_size * self.gradient_accumulation_steps
+        if chosen is None:
+            if EFFECTIVE_BATCH_SIZE % shares:
+                raise ValueError(
+                    f"the effective batch of {EFFECTIVE_BATCH_SIZE} does not divide into {self.world_size} processes x "
+                    f"{self.gradient_accumulation_steps} accumulation steps: give --per_device_train_batch_size"
+                )
+            self.per_device_train_batch_size = EFFECTIVE_BATCH_SIZE // shares
 
 
 # --------------------------------------------------------------------------------------------------- data and masks
@@ -185,55 +219,62 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
     return load_from_disk(folder)
 
 
-class SeededMaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' 80/10/10 masking, with masks that depend on `seed` and the batch's own tokens alone.
+def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
+    """Masked batches, the same for every run: a sample's masks depend on nothing but the sample. `collator` pads.
 
-    So two arms see the same masks whatever random numbers their attention draws, in any number of loader workers, and
-    after resuming in the middle. The same sample meets other masks in another epoch, because its batch is another.
+    Returned packed, which `prepared` models take; every batch holds at least one masked token.
     """
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        digest = np.random.SeedSequence([self.seed, *(token for example in examples for token in example["input_ids"])])
-        self.generator = torch.Generator().manual_seed(int(digest.generate_state(1, np.uint64)[0] >> 1))
-        # A batch without a masked token has no loss: its mean over nothing is NaN and would poison the weights. It
-        # happens to the last, short batch of an epoch now and then; draw again.
-        for _ in range(1_000):
-            batch = super().torch_call(examples)
-            if (batch["labels"] != -100).any():
-                return batch
-        raise ValueError("a batch holds nothing but special tokens, so nothing can be masked: look at the data")
-
-
-def held_out_batches(dataset: Dataset, collator: SeededMaskingCollator, batch_size: int) -> list[dict]:
-    """Masked and padded batches, the same for every run: a sample's masks depend on nothing but the sample."""
     samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
-    pad = collator.tokenizer.pad_token_id
+    fill = {"input_ids": collator.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
     batches = []
     for start in range(0, len(samples), batch_size):
         chosen = samples[start : start + batch_size]
-
-        def stack(name: str, fill: int, chosen: list = chosen) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, fill)
-
-        batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", -100)}
-        batches.append({**batch, "attention_mask": stack("attention_mask", 0)})
+        batches.append(
+            pack(
+                {
+                    name: torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, value)
+                    for name, value in fill.items()
+                }
+            )
+        )
     return batches
 
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number), in eval mode."""
+    """(mean cross-entropy in nats over all masked tokens, their number), in eval mode, shared among the processes."""
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    count = 0
+    total = torch.zeros(2, dtype=torch.float64, device=model.device)  # loss, masked tokens
+    distributed = torch.distributed.is_initialized()
+    if distributed:
+        batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
-        masked = int((batch["labels"] != -100).sum())
-        loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
-        total += loss.double() * masked
-        count += masked
+        loss, masked_tokens = summed_loss(model, on_device(batch, model.device))
+        total += torch.stack([loss.double(), masked_tokens.double()])
     model.train(training)
-    return total.item() / count, count
+    if distributed:
+        torch.distributed.all_reduce(total)
+    loss, count = total.tolist()
+    return loss / count, int(count)
+
+
+def on_device(batch: dict, device: torch.device) -> dict:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def summed_loss(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the masked tokens of a batch, summed, and how many they are; scalars on the device.
+
+    `model` is RobertaForMaskedLM or what Trainer has wrapped around it, `prepared` if the batch is packed.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    labels = inputs.pop("labels").flatten()
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), (labels != IGNORED).sum()
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -256,38 +297,80 @@ def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenize
         model = RobertaForMaskedLM(RobertaConfig(**settings))
     else:
         model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))
-    # Its loss is the mean over the batch's own masked tokens. Otherwise Trainer takes its **kwargs for the promise to
-    # divide by the number of tokens it is told, and would not divide by the accumulation steps itself.
+    # Trainer takes its **kwargs for the promise to divide the loss by the number of tokens it is told, and would not
+    # divide by the accumulation steps itself.
     model.accepts_loss_kwargs = False
     return model
 
 
-class ExperimentTrainer(Trainer):
-    """Trainer that counts tokens, gathers the published statistics and knows our held-out loss."""
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model take packed batches too, in place: softmax0 then goes through our attention, with n = 0."""
+    return keep_masked_positions(apply_softmax_n(model, getattr(model.config, "softmax_n", 0.0)))
 
-    def __init__(self, *args, held_out: list[dict], statistics: ActivationKurtosis, **kwargs):
+
+class ExperimentTrainer(Trainer):
+    """Trainer with our batches, loss and held-out loss, that counts tokens and gathers the published statistics.
+
+    Every process makes the whole batch and keeps its share: neither masks nor loss depend on how many there are.
+    """
+
+    def __init__(
+        self, *args, held_out: list[dict], statistics: ActivationKurtosis, statistics_steps: int, packed: bool, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.held_out = held_out
         self.statistics = statistics
-        self.tokens = 0  # real ones; a tensor on the device once training has begun, so that nothing waits for it
-        self.padded_tokens = 0
-        self.samples = 0
+        self.statistics_steps = statistics_steps
+        self.packed = packed
+        # Of all processes; but padded tokens are those of this one, until `counts` adds them up.
+        self.samples = self.tokens = self.padded_tokens = 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size * self.args.world_size,
+            sampler=RandomSampler(self.train_dataset),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        # accelerate's seeded shuffling, which can resume, without its division among the processes.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = self._prepare_inputs(inputs)
-        self.tokens = self.tokens + inputs["attention_mask"].sum()
-        self.padded_tokens += inputs["attention_mask"].numel()
-        self.samples += inputs["attention_mask"].shape[0]
-        return super().training_step(model, inputs, num_items_in_batch)
+        inputs = on_device(inputs, self.args.device)
+        self.samples += inputs["samples"]
+        self.tokens += inputs["tokens"]
+        self.padded_tokens += inputs["input_ids"].numel()
+        if self.state.global_step % self.statistics_steps:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self.statistics.packed = inputs if self.packed else None
+        with self.statistics:
+            # A compiled model has no place for hooks; what it was compiled from computes the same.
+            return super().training_step(getattr(model, "_orig_mod", model), inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, _ = summed_loss(model, inputs)
+        # The gradients of the processes will be averaged, so this is the mean over the whole batch's masked tokens.
+        return loss * (self.args.world_size / inputs["masked_tokens"])
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer's estimate walks over all parameters at every step, to count what is not computed here
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        self.statistics.active = False
         loss, _ = held_out_loss(self.model, self.held_out, progress=not self.args.disable_tqdm)
-        self.statistics.active = True
         metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def counts(self) -> dict[str, int]:
+        """What the run has seen so far, over all processes. Every process has to call it."""
+        padded_tokens = self.accelerator.reduce(torch.tensor(self.padded_tokens, device=self.args.device), "sum")
+        return {"samples": self.samples, "tokens": self.tokens, "padded_tokens": int(padded_tokens)}
 
 
 class Bookkeeping(TrainerCallback):
@@ -316,12 +399,11 @@ class Bookkeeping(TrainerCallback):
         progress = {
             "settings": self.settings,
             "seconds": self.seconds,
-            "tokens": int(trainer.tokens),
-            "padded_tokens": trainer.padded_tokens,
-            "samples": trainer.samples,
+            "counts": trainer.counts(),
             "activation_kurtosis": trainer.statistics.state(),
         }
-        record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
+        if state.is_world_process_zero:
+            record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
 
     def restore(self, checkpoint: str) -> None:
         """Take up the counts of an earlier session. Exits when that session had other settings."""
@@ -334,10 +416,11 @@ class Bookkeeping(TrainerCallback):
                     "give the same settings to go on with it, or --overwrite to start again"
                 )
         self.seconds_before = progress["seconds"]
-        self.trainer.tokens = progress["tokens"]
-        self.trainer.padded_tokens = progress["padded_tokens"]
-        self.trainer.samples = progress["samples"]
-        self.trainer.statistics.load_state(progress["activation_kurtosis"])
+        trainer, counts = self.trainer, progress["counts"]
+        trainer.samples, trainer.tokens = counts["samples"], counts["tokens"]
+        if trainer.is_world_process_zero():  # the sums over all processes, which are to count once
+            trainer.padded_tokens = counts["padded_tokens"]
+            trainer.statistics.load_state(progress["activation_kurtosis"])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
@@ -361,6 +444,8 @@ def shaping_settings(
         "max_length": experiment.max_length,
         "mlm_probability": experiment.mlm_probability,
         "vocab_size": experiment.vocab_size,
+        "padded": experiment.padded,
+        "statistics_steps": experiment.statistics_steps,
         "processes": args.world_size,
         **{name: getattr(args, name) for name in names},
     }
@@ -444,15 +529,15 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
-    if experiment.test_pipeline:
-        build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
-
-    data, manifest = load_data(experiment.data_dir)
-    tokenizer = load_tokenizer(experiment.tokenizer_dir, experiment.vocab_size)
-    data_sha = manifest["splits"]["train"]["sha256"]
-    tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
-    folder = Path(experiment.data_dir) / f"tokenized-{data_sha[:8]}-{tokenizer_sha[:8]}-{experiment.max_length}"
-    data = tokenized(data, folder, tokenizer, experiment.max_length)
+    with args.main_process_first(desc="preparing the data"):
+        if experiment.test_pipeline:
+            build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
+        data, manifest = load_data(experiment.data_dir)
+        tokenizer = load_tokenizer(experiment.tokenizer_dir, experiment.vocab_size)
+        data_sha = manifest["splits"]["train"]["sha256"]
+        tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
+        folder = Path(experiment.data_dir) / f"tokenized-{data_sha[:8]}-{tokenizer_sha[:8]}-{experiment.max_length}"
+        data = tokenized(data, folder, tokenizer, experiment.max_length)
     validation = data["validation"]
     if experiment.max_eval_samples is not None:
         spread = np.linspace(0, len(validation) - 1, min(experiment.max_eval_samples, len(validation)))
@@ -468,51 +553,66 @@ def main(argv: list[str] | None = None) -> None:
             f"error: {args.output_dir} needs {needed / 1e9:.1f} GB for checkpoints and model, but the disk has less"
         )
 
-    if experiment.overwrite:
+    if experiment.overwrite and args.process_index == 0:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
-    checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+    checkpoint = args.resume_from_checkpoint or (None if experiment.overwrite else last_checkpoint(args.output_dir))
 
+    masking = {"tokenizer": tokenizer, "mlm_probability": experiment.mlm_probability}
     held_out = held_out_batches(
-        validation,
-        SeededMaskingCollator(tokenizer, mlm_probability=experiment.mlm_probability, seed=HELD_OUT_SEED),
-        args.per_device_eval_batch_size,
+        validation, MaskedLMCollator(**masking, seed=HELD_OUT_SEED), args.per_device_eval_batch_size
     )
-    statistics = ActivationKurtosis(model)
+    collator = MaskedLMCollator(
+        **masking,
+        seed=args.seed,
+        packed=not experiment.padded,
+        bucket=BUCKET if args.torch_compile else 1,
+        process=args.process_index,
+        processes=args.world_size,
+    )
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
     bookkeeping = Bookkeeping(settings)
     trainer = ExperimentTrainer(
-        model=model,
+        model=prepared(model),
         args=args,
         train_dataset=data["train"],
         eval_dataset=validation,
-        data_collator=SeededMaskingCollator(tokenizer, mlm_probability=experiment.mlm_probability, seed=args.seed),
+        data_collator=collator,
         processing_class=tokenizer,
         callbacks=[bookkeeping],
         held_out=held_out,
-        statistics=statistics,
+        statistics=ActivationKurtosis(model),
+        statistics_steps=experiment.statistics_steps,
+        packed=not experiment.padded,
     )
     bookkeeping.trainer = trainer
+    first = trainer.is_world_process_zero()
     if checkpoint is not None:
         bookkeeping.restore(checkpoint)
-        print(f"Going on from {checkpoint}")
     effective_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    print(
-        f"{run}: {parameters:,} parameters, {len(data['train']):,} samples, effective batch {effective_batch_size}, "
-        f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
-    )
+    if first:
+        if checkpoint is not None:
+            print(f"Going on from {checkpoint}")
+        print(
+            f"{run}: {parameters:,} parameters, {len(data['train']):,} samples, "
+            f"effective batch {effective_batch_size}, "
+            f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
+        )
 
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = bookkeeping.seconds
-    statistics.remove()
 
     trainer.save_model()  # first of all: nothing below may cost the trained model
-    reloaded = AutoModelForMaskedLM.from_pretrained(args.output_dir).to(model.device)
+    args.distributed_state.wait_for_everyone()
+    reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(model.device))
     loss, masked_tokens = held_out_loss(model, held_out, progress=not args.disable_tqdm)
     if held_out_loss(reloaded, held_out[:1]) != held_out_loss(model, held_out[:1]):
         sys.exit(
             f"error: the model in {args.output_dir} does not give the logits of the one just trained: keep both logs"
         )
+    counts, activation_kurtosis = trainer.counts(), trainer.statistics.result()
+    if not first:
+        return
 
     step = trainer.state.global_step
     history = trainer.state.log_history
@@ -542,9 +642,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": {"path": args.output_dir, "parameters": parameters},
         "training": {
             "steps": step,
-            "samples": trainer.samples,
-            "tokens": int(trainer.tokens),
-            "padded_tokens": trainer.padded_tokens,
+            **counts,
             "wall_seconds": seconds,
             "cost_usd": None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
             "loss_mean": mean_over_steps(loss_history),
@@ -558,7 +656,7 @@ def main(argv: list[str] | None = None) -> None:
             "samples": len(validation),
         },
         "weight_excess_kurtosis": weight_excess_kurtosis(model),
-        "activation_excess_kurtosis": statistics.result(),
+        "activation_excess_kurtosis": activation_kurtosis,
     }
     record.write_json(results_path, result)
     for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 from scipy import stats
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, RobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
 import train_model
+from packing import MaskedLMCollator
 from softmax1 import RobertaSoftmaxNForMaskedLM
-from train_model import SeededMaskingCollator, held_out_batches, held_out_loss
+from train_model import held_out_batches, held_out_loss, prepared
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -71,7 +73,7 @@ def test_arms_see_identical_batches_and_masks_and_start_from_identical_weights(t
     def spy(self, model, inputs, *rest):
         if not seen[-1]:
             seen[-1].append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        seen[-1].append({name: tensor.clone() for name, tensor in inputs.items()})
+        seen[-1].append({name: torch.as_tensor(value).clone() for name, value in inputs.items()})
         return step(self, model, inputs, *rest)
 
     monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", spy)
@@ -82,7 +84,7 @@ def test_arms_see_identical_batches_and_masks_and_start_from_identical_weights(t
     assert len(seen[0]) == len(seen[1]) == 12
     for ours, theirs in zip(*seen, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not torch.equal(seen[0][1]["input_ids"][:, :3], seen[0][6]["input_ids"][:, :3])
+    assert not torch.equal(seen[0][1]["input_ids"][0, :9], seen[0][6]["input_ids"][0, :9])
 
 
 def test_two_seeded_runs_agree_bitwise_and_another_seed_does_not(train):
@@ -138,79 +140,29 @@ def test_damaged_checkpoint_is_named(train, capsys):
     exits_with(capsys, "checkpoint-3 is damaged", train)
 
 
-# ----------------------------------------------------------------------------------------------- masks, held-out loss
-
-
-def collator(sample, seed=1, probability=0.15):
-    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
-    return SeededMaskingCollator(tokenizer, mlm_probability=probability, seed=seed)
-
-
-def examples(count=64, length=40):
-    ids = np.random.default_rng(0).integers(5, 1000, (count, length))
-    return [{"input_ids": [0, *row, 2]} for row in ids.tolist()]
-
-
-def test_masks_depend_on_the_seed_and_the_batch_alone(sample):
-    batch = examples()
-    first = collator(sample)(batch)
-    torch.rand(7)  # whatever else draws random numbers
-    again = collator(sample)
-    again(batch[:5])
-    again = again(batch)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["labels"], collator(sample, seed=2)(batch)["labels"])
-    assert not torch.equal(first["labels"][1:], collator(sample)(batch[1:])["labels"])
-
-
-def test_masking_is_the_stock_collator_s(sample):
-    ours = collator(sample)
-    batch = examples(400)
-    result = ours(batch)
-    stock = DataCollatorForLanguageModeling(ours.tokenizer, mlm_probability=0.15, seed=0)
-    ours(batch)  # leaves its generator just behind this batch's draws: take the seed it began with instead
-    stock.generator = torch.Generator().manual_seed(ours.generator.initial_seed())
-    expected = stock(batch)
-    assert all(torch.equal(result[name], expected[name]) for name in expected)
-    # And that is 15 %, of which 80 % <mask>, 10 % random and 10 % kept; 5 standard errors.
-    chosen = result["labels"] != -100
-    count = chosen.sum().item()
-    shares = [
-        count / (400 * 40),
-        (result["input_ids"][chosen] == ours.tokenizer.mask_token_id).float().mean().item(),
-        (result["input_ids"][chosen] == result["labels"][chosen]).float().mean().item(),
-    ]
-    for share, expected_share, size in zip(shares, (0.15, 0.8, 0.1), (16000, count, count), strict=True):
-        assert abs(share - expected_share) < 5 * math.sqrt(expected_share * (1 - expected_share) / size)
-    assert not chosen[:, 0].any() and not chosen[:, -1].any()
-
-
-def test_a_batch_never_stays_without_a_masked_token(sample):
-    lonely = [{"input_ids": [0, 77, 2]}]  # masked in 15 of 100 draws
-    assert all((collator(sample, seed)(lonely)["labels"] != -100).any() for seed in range(20))
-    with pytest.raises(ValueError, match="nothing can be masked"):
-        collator(sample)([{"input_ids": [0, 2]}])
+# ------------------------------------------------------------------------------------------------------ held-out loss
 
 
 def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sample):
     data = load_from_disk(sample / "data")["validation"]
-    masks = collator(sample)
+    masks = MaskedLMCollator(AutoTokenizer.from_pretrained(sample / "tokenizer"), mlm_probability=0.15, seed=1)
     ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
     data = {"input_ids": ids}
     torch.manual_seed(0)
     config = train_model.RobertaConfig(**SMALL, vocab_size=1024)
-    model = RobertaForMaskedLM(config).train()
+    model = prepared(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
     assert model.training
     assert len({count for _, count in losses}) == 1
     model.eval()
+    stock = RobertaForMaskedLM(config).eval()
+    stock.load_state_dict(model.state_dict())
     total = count = 0
     for batch in by_size[0]:
-        logits = model(batch["input_ids"]).logits[0].double()
-        chosen = batch["labels"][0] != -100
-        total += F.cross_entropy(logits[chosen], batch["labels"][0][chosen], reduction="sum").item()
-        count += chosen.sum().item()
+        logits = stock(batch["input_ids"]).logits[0, batch["masked_positions"]].double()
+        total += F.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
+        count += batch["labels"].numel()
     assert losses[0][1] == count
     for loss, _ in losses:
         assert loss == pytest.approx(total / count, rel=1e-5)
@@ -227,7 +179,7 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert result["run"] == run and result["softmax_n"] == n and result["seed"] == 42
     assert result["effective_batch_size"] == 4
     assert result["training"]["steps"] == 6 and result["training"]["samples"] == 24
-    assert 0 < result["training"]["tokens"] < result["training"]["padded_tokens"]
+    assert 24 * 3 < result["training"]["tokens"] == result["training"]["padded_tokens"]  # packed: no padding
     assert result["training"]["cost_usd"] == pytest.approx(result["training"]["wall_seconds"])
     assert [step for step, _ in result["loss_history"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in result["validation_loss_history"]] == [3, 6]
@@ -252,7 +204,7 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert set(result["activation_excess_kurtosis"]) == modules
 
 
-def test_training_time_kurtosis_is_the_published_definition(train, monkeypatch):
+def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
     build = train_model.build_model
@@ -266,11 +218,35 @@ def test_training_time_kurtosis_is_the_published_definition(train, monkeypatch):
         return model
 
     monkeypatch.setattr(train_model, "build_model", watched)
-    result = train(steps=3)
+    result = train("--padded", "--statistics_steps", "1", steps=3)
     for name, found in seen.items():
         assert len(found) == 12
         expected = np.mean([stats.kurtosis(sample.double().numpy(), axis=None) for sample in found])
         assert result["activation_excess_kurtosis"][name] == pytest.approx(expected, rel=1e-4)
+
+
+WITHOUT_DROPOUT = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few roundings of float32
+
+
+@pytest.mark.parametrize("n", ["0", "1"])
+def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
+    monkeypatch.setattr(train_model, "ARCHITECTURE", WITHOUT_DROPOUT)
+    packed = train("--softmax_n", n, "--learning_rate", "1e-3", steps=50)
+    padded = train("--softmax_n", n, "--learning_rate", "1e-3", "--padded", steps=50, results="padded")
+    assert len(packed["loss_history"]) == 50 and packed["loss_history"][-1][1] < packed["loss_history"][0][1] - 0.2
+    np.testing.assert_allclose(packed["loss_history"], padded["loss_history"], rtol=ROUNDING)
+    assert packed["validation"]["loss"] == pytest.approx(padded["validation"]["loss"], rel=ROUNDING)
+    assert packed["training"]["tokens"] == packed["training"]["padded_tokens"] == padded["training"]["tokens"]
+    assert padded["training"]["padded_tokens"] > padded["training"]["tokens"]
+
+
+def test_statistics_change_no_weight_and_count_the_steps_they_are_asked_for(train):
+    every = train("--statistics_steps", "1", steps=5)
+    some = train("--statistics_steps", "3", steps=5, results="some")
+    assert every["loss_history"] == some["loss_history"]
+    assert every["activation_excess_kurtosis"].keys() == some["activation_excess_kurtosis"].keys()
+    assert every["activation_excess_kurtosis"] != some["activation_excess_kurtosis"]
 
 
 def test_gradient_accumulation_averages(train):
@@ -278,6 +254,41 @@ def test_gradient_accumulation_averages(train):
     result = train("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")
     assert result["effective_batch_size"] == 4
     assert result["loss_history"][0][1] == pytest.approx(math.log(1024), rel=0.05)
+
+
+DRIVER = """
+import sys
+import train_model
+train_model.ARCHITECTURE = {architecture}
+train_model.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--padded"]])
+def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
+    monkeypatch.setattr(train_model, "ARCHITECTURE", WITHOUT_DROPOUT)
+    # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
+    flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
+    one = train(*flags, "--per_device_train_batch_size", "64")
+    (tmp_path / "driver.py").write_text(DRIVER.format(architecture=WITHOUT_DROPOUT))
+    places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": "two"}
+    numbers = {"per_device_train_batch_size": 32, "max_length": 64, "vocab_size": 1024, "logging_steps": 1}
+    numbers |= {"eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
+    argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
+    command += [*argv, *flags, "--output_dir", "two-models", "--use_cpu", "--ddp_backend", "gloo"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two/esperberto-softmax1.json").read_text(encoding="utf-8"))
+    assert two["effective_batch_size"] == one["effective_batch_size"] == 64
+    np.testing.assert_allclose(two["loss_history"], one["loss_history"], rtol=ROUNDING)
+    assert two["validation"]["loss"] == pytest.approx(one["validation"]["loss"], rel=ROUNDING)
+    assert two["validation"]["masked_tokens"] == one["validation"]["masked_tokens"]
+    for name in ("samples", "tokens", "padded_tokens"):
+        assert two["training"][name] == one["training"][name]
+    for name, kurtosis in one["activation_excess_kurtosis"].items():
+        assert two["activation_excess_kurtosis"][name] == pytest.approx(kurtosis, abs=1e-3), name
 
 
 def test_data_is_tokenized_once_for_all_runs(train, sample):

@@ -145,3 +145,21 @@ def keep_masked_positions(model: PreTrainedModel) -> PreTrainedModel:
 
     model.base_model.register_forward_hook(pick, with_kwargs=True)
     return model
+
+
+def on_device(batch: dict, device: torch.device) -> dict:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def summed_loss(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the masked tokens of a batch, summed, and how many they are; scalars on the device.
+
+    `model` is RobertaForMaskedLM or what Trainer has wrapped around it, `prepared` if the batch is packed.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    labels = inputs.pop("labels").flatten()
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), (labels != IGNORED).sum()

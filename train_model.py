@@ -22,35 +22,28 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForMaskedLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-    RobertaForMaskedLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import arms
 import record
+from arms import prepared
+from corpus import load_data, load_tokenizer, tokenized
 from outliers import ActivationKurtosis, weight_excess_kurtosis
-from packing import BOOKKEEPING, IGNORED, MaskedLMCollator, keep_masked_positions, pack
-from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n, checked_softmax_n
-
-# The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
-# RoBERTa counts them from padding_idx + 1 = 2.
-ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
+from packing import IGNORED, MaskedLMCollator, on_device, pack, summed_loss
+from softmax1 import checked_softmax_n
 
 EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
 
@@ -113,7 +106,7 @@ class ExperimentArguments:
         self.softmax_n = checked_softmax_n(1.0 if self.use_softmax1 else self.softmax_n or 0.0)
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability:g}")
-        positions = ARCHITECTURE["max_position_embeddings"] - 2
+        positions = arms.ARCHITECTURE["max_position_embeddings"] - 2
         if not 3 <= self.max_length <= positions:
             raise ValueError(f"--max_length must lie between 3 and the model's {positions} positions")
         if self.statistics_steps < 1:
@@ -162,61 +155,7 @@ class PublishedTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = EFFECTIVE_BATCH_SIZE // shares
 
 
-# --------------------------------------------------------------------------------------------------- data and masks
-
-
-def load_data(path: str) -> tuple[DatasetDict, dict]:
-    """The dataset of build_dataset.py and its manifest. Exits with one line when there is none."""
-    try:
-        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
-        data = load_from_disk(path)
-        data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
-    return data, manifest
-
-
-def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of train_tokenizer.py. Exits with one line when there is none or it does not fit."""
-    if not (Path(path) / "tokenizer.json").is_file():
-        sys.exit(f"error: {path} holds no tokenizer: run train_tokenizer.py first")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a damaged tokenizer.json surfaces as a bare Exception of the tokenizers library
-        sys.exit(
-            f"error: the tokenizer in {path} cannot be read ({record.one_line(error)}): run train_tokenizer.py again"
-        )
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id != 1:
-        sys.exit(f"error: the tokenizer in {path} needs a <mask> token and <pad> as id 1, as RoBERTa has them")
-    if len(tokenizer) > vocab_size:
-        sys.exit(f"error: the tokenizer has {len(tokenizer):,} entries, more than --vocab_size {vocab_size:,}")
-    return tokenizer
-
-
-def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """The dataset as `input_ids`, from `folder` if it is there already: it is tokenized once for all runs.
-
-    Args:
-        data: splits with a `text` column, one sample a row.
-        folder: where the tokenized dataset lies or will lie; its name must tell data, tokenizer and length apart.
-        tokenizer: adds <s> and </s>.
-        max_length: tokens of a sample at most, <s> and </s> included.
-    """
-    if not folder.exists():
-
-        def tokenize(batch: dict) -> dict:
-            encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
-            return {"input_ids": encoded["input_ids"]}
-
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        cache = {split: str(partial / "cache" / f"{split}.arrow") for split in data}
-        (partial / "cache").mkdir(parents=True)
-        result = data.map(tokenize, batched=True, remove_columns=["text"], cache_file_names=cache, desc="Tokenizing")
-        result.save_to_disk(partial)
-        shutil.rmtree(partial / "cache")
-        partial.rename(folder)
-    return load_from_disk(folder)
+# ---------------------------------------------------------------------------------------------------- held-out loss
 
 
 def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
@@ -259,53 +198,7 @@ def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
     return loss / count, int(count)
 
 
-def on_device(batch: dict, device: torch.device) -> dict:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def summed_loss(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the masked tokens of a batch, summed, and how many they are; scalars on the device.
-
-    `model` is RobertaForMaskedLM or what Trainer has wrapped around it, `prepared` if the batch is packed.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
-    labels = inputs.pop("labels").flatten()
-    logits = model(**inputs).logits.flatten(0, 1)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), (labels != IGNORED).sum()
-
-
-# -------------------------------------------------------------------------------------------------------- the model
-
-
-def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """RoBERTa with random weights that depend on `seed` alone: arms with the same seed start from the same point.
-
-    n = 0 is the stock class, so that a softmax model needs none of our code.
-    """
-    settings = {
-        "vocab_size": vocab_size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **ARCHITECTURE,
-    }
-    set_seed(seed)
-    if softmax_n == 0:
-        model = RobertaForMaskedLM(RobertaConfig(**settings))
-    else:
-        model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))
-    # Trainer takes its **kwargs for the promise to divide the loss by the number of tokens it is told, and would not
-    # divide by the accumulation steps itself.
-    model.accepts_loss_kwargs = False
-    return model
-
-
-def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model take packed batches too, in place: softmax0 then goes through our attention, with n = 0."""
-    return keep_masked_positions(apply_softmax_n(model, getattr(model.config, "softmax_n", 0.0)))
+# ------------------------------------------------------------------------------------------------------- the training
 
 
 class ExperimentTrainer(Trainer):
@@ -543,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         spread = np.linspace(0, len(validation) - 1, min(experiment.max_eval_samples, len(validation)))
         validation = validation.select(spread.astype(int))  # over all sources, which lie one behind the other
 
-    model = build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed)
+    model = arms.build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
@@ -572,6 +465,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
     bookkeeping = Bookkeeping(settings)
+    # Trainer takes the model's **kwargs for the promise to divide the loss by the number of tokens it is told, and
+    # would not divide by the accumulation steps itself.
+    model.accepts_loss_kwargs = False
     trainer = ExperimentTrainer(
         model=prepared(model),
         args=args,

@@ -13,15 +13,15 @@ import json
 import math
 import sys
 import unicodedata
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import RobertaTokenizer
 
 import folder
 import record
+from corpus import load_data
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
 VOCAB_SIZE = 52_032  # a multiple of 64, for the matrix units of GPUs
@@ -63,17 +63,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.min_frequency < 1:
         parser.error("--min_frequency must be at least 1")
     return args
-
-
-def load_data(path: str) -> tuple[DatasetDict, str]:
-    """The dataset of build_dataset.py and the hash of its training split. Exits with one line when there is none."""
-    try:
-        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
-        data = load_from_disk(path)
-        return DatasetDict(train=data["train"], validation=data["validation"]), manifest["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        sys.exit(f"error: {path} holds no whole dataset ({reason}): run build_dataset.py first")
 
 
 def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizer:
@@ -127,7 +116,7 @@ def measure(tokenizer: RobertaTokenizer, dataset: Dataset) -> tuple[float, float
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    data, data_sha256 = load_data(args.data_dir)
+    data, data_manifest = load_data(args.data_dir)
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         tokenizer = train(data["train"], args.vocab_size, args.min_frequency)
         check(tokenizer)
@@ -143,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             "vocab_size": args.vocab_size,
             "entries": len(tokenizer),
             "min_frequency": args.min_frequency,
-            "data_sha256": data_sha256,
+            "data_sha256": data_manifest["splits"]["train"]["sha256"],
             "tokens_per_word": tokens_per_word,
             "tokens_per_text": tokens_per_text,
             "sha256": record.sha256(output / "tokenizer.json"),

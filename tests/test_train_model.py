@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 from scipy import stats
-from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
+import arms
 import train_model
 from packing import MaskedLMCollator
 from softmax1 import RobertaSoftmaxNForMaskedLM
@@ -35,7 +36,7 @@ SMALL = {
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
     """train("--flag", ...) trains a small model below tmp_path and returns its results."""
-    monkeypatch.setattr(train_model, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, steps=6, results="results"):
@@ -149,7 +150,7 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
     data = {"input_ids": ids}
     torch.manual_seed(0)
-    config = train_model.RobertaConfig(**SMALL, vocab_size=1024)
+    config = RobertaConfig(**SMALL, vocab_size=1024)
     model = prepared(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
@@ -207,7 +208,7 @@ def test_record_and_saved_model(train, sample, flag, n):
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
-    build = train_model.build_model
+    build = arms.build_model
 
     def watched(*args):
         model = build(*args)
@@ -217,7 +218,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
             )
         return model
 
-    monkeypatch.setattr(train_model, "build_model", watched)
+    monkeypatch.setattr(arms, "build_model", watched)
     result = train("--padded", "--statistics_steps", "1", steps=3)
     for name, found in seen.items():
         assert len(found) == 12
@@ -231,7 +232,7 @@ ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few r
 
 @pytest.mark.parametrize("n", ["0", "1"])
 def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
-    monkeypatch.setattr(train_model, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
     packed = train("--softmax_n", n, "--learning_rate", "1e-3", steps=50)
     padded = train("--softmax_n", n, "--learning_rate", "1e-3", "--padded", steps=50, results="padded")
     assert len(packed["loss_history"]) == 50 and packed["loss_history"][-1][1] < packed["loss_history"][0][1] - 0.2
@@ -258,15 +259,16 @@ def test_gradient_accumulation_averages(train):
 
 DRIVER = """
 import sys
+import arms
 import train_model
-train_model.ARCHITECTURE = {architecture}
+arms.ARCHITECTURE = {architecture}
 train_model.main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("flags", [[], ["--padded"]])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
-    monkeypatch.setattr(train_model, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
     # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
     flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
     one = train(*flags, "--per_device_train_batch_size", "64")

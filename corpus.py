@@ -1,0 +1,67 @@
+"""The training text as the scripts hand it on: dataset, tokenizer, and the dataset tokenized once for all runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from datasets import DatasetDict, load_from_disk
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import record
+
+
+def load_data(path: str) -> tuple[DatasetDict, dict]:
+    """The dataset of build_dataset.py and its manifest. Exits with one line when there is none."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        data = load_from_disk(path)
+        data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
+    return data, manifest
+
+
+def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of train_tokenizer.py. Exits with one line when there is none or it does not fit."""
+    if not (Path(path) / "tokenizer.json").is_file():
+        sys.exit(f"error: {path} holds no tokenizer: run train_tokenizer.py first")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a damaged tokenizer.json surfaces as a bare Exception of the tokenizers library
+        sys.exit(
+            f"error: the tokenizer in {path} cannot be read ({record.one_line(error)}): run train_tokenizer.py again"
+        )
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id != 1:
+        sys.exit(f"error: the tokenizer in {path} needs a <mask> token and <pad> as id 1, as RoBERTa has them")
+    if len(tokenizer) > vocab_size:
+        sys.exit(f"error: the tokenizer has {len(tokenizer):,} entries, more than --vocab_size {vocab_size:,}")
+    return tokenizer
+
+
+def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """The dataset as `input_ids`, from `folder` if it is there already: it is tokenized once for all runs.
+
+    Args:
+        data: splits with a `text` column, one sample a row.
+        folder: where the tokenized dataset lies or will lie; its name must tell data, tokenizer and length apart.
+        tokenizer: adds <s> and </s>.
+        max_length: tokens of a sample at most, <s> and </s> included.
+    """
+    if not folder.exists():
+
+        def tokenize(batch: dict) -> dict:
+            encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
+            return {"input_ids": encoded["input_ids"]}
+
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        cache = {split: str(partial / "cache" / f"{split}.arrow") for split in data}
+        (partial / "cache").mkdir(parents=True)
+        result = data.map(tokenize, batched=True, remove_columns=["text"], cache_file_names=cache, desc="Tokenizing")
+        result.save_to_disk(partial)
+        shutil.rmtree(partial / "cache")
+        partial.rename(folder)
+    return load_from_disk(folder)

@@ -4,6 +4,7 @@
 #     screen -S run "bash runner.sh"        the published experiment: data, tokenizer, both models, report
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
+#     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
 #
 # Makes its own virtual environment in .venv. Run again after an interruption, it finishes what is unfinished: a stage
 # whose result is there is not repeated. Reads .env when there is one (.env.example says what can stand in it).
@@ -11,12 +12,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { echo "error: $1 (usage: bash runner.sh [--test_pipeline | --tests [pytest flags]])" >&2; exit 2; }
+usage() { echo "error: $1 (usage: bash runner.sh [--test_pipeline | --tests [pytest flags] | --benchmark])" >&2; exit 2; }
 
 mode=${1:-}
 case "$mode" in
     "") [ $# -eq 0 ] || usage "empty argument" ;;
-    --test_pipeline) [ $# -eq 1 ] || usage "unknown argument: $2" ;;
+    --test_pipeline | --benchmark) [ $# -eq 1 ] || usage "unknown argument: $2" ;;
     --tests) shift ;;
     *) usage "unknown argument: $mode" ;;
 esac
@@ -60,6 +61,22 @@ else # the scripts' defaults are the published experiment
     dataset=()
     tokenizer=()
     training=()
+fi
+
+if [ "$mode" = --benchmark ]; then # on the experiment's own text where it is there, or else on the sample
+    mkdir -p benchmark
+    python -m pytest tests -m cuda 2>&1 | tee benchmark/cuda_tests.txt
+    if [ ! -f data/manifest.json ] || [ ! -f tokenizer/manifest.json ]; then
+        work=scratch/benchmark
+        [ -f $work/data/manifest.json ] || python build_dataset.py --sample --output_dir $work/data
+        [ -f $work/tokenizer/manifest.json ] ||
+            python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer
+    fi
+    for what in step attention tokenize; do
+        echo "== Benchmark: $what"
+        python benchmark.py $what --data_dir $work/data --tokenizer_dir $work/tokenizer
+    done
+    exit
 fi
 
 # ------------------------------------------------------------------------------------------------- the experiment

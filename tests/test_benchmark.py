@@ -1,0 +1,111 @@
+"""benchmark.py: what it counts, what it compares, and that each of its commands goes through."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import arms
+import benchmark
+from corpus import load_tokenizer
+from packing import MaskedLMCollator, summed_loss
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
+
+
+@pytest.fixture
+def run(sample, tmp_path, monkeypatch):
+    """run("step", "--flag", ...) measures a small model below tmp_path and returns what was written."""
+    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(benchmark, "VOCAB_SIZE", 1024)
+    monkeypatch.chdir(tmp_path)
+    places = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer")]
+
+    def measure(what, *flags):
+        benchmark.main([what, *places, *flags])
+        return json.loads(Path(f"benchmark/{what}.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+    return measure
+
+
+def test_ladder(run, capsys):
+    result = run("step", "--rounds", "2")
+    rungs = result["rungs"]
+    assert len(rungs) >= 7 and all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rungs)
+    assert rungs[0]["times"] == rungs[0]["lowest"] == rungs[0]["highest"] == 1
+    for row in rungs:
+        assert row["times"] == pytest.approx(sum(rungs[0]["seconds"]) / sum(row["seconds"]))
+        assert row["lowest"] <= row["times"] <= row["highest"]
+        assert row["samples_per_second"] == pytest.approx(32 / sum(row["seconds"]))
+    assert 0 < result["text"]["masked_tokens_a_step"] < result["text"]["tokens_a_step"]
+    assert result["text"]["tokens_a_step"] < result["text"]["padded_tokens_a_step"]
+    assert Path("benchmark/step.png").stat().st_size > 10_000
+    assert "softmax1 for softmax" in capsys.readouterr().out
+
+
+def test_attention(run, capsys):
+    result = run("attention", "--rounds", "2", "--max_length", "128")
+    rows = result["attention"]
+    assert {row["length"] for row in rows} == {64, 128}
+    assert {row["part"] for row in rows} == {"forward", "forward+backward"}
+    assert all(row["of_stock"] == 1 for row in rows if row["way"] == "softmax (PyTorch)")
+    assert {"softmax1 (ours)", "softmax1, zero key", "softmax1, eager"} < {row["way"] for row in rows}
+    assert Path("benchmark/attention.png").stat().st_size > 10_000
+
+
+def test_ways_to_softmax1_agree():
+    ways = benchmark.contestants()
+    query, key, value = (torch.randn(2, 12, 9, 64) for _ in range(3))
+    found = [way(query, key, value) for name, way in ways.items() if name.startswith("softmax1")]
+    assert len(found) >= 3
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert not torch.allclose(next(iter(ways.values()))(query, key, value), found[0])
+
+
+def test_tokenize(run, sample):
+    result = run("tokenize", "--lines", "1300")
+    assert result["lines"] == 1300 and result["lines_per_second"] > 0
+    assert result["peak_bytes"] >= result["start_bytes"] > 0 and result["file_bytes"] > 1300 * 8
+    assert [path.name for path in Path("benchmark").iterdir()] == ["tokenize.json"]
+
+
+def test_counted_flops_are_torch_s(sample):
+    """The full model's step: torch's own counter, which knows matrix products and attention kernels."""
+    tokenizer = load_tokenizer(sample / "tokenizer", 52_032)
+    model = arms.prepared(
+        arms.build_model(0, benchmark.VOCAB_SIZE, tokenizer, 0)
+    ).eval()  # no dropout: a counted kernel
+    samples = [{"input_ids": [0, *range(5, 5 + length), 2]} for length in (30, 6, 2)]
+    batch = MaskedLMCollator(tokenizer, mlm_probability=0.5, seed=1, packed=True)(samples)
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(model, batch)[0].backward()
+    tokens = batch["tokens"]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    flops, _ = benchmark.step_work(tokens, batch["masked_tokens"].item(), sum(n * n for n in lengths) / tokens)
+    # Attention's backward pass rebuilds the scores: 5 products where a pass over stored ones has 4.
+    assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
+
+
+def test_bad_input_ends_in_one_line(run, capsys):
+    for flags, text in (
+        (["step", "--data_dir", "nowhere"], "run build_dataset.py first"),
+        (["step", "--rounds", "999"], "give fewer --rounds"),
+        (["tokenize", "--tokenizer_dir", "nowhere"], "run train_tokenizer.py first"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(*flags)
+        assert text in str(caught.value) and "\n" not in str(caught.value)
+    for flags in (["everything"], ["step", "--rounds", "0"], ["attention", "--max_length", "32"]):
+        with pytest.raises(SystemExit) as caught:
+            benchmark.main(flags)
+        assert caught.value.code == 2

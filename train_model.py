@@ -43,7 +43,7 @@ from arms import prepared
 from corpus import load_data, load_tokenizer, tokenized
 from outliers import ActivationKurtosis, weight_excess_kurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, pack, summed_loss
-from softmax1 import checked_softmax_n
+from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
 
 EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
 
@@ -88,6 +88,10 @@ class ExperimentArguments:
     padded: bool = field(
         default=False,
         metadata={"help": "the published arithmetic: padded batches, logits of every token; same loss, much slower"},
+    )
+    attention: str = field(
+        default="auto",
+        metadata={"choices": list(BACKENDS), "help": "the kernel of softmax_n attention (auto: the fastest there is)"},
     )
     statistics_steps: int = field(
         default=10, metadata={"help": "steps between measurements of the activations' kurtosis (published: 1)"}
@@ -381,6 +385,17 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
     return experiment, args
 
 
+def check_attention(backend: str, args: TrainingArguments) -> None:
+    """Exit with one line when the backend that is forced cannot attend as training will."""
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    token = torch.zeros(1, 1, 8, device=args.device, dtype=half)
+    bounds = torch.tensor([0, 1], device=args.device, dtype=torch.int32)
+    try:
+        softmax_n_attention_varlen(token, token, token, bounds, 1, dropout_p=0.1)
+    except ValueError as error:
+        sys.exit(f"error: --attention {backend}: {record.one_line(error)}")
+
+
 def run_name(softmax_n: float, seed: int) -> str:
     """esperberto-softmax1, with the seed behind it when it is not the published 42."""
     return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
@@ -408,8 +423,8 @@ def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
                 sys.exit(status)
 
 
-def main(argv: list[str] | None = None) -> None:
-    experiment, args = parse(argv)
+def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, command: list[str]) -> None:
+    """Train one arm, save it, and write down what the run was and measured. `command` is what it was asked with."""
     transformers.logging.set_verbosity_warning()
     datasets.logging.set_verbosity_warning()
     run = run_name(experiment.softmax_n, args.seed)
@@ -420,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             f"error: {run} is complete ({results_path} is there): move it away, or pass --overwrite to train again"
         )
+    check_attention(experiment.attention, args)
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
     with args.main_process_first(desc="preparing the data"):
@@ -500,12 +516,14 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer.save_model()  # first of all: nothing below may cost the trained model
     args.distributed_state.wait_for_everyone()
+    # What is measured from here on is what was saved, in float32 whatever it was trained in.
     reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(model.device))
-    loss, masked_tokens = held_out_loss(model, held_out, progress=not args.disable_tqdm)
-    if held_out_loss(reloaded, held_out[:1]) != held_out_loss(model, held_out[:1]):
-        sys.exit(
-            f"error: the model in {args.output_dir} does not give the logits of the one just trained: keep both logs"
-        )
+    trained = model.state_dict()
+    if reloaded.config.softmax_n != experiment.softmax_n or not all(
+        torch.equal(trained[name], tensor) for name, tensor in reloaded.state_dict().items()
+    ):
+        sys.exit(f"error: the model in {args.output_dir} is not the one just trained: look at the disk, train again")
+    loss, masked_tokens = held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
     counts, activation_kurtosis = trainer.counts(), trainer.statistics.result()
     if not first:
         return
@@ -521,7 +539,7 @@ def main(argv: list[str] | None = None) -> None:
         "softmax_n": experiment.softmax_n,
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
-        "argv": record.command_line() if argv is None else ["train_model.py", *argv],
+        "argv": command,
         "settings": {**vars(experiment), **args.to_dict()},
         "effective_batch_size": effective_batch_size,
         "git": record.git_state(),
@@ -562,6 +580,12 @@ def main(argv: list[str] | None = None) -> None:
         f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"
         f"model: {args.output_dir}\nresult: {results_path}"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment, args = parse(argv)
+    with attention_backend(experiment.attention):
+        train(experiment, args, record.command_line() if argv is None else ["train_model.py", *argv])
 
 
 if __name__ == "__main__":

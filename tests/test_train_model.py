@@ -242,6 +242,38 @@ def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
     assert padded["training"]["padded_tokens"] > padded["training"]["tokens"]
 
 
+@pytest.mark.slow
+def test_compiled_run_has_the_same_trace(train, monkeypatch):
+    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    eager = train("--use_softmax1", "--learning_rate", "1e-3")
+    compiled = train("--use_softmax1", "--learning_rate", "1e-3", "--torch_compile", results="compiled")
+    np.testing.assert_allclose(compiled["loss_history"], eager["loss_history"], rtol=ROUNDING)
+    assert compiled["training"]["padded_tokens"] % train_model.BUCKET == 0
+    for name, kurtosis in eager["activation_excess_kurtosis"].items():
+        assert compiled["activation_excess_kurtosis"][name] == pytest.approx(kurtosis, abs=1e-3), name
+
+
+def test_loss_is_the_same_with_every_backend_and_with_checkpointing(train, monkeypatch):
+    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    losses = [
+        train("--use_softmax1", "--learning_rate", "1e-3", *flags, results=f"r{i}")["loss_history"]
+        for i, flags in enumerate(
+            ([], ["--attention", "eager"], ["--attention", "zero_key"], ["--gradient_checkpointing", "true"])
+        )
+    ]
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=ROUNDING)
+
+
+def test_bfloat16_stays_near_float32(train, monkeypatch):
+    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    exact = train("--use_softmax1", "--learning_rate", "1e-3")
+    rounded = train("--use_softmax1", "--learning_rate", "1e-3", "--bf16", "--use_cpu", results="rounded")
+    assert rounded["dtype"] == "bfloat16" and rounded["loss_history"] != exact["loss_history"]
+    # Logits near 0 and a loss near ln 1024: rounding to 8 bits moves it by less than one part in 256.
+    np.testing.assert_allclose(rounded["loss_history"], exact["loss_history"], rtol=2**-8)
+
+
 def test_statistics_change_no_weight_and_count_the_steps_they_are_asked_for(train):
     every = train("--statistics_steps", "1", steps=5)
     some = train("--statistics_steps", "3", steps=5, results="some")
@@ -323,6 +355,8 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
         (["--max_length", "513"], "512 positions"),
         (["--mlm_probability", "1.5"], "between 0 and 1"),
         (["--max_eval_samples", "0"], "at least 1"),
+        (["--statistics_steps", "0"], "at least 1"),
+        (["--attention", "flash"], "does not run on cpu"),
         (["--data_dir", "nowhere"], "run build_dataset.py first"),
         (["--tokenizer_dir", "nowhere"], "run train_tokenizer.py first"),
         (["--vocab_size", "500"], "more than --vocab_size 500"),

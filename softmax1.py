@@ -19,9 +19,12 @@ Shape legend: B batch, H query heads, G key and value heads (H is a multiple of 
 E head size, V value head size.
 """
 
+import contextlib
+import functools
+import logging
 import math
 import numbers
-from functools import partial
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ EAGER_ATTENTION = "softmax_n_eager"
 
 def checked_softmax_n(n: float) -> float:
     """`n` as a float. Raises ValueError unless it is a finite real number >= 0."""
-    if isinstance(n, bool) or not isinstance(n, numbers.Real) or not math.isfinite(n) or n < 0:
+    if isinstance(n, bool) or not isinstance(n, numbers.Real) or not 0 <= n < math.inf:
         raise ValueError(f"softmax_n needs a finite real number n >= 0, got {n!r}")
     return float(n)
 
@@ -133,7 +136,8 @@ def softmax_n_attention(
         (B, H, L, V).
 
     Raises:
-        ValueError: n is negative, NaN or infinite, or both `attn_mask` and `is_causal` are given.
+        ValueError: n is negative, NaN or infinite, both `attn_mask` and `is_causal` are given, or the backend that
+            `attention_backend` forces cannot do this.
     """
     n = checked_softmax_n(n)
     if n > 0 and is_causal and attn_mask is not None:
@@ -142,8 +146,421 @@ def softmax_n_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    # The one place to choose a faster kernel.
-    return _zero_key_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
+    query, key, value = _autocast(query, key, value)
+    plain = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+    if not plain or (query.shape[1] != key.shape[1] and not enable_gqa):
+        irregular = "it takes (batch, heads, length, size) without broadcasting"
+    elif not query.dtype == key.dtype == value.dtype:
+        irregular = "query, key and value have several dtypes"
+    elif query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        irregular = "a tensor is empty"
+    elif attn_mask is not None and attn_mask.requires_grad:
+        irregular = "it gives the mask no gradient"
+    else:
+        irregular = None
+    backend = _choose(
+        query,
+        irregular,
+        masked=attn_mask is not None,
+        dropout=dropout_p > 0,
+        rectangular=is_causal and query.shape[-2] != key.shape[-2],
+        wide=max(query.shape[-1], value.shape[-1]) > 256,
+    )
+    return _attend(backend, query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
+
+
+def softmax_n_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    n: float = 1.0,
+) -> Tensor:
+    """softmax_n attention of sequences packed one behind the other ("variable length", padding-free).
+
+    Every sequence attends to itself alone. Nothing waits for the device: `cu_seqlens` stays on it.
+
+    Args:
+        query: (T, H, E), T being the tokens of all sequences together.
+        key: (T, G, E), H a multiple of G.
+        value: (T, G, V).
+        cu_seqlens: (number of sequences + 1) int32, on the device of `query`: sequence i is the tokens
+            cu_seqlens[i] to cu_seqlens[i + 1] - 1. Starts with 0 and ends with T; sequences may be empty.
+        max_seqlen: length of the longest sequence, or more.
+        dropout_p, is_causal, scale, n: as in `softmax_n_attention`; n = 0 is softmax attention.
+
+    Returns:
+        (T, H, V).
+
+    Raises:
+        ValueError: as `softmax_n_attention`, or the shapes do not fit.
+    """
+    n = checked_softmax_n(n)
+    if query.dim() != 3 or key.dim() != 3 or value.dim() != 3 or not len(query) == len(key) == len(value):
+        raise ValueError(f"packed attention takes (tokens, heads, size), got {[*map(tuple, (query, key, value))]}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens is one row of int32, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+    query, key, value = _autocast(query, key, value)
+    if not query.dtype == key.dtype == value.dtype:
+        irregular = "query, key and value have several dtypes"
+    else:
+        irregular = "a tensor is empty" if query.numel() == 0 or value.numel() == 0 else None
+    wide = max(query.shape[-1], value.shape[-1]) > 256
+    backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
+    options = (dropout_p, is_causal, scale, n)
+    if backend in ("flash", "efficient"):
+        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, min(max_seqlen, len(query)))
+    if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        # One sequence after the other: no padding, no mask, no copy. At 16 sentences a step this is twice as fast as
+        # batches of similar length and four times as fast as padding all to the longest.
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        outputs = [_attend(backend, *part, None, *options, True) for part in parts if part[0].numel() > 0]
+        return (
+            torch.cat(outputs, dim=2)[0].transpose(0, 1)
+            if outputs
+            else query.new_zeros(*query.shape[:2], value.shape[2])
+        )
+    # Into rows of max_seqlen and back. Causal needs no mask: padding lies behind every real token.
+    sequence, position = _places(cu_seqlens, len(query))
+    offsets = torch.arange(max_seqlen, device=query.device)
+    tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(len(query) - 1)
+    rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
+    lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
+    mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
+    return _attend(backend, *rows, mask, *options, True)[sequence, :, position]
+
+
+def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Sequence and position in it of every packed token."""
+    token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return sequence, token - cu_seqlens[sequence]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to the arguments of stock attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+# ------------------------------------------------------------------------------------------------ which backend does it
+
+BACKENDS = ("auto", "flash", "efficient", "cpu", "zero_key", "eager")
+logger = logging.getLogger(__name__)
+_forced = "auto"
+
+# The operators of torch that a backend calls, each with how many positional arguments we give it and how many results
+# we expect. They are not public: a PyTorch with other ones is found out before the first call.
+_OPERATORS = {
+    "flash": {
+        "_scaled_dot_product_flash_attention": (6, 9),
+        "_scaled_dot_product_flash_attention_backward": (14, 3),
+        "_flash_attention_forward": (10, 5),
+        "_flash_attention_backward": (14, 3),
+    },
+    "efficient": {
+        "_scaled_dot_product_efficient_attention": (7, 4),
+        "_scaled_dot_product_efficient_attention_backward": (12, 4),
+        "_efficient_attention_forward": (11, 6),
+        "_efficient_attention_backward": (16, 4),
+    },
+    "cpu": {
+        "_scaled_dot_product_flash_attention_for_cpu": (5, 2),
+        "_scaled_dot_product_flash_attention_for_cpu_backward": (8, 3),
+    },
+}
+
+
+@contextlib.contextmanager
+def attention_backend(name: str):
+    """Force softmax_n attention with n > 0, and packed attention with any n, onto one backend.
+
+    "auto" chooses; "flash" and "efficient" are torch's CUDA kernels, "cpu" is its CPU kernel; "zero_key" is public
+    PyTorch only; "eager" materialises the weights. For the whole process, since checkpointed layers run again on
+    autograd's own threads: keep the backward pass inside too.
+
+    Raises:
+        ValueError: no such backend; later, in the attention, when the backend cannot do what is asked.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend is one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _choose(
+    query: Tensor, irregular: str | None, masked=False, dropout=False, packed=False, rectangular=False, wide=False
+):
+    if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return "zero_key"  # so that an exported model holds standard operators only
+    return _constant_choice(_forced, query.device, query.dtype, irregular, masked, dropout, packed, rectangular, wide)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces
+def _constant_choice(*need) -> str:
+    return _chosen(*need)
+
+
+@functools.cache  # so that each distinct choice is logged once, and made in a microsecond afterwards
+def _chosen(forced: str, device: torch.device, dtype: torch.dtype, *need) -> str:
+    if forced != "auto":
+        obstacle = _obstacle(forced, device, dtype, *need)
+        if obstacle:
+            raise ValueError(f"attention backend {forced!r} cannot do this: {obstacle}")
+        backend = forced
+    else:
+        # Without a kernel, the weights have to be materialised for dropout: on a CPU the plain formula is faster.
+        last = "eager" if device.type == "cpu" and need[2] else "zero_key"
+        kernels = (kernel for kernel in _OPERATORS if not _obstacle(kernel, device, dtype, *need))
+        backend = next(kernels, last)
+    logger.info("softmax_n attention on %s in %s: backend %s", device, dtype, backend)
+    return backend
+
+
+def _obstacle(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    irregular: str | None,
+    masked: bool,
+    dropout: bool,
+    packed: bool,
+    rectangular: bool,
+    wide: bool,
+) -> str | None:
+    """Why `backend` cannot do this; None if it can."""
+    if backend not in _OPERATORS:
+        return None
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
+        return f"it does not run on {'ROCm' if torch.version.hip else device.type}"
+    if irregular:
+        return irregular
+    if backend == "cpu" and dropout:
+        return "it has no dropout"
+    if backend == "efficient" and not (half or dtype == torch.float32):
+        return f"it does not take {dtype}"
+    if backend == "flash":
+        if not half:
+            return f"it takes half precision, not {dtype}"
+        if masked:
+            return "it takes no mask"
+        if rectangular:
+            return "its causal mask is another when there are more keys than queries or fewer"
+        if wide:
+            return "it takes head sizes up to 256"
+        if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
+    return _changed_operator(backend)
+
+
+@functools.cache  # so that there is one warning
+def _changed_operator(backend: str) -> str | None:
+    for name, (arguments, results) in _OPERATORS[backend].items():
+        operator = getattr(torch.ops.aten, name, None)
+        schema = operator.default._schema if operator else None
+        positional = [argument for argument in schema.arguments if not argument.kwarg_only] if schema else []
+        required = [argument for argument in schema.arguments if not argument.has_default_value()] if schema else []
+        if not len(required) <= arguments <= len(positional) or len(schema.returns) != results:
+            obstacle = f"PyTorch {torch.__version__} lacks the operator aten::{name} or has another one"
+            warnings.warn(f"softmax_n attention does without its {backend} backend: {obstacle}", stacklevel=2)
+            return obstacle
+    return None
+
+
+def _attend(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    n: float,
+    enable_gqa: bool,
+) -> Tensor:
+    options = (attn_mask, dropout_p, is_causal, scale, n)
+    if backend == "zero_key":
+        return _zero_key_attention(query, key, value, *options, enable_gqa)
+    if backend == "eager":
+        return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), *options)[0]
+    return _stock_attention(backend, query, key, value, *options)
+
+
+def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """key and value with a head for every head of query."""
+    groups = query.shape[dim] // key.shape[dim]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim), value.repeat_interleave(groups, dim)
+
+
+# ---------------------------------------------------------------------------------- through torch's own fast kernels
+#
+# With o and lse the output and the log-sum-exp of the scores of ordinary softmax attention,
+#
+#     lse_n = log(n + exp(lse))                  of softmax_n attention
+#     y = o * exp(lse - lse_n)                   = o * sigmoid(lse - log n), its output
+#
+# and its gradients are those that the stock backward kernel computes when it is given (y, lse_n) for (o, lse): the
+# kernel rebuilds the weights as P = exp(scores - lse_n), which are softmax_n's own, and
+#
+#     dP = dy value^T,   dS = P * (dP - delta),   delta = sum_j P_j dP_j = dy . y
+#
+# is the Jacobian of softmax_n as well as softmax's (Dao, "FlashAttention-2", 2023, section 3.1). Dropout multiplies P
+# with the same mask in y, in dP and in dV, so all of it holds with dropout too. Nothing passes through lse.
+
+
+class _StockKernel(torch.autograd.Function):
+    """(y, lse, random state) of one stock kernel. Only y is differentiable, and only once.
+
+    Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None.
+    """
+
+    @staticmethod
+    def forward(backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n):
+        aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        qkv, random = (query, key, value), ()
+        if backend == "cpu":
+            output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
+            )
+            share = lse
+        elif backend == "flash" and cu_seqlens is None:
+            output, lse, _, _, _, _, *random, _ = aten._scaled_dot_product_flash_attention(
+                *qkv, dropout_p, is_causal, False, scale=scale
+            )
+            share = lse
+        elif backend == "flash":
+            output, lse, *random, _ = aten._flash_attention_forward(
+                *qkv, *seqlens, dropout_p, is_causal, False, scale=scale
+            )
+            share = lse.transpose(0, 1)  # (H, T)
+        elif cu_seqlens is None:
+            output, lse, *random = aten._scaled_dot_product_efficient_attention(
+                *qkv, bias, True, dropout_p, is_causal, scale=scale
+            )
+            share = lse[..., : query.shape[2]]  # L is rounded up to a multiple of 32
+        else:
+            qkv = [x[None] for x in qkv]
+            output, lse, *random, _, _ = aten._efficient_attention_forward(
+                *qkv, None, *seqlens, dropout_p, int(is_causal), True
+            )
+            output, (sequence, position) = output[0], _places(cu_seqlens, len(query))
+            share = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
+        if n > 0:
+            # In place on the fresh output, so that half precision is computed in float32 and rounded once.
+            output.mul_(torch.sigmoid(share - math.log(n) if n != 1 else share)[..., None])
+        return output, lse, *random
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.backend, *tensors, ctx.max_seqlen, ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.n = inputs
+        ctx.save_for_backward(*tensors, *outputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        query, key, value, bias, cu_seqlens, output, lse, *random = ctx.saved_tensors
+        aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
+        if grad is None:
+            return (None,) * 11
+        if ctx.n == 1:
+            lse = F.softplus(lse, threshold=40)
+        elif ctx.n > 0:  # log(n + exp(lse)); from 40 on, softplus(x) is x in float64 too
+            lse = F.softplus(lse - math.log(ctx.n), threshold=40) + math.log(ctx.n)
+        qkv, result, options = (query, key, value), (output, lse), (ctx.dropout_p, ctx.is_causal)
+        if ctx.backend == "cpu":
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, *qkv, *result, *options, attn_mask=bias, scale=ctx.scale
+            )
+        elif ctx.backend == "flash" and cu_seqlens is None:
+            lengths = (None, None, query.shape[2], key.shape[2])
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                grad, *qkv, *result, *lengths, *options, *random, scale=ctx.scale
+            )
+        elif ctx.backend == "flash":
+            grads = aten._flash_attention_backward(grad, *qkv, *result, *seqlens, *options, *random, scale=ctx.scale)
+        elif cu_seqlens is None:
+            wanted = [True, True, True, False]
+            grads = aten._scaled_dot_product_efficient_attention_backward(
+                grad, *qkv, bias, *result, *random, ctx.dropout_p, wanted, ctx.is_causal, scale=ctx.scale
+            )
+        else:
+            grad, query, key, value, output = (x[None] for x in (grad, query, key, value, output))
+            grads = aten._efficient_attention_backward(
+                grad, query, key, value, None, output, *seqlens, lse, ctx.dropout_p, *random, int(ctx.is_causal), False
+            )
+            grads = [x[0] for x in grads[:3]]
+        return None, *grads[:3], *(None,) * 7
+
+
+def _stock_attention(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    n: float,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """softmax_n attention by a stock kernel, for any n >= 0: makes the arguments such as the kernel takes them."""
+    if backend != "flash":  # which alone knows shared heads
+        key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
+    sizes = query.shape[-1], value.shape[-1]
+    scale = sizes[0] ** -0.5 if scale is None else scale
+    # Head sizes: equal, and on CUDA a multiple of 8. Zeros change no score, and their outputs are cut off.
+    multiple = 1 if backend == "cpu" else 8
+    size = -(-max(sizes) // multiple) * multiple
+    if backend == "efficient" and cu_seqlens is not None:
+        # Packed, it is called without a scale, 1 / sqrt(size): the shape rule of its backward (which torch.compile
+        # asks, and which knows one argument less than the operator: torch 2.9 to 2.13) fails when given one.
+        if not math.isclose(scale * size**0.5, 1):
+            query = query * (scale * size**0.5)
+        scale = None
+    query, key, value = (
+        _aligned(x, multiple) if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value)
+    )
+    bias = None
+    if attn_mask is not None:
+        bias = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])
+        if _aligned(bias, multiple) is not bias:
+            bias = F.pad(bias, (0, multiple - bias.shape[-1] % multiple))[..., : bias.shape[-1]]
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    output = _StockKernel.apply(
+        backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n
+    )[0]
+    return output[..., : sizes[1]] if sizes[1] < size else output
+
+
+def _aligned(x: Tensor, multiple: int) -> Tensor:
+    """x, laid out anew unless its last dimension is dense and its other strides are multiples of `multiple`."""
+    *strides, last = x.stride()
+    return x if last == 1 and all(stride % multiple == 0 for stride in strides) else x.contiguous()
+
+
+# -------------------------------------------------------------------------------------------- through public PyTorch
 
 
 def _zero_key_attention(
@@ -157,12 +574,16 @@ def _zero_key_attention(
     n: float,
     enable_gqa: bool,
 ) -> Tensor:
-    """softmax_n attention through torch's public attention, exactly, for n > 0.
+    """softmax_n attention through torch's public attention, exactly.
 
     One more key and value of zeros: the null key's score is 0 plus its mask entry log n, so it adds n to the
     denominator, and its value adds nothing to the numerator. Dropout may drop the null key, which changes nothing, and
     treats every other weight as softmax_n attention does.
     """
+    if n == 0:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     length, keys = query.shape[-2], key.shape[-2]
     null_logits = _null_logits(n, query.dtype)
     key = F.pad(key, (0, 0, 0, len(null_logits)))
@@ -209,7 +630,10 @@ def _eager_attention(
     scale: float | None,
     n: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, with the weights materialised: for who asks to see them. Returns (output, weights)."""
+    """The definition, with the weights materialised: for who asks to see them. Returns (output, weights).
+
+    Softmax over one more logit, log n, whose weight is thrown away, keeps to torch's fused softmax and its backward.
+    """
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -218,7 +642,9 @@ def _eager_attention(
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask
-    weights = F.dropout(softmax_n(scores, n), dropout_p)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.softmax(F.pad(scores, (0, 1), value=_log(n)), -1)[..., :-1] if n > 0 else torch.softmax(scores, -1)
+    weights = F.dropout(weights.to(value.dtype), dropout_p)
     return weights @ value, weights
 
 
@@ -235,6 +661,10 @@ def softmax_n_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     output_attentions: bool = False,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls; n comes from `module.config.softmax_n`.
@@ -258,9 +688,30 @@ def softmax_n_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    if cu_seq_lens_q is not None and output_attentions:
+        raise ValueError("packed batches have no attention weights to show: use padded batches")
+    if cu_seq_lens_q is not None and not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise ValueError("packed batches cannot go on from a cache: use padded batches")
+    if cu_seq_lens_q is not None and attention_mask is not None:
+        # Some decoders get one all the same. It need not keep the sequences apart.
+        sequence, _ = _places(cu_seq_lens_q, query.shape[2])
+        apart = sequence[:, None] != sequence
+        blocked = False if attention_mask.dtype == torch.bool else -math.inf
+        attention_mask, cu_seq_lens_q = attention_mask.masked_fill(apart, blocked), None
     groups = query.shape[1] // key.shape[1]
+    if cu_seq_lens_q is not None:
+        output = softmax_n_attention_varlen(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            cu_seq_lens_q,
+            max_length_q,
+            dropout,
+            is_causal,
+            scaling,
+            n=n,
+        )
+        return output[None], None
     if output_attentions:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = _shared_heads(query, key, value, dim=1)
         output, weights = _eager_attention(query, key, value, attention_mask, dropout, is_causal, scaling, n)
     else:
         output = softmax_n_attention(
@@ -272,7 +723,7 @@ def softmax_n_attention_forward(
 
 # Without its own mask function an attention gets no mask at all, and padding would leak.
 AttentionInterface.register(ATTENTION, softmax_n_attention_forward)
-AttentionInterface.register(EAGER_ATTENTION, partial(softmax_n_attention_forward, output_attentions=True))
+AttentionInterface.register(EAGER_ATTENTION, functools.partial(softmax_n_attention_forward, output_attentions=True))
 for _name in (ATTENTION, EAGER_ATTENTION):
     AttentionMaskInterface.register(_name, sdpa_mask)
 

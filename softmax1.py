@@ -305,7 +305,8 @@ def _choose(
     """The backend for this need; see `_obstacle` for the words."""
     if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model holds standard operators only
-    flags = masked, dropout, packed, bool(rectangular), bool(wide)  # under torch.compile they may be symbolic
+    # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
+    flags = [True if flag else False for flag in (masked, dropout, packed, rectangular, wide)]
     return _constant_choice(_forced, query.device, query.dtype, irregular, *flags)
 
 
@@ -417,7 +418,7 @@ def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[
 #
 # With o and lse the output and the log-sum-exp of the scores of ordinary softmax attention,
 #
-#     lse_n = log(n + exp(lse))                  of softmax_n attention
+#     lse_n = log(n + exp(lse))                  that of softmax_n attention, logaddexp(lse, log n)
 #     y = o * exp(lse - lse_n)                   = o * sigmoid(lse - log n), its output
 #
 # and its gradients are those that the stock backward kernel computes when it is given (y, lse_n) for (o, lse): the
@@ -487,10 +488,8 @@ class _StockKernel(torch.autograd.Function):
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
         if grad is None:
             return (None,) * 11
-        if ctx.n == 1:
-            lse = F.softplus(lse, threshold=40)
-        elif ctx.n > 0:  # log(n + exp(lse)); from 40 on, softplus(x) is x in float64 too
-            lse = F.softplus(lse - math.log(ctx.n), threshold=40) + math.log(ctx.n)
+        if ctx.n > 0:
+            lse = torch.logaddexp(lse, lse.new_full((), math.log(ctx.n)))
         qkv, result, options = (query, key, value), (output, lse), (ctx.dropout_p, ctx.is_causal)
         if ctx.backend == "cpu":
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -541,7 +540,7 @@ def _stock_attention(
     if backend == "efficient" and cu_seqlens is not None:
         # Packed, it is called without a scale, 1 / sqrt(size): the shape rule of its backward (which torch.compile
         # asks, and which knows one argument less than the operator: torch 2.9 to 2.13) fails when given one.
-        if not math.isclose(scale * size**0.5, 1):
+        if abs(scale * size**0.5 - 1) > 1e-9:
             query = query * (scale * size**0.5)
         scale = None
     query, key, value = (

@@ -166,7 +166,7 @@ def softmax_n_attention(
         masked=attn_mask is not None,
         dropout=dropout_p > 0,
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
-        wide=max(query.shape[-1], value.shape[-1]) > 256,
+        wide=max(query.shape[-1], value.shape[-1]) > 192,
     )
     return _attend(backend, query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
 
@@ -211,11 +211,11 @@ def softmax_n_attention_varlen(
     if query.numel() == 0:
         return query.new_zeros(*query.shape[:2], value.shape[2])
     irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
-    wide = max(query.shape[-1], value.shape[-1]) > 256
+    wide = max(query.shape[-1], value.shape[-1]) > 192
     backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
     options = (dropout_p, is_causal, scale, n)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, min(max_seqlen, len(query)))
+        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, max_seqlen)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
         # time of batches of similar length and a quarter of that of padding all to the longest.
@@ -345,7 +345,7 @@ def _obstacle(
 ) -> str | None:
     """Why `backend` cannot do this; None if it can.
 
-    irregular: what no kernel takes, in words; rectangular: causal with L != S; wide: a head size over 256.
+    irregular: what no kernel takes, in words; rectangular: causal with L != S; wide: a head size over 192.
     """
     if backend not in _OPERATORS:
         return None
@@ -366,7 +366,7 @@ def _obstacle(
         if rectangular:
             return "its causal mask is another when there are more keys than queries or fewer"
         if wide:
-            return "it takes head sizes up to 256"
+            return "it takes head sizes up to 192 (beyond, not every card has its backward)"
         if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
     return _changed_operator(backend)
@@ -538,11 +538,13 @@ def _stock_attention(
     multiple = 1 if backend == "cpu" else 8
     size = -(-max(sizes) // multiple) * multiple
     if backend == "efficient" and cu_seqlens is not None:
-        # Packed, it is called without a scale, 1 / sqrt(size): the shape rule of its backward (which torch.compile
-        # asks, and which knows one argument less than the operator: torch 2.9 to 2.13) fails when given one.
+        # Packed, it is called without a scale, which is 1 / sqrt(size): the shape rule of its backward, which
+        # torch.compile asks, knows one argument less than the operator and fails when given one (torch 2.13 still).
         if abs(scale * size**0.5 - 1) > 1e-9:
             query = query * (scale * size**0.5)
-        scale = None
+        max_seqlen = min(max_seqlen, len(query))  # its backward refuses more
+    elif cu_seqlens is not None:
+        max_seqlen = max(max_seqlen, 2)  # for 1 and shared heads it has a decoding path with another layout
     query, key, value = (
         F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x if _is_aligned(x, multiple) else x.contiguous()
         for x in (query, key, value)

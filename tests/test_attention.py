@@ -822,4 +822,5 @@ def test_dropout_in_a_cuda_graph_differs_from_replay_to_replay(path):
     for output, gradient in replays:
         left = output.double().square().sum()
         right = (inputs[2].detach().double() * gradient.double()).sum()
-        assert abs(left - right) <= 64 * torch.finfo(dtype).eps * left
+        # Equal but for rounding, far under this; another mask would change it by some p / (1 - p) = 43 %.
+        assert abs(left - right) <= torch.finfo(BF16).eps * left

@@ -274,7 +274,7 @@ def each_alone(attention, inputs, lengths=LENGTHS):
     return torch.cat([attention(*part) for part in parts if part[0].numel()], 2)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "shared heads", "odd sizes"])
+@pytest.mark.parametrize("case", ["plain", "causal", "shared heads", "odd sizes", "scale"])
 @pytest.mark.parametrize("n", [0.0, *NS])
 @pytest.mark.parametrize("path", PATHS)
 def test_packed(path, n, case):
@@ -282,17 +282,19 @@ def test_packed(path, n, case):
         path[1], groups=2 if case in ("shared heads", "causal") else 4, size=20 if case == "odd sizes" else 16
     )
     is_causal = case == "causal"
+    scale = 0.4 if case == "scale" else None
+    factor = 1.0 if scale is None else scale * 16**0.5  # of the query, which comes to the same
 
     def ours(*inputs):
         # More than the longest sequence and, on the kernels, more than all tokens.
-        return softmax_n_attention_varlen(*inputs, cu_seqlens, 512, is_causal=is_causal, n=n)
+        return softmax_n_attention_varlen(*inputs, cu_seqlens, 512, 0.0, is_causal, scale, n=n)
 
     def formula(attend):
-        one = lambda q, k, v: definition(q, k, v, n, is_causal=is_causal, attend=attend)  # noqa: E731
+        one = lambda q, k, v: definition(q * factor, k, v, n, is_causal=is_causal, attend=attend)  # noqa: E731
         return lambda *inputs: each_alone(one, inputs)
 
     def stock(*inputs):
-        options = (None, 0.0, is_causal, None, n, True)
+        options = (None, 0.0, is_causal, scale, n, True)
         return each_alone(lambda q, k, v: softmax1._zero_key_attention(q, k, v, *options), inputs)
 
     upstream = torch.randn_like(inputs[0])

@@ -9,14 +9,16 @@ the null mass. softmax_n is softmax over one more logit of value log n whose wei
 rests on that.
 
     softmax_n, softmax1        the function
-    softmax_n_attention        scaled dot product attention with it
+    softmax_n_attention        scaled dot product attention with it, exact at the speed of torch's own kernels
+    softmax_n_attention_varlen the same for sequences packed one behind the other, without padding
+    attention_backend          forces the kernel that computes it
     apply_softmax_n            puts it into any transformers model that uses the attention interface
     RobertaSoftmaxN...         RoBERTa with it, which keeps n through save_pretrained and from_pretrained
 
 The file is copied to the Hub with every softmax_n model, so it imports nothing of this project.
 
 Shape legend: B batch, H query heads, G key and value heads (H is a multiple of G), L query length, S key length,
-E head size, V value head size.
+E head size, V value head size, T tokens of all packed sequences.
 """
 
 import contextlib
@@ -147,24 +149,24 @@ def softmax_n_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value = _autocast(query, key, value)
-    plain = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
-    if not plain or (query.shape[1] != key.shape[1] and not enable_gqa):
+    irregular = None
+    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
         irregular = "it takes (batch, heads, length, size) without broadcasting"
+    elif query.shape[1] != key.shape[1] and not enable_gqa:
+        irregular = "heads are shared without enable_gqa"
     elif not query.dtype == key.dtype == value.dtype:
         irregular = "query, key and value have several dtypes"
     elif query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         irregular = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         irregular = "it gives the mask no gradient"
-    else:
-        irregular = None
     backend = _choose(
         query,
         irregular,
         masked=attn_mask is not None,
         dropout=dropout_p > 0,
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
-        wide=max(query.shape[-1], value.shape[-1]) > 256,
+        wide=max(query.shape[-1], value.shape[-1]) > 192,
     )
     return _attend(backend, query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
 
@@ -206,27 +208,23 @@ def softmax_n_attention_varlen(
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is one row of int32, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
     query, key, value = _autocast(query, key, value)
-    if not query.dtype == key.dtype == value.dtype:
-        irregular = "query, key and value have several dtypes"
-    else:
-        irregular = "a tensor is empty" if query.numel() == 0 or value.numel() == 0 else None
-    wide = max(query.shape[-1], value.shape[-1]) > 256
+    if query.numel() == 0:
+        return query.new_zeros(*query.shape[:2], value.shape[2])
+    irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
+    wide = max(query.shape[-1], value.shape[-1]) > 192
     backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
     options = (dropout_p, is_causal, scale, n)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, min(max_seqlen, len(query)))
+        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, max_seqlen)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        # One sequence after the other: no padding, no mask, no copy. At 16 sentences a step this is twice as fast as
-        # batches of similar length and four times as fast as padding all to the longest.
+        # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
+        # time of batches of similar length and a quarter of that of padding all to the longest.
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
         outputs = [_attend(backend, *part, None, *options, True) for part in parts if part[0].numel() > 0]
-        return (
-            torch.cat(outputs, dim=2)[0].transpose(0, 1)
-            if outputs
-            else query.new_zeros(*query.shape[:2], value.shape[2])
-        )
-    # Into rows of max_seqlen and back. Causal needs no mask: padding lies behind every real token.
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+    # Elsewhere the lengths are not known without waiting for the device: into rows of max_seqlen and back. Causal needs
+    # no mask, since padding lies behind every real token.
     sequence, position = _places(cu_seqlens, len(query))
     offsets = torch.arange(max_seqlen, device=query.device)
     tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(len(query) - 1)
@@ -303,10 +301,13 @@ def attention_backend(name: str):
 
 def _choose(
     query: Tensor, irregular: str | None, masked=False, dropout=False, packed=False, rectangular=False, wide=False
-):
+) -> str:
+    """The backend for this need; see `_obstacle` for the words."""
     if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model holds standard operators only
-    return _constant_choice(_forced, query.device, query.dtype, irregular, masked, dropout, packed, rectangular, wide)
+    # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
+    flags = [True if flag else False for flag in (masked, dropout, packed, rectangular, wide)]
+    return _constant_choice(_forced, query.device, query.dtype, irregular, *flags)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces
@@ -314,19 +315,20 @@ def _constant_choice(*need) -> str:
     return _chosen(*need)
 
 
-@functools.cache  # so that each distinct choice is logged once, and made in a microsecond afterwards
-def _chosen(forced: str, device: torch.device, dtype: torch.dtype, *need) -> str:
-    if forced != "auto":
-        obstacle = _obstacle(forced, device, dtype, *need)
-        if obstacle:
-            raise ValueError(f"attention backend {forced!r} cannot do this: {obstacle}")
-        backend = forced
+@functools.cache  # so that each distinct choice is logged once, and costs nothing afterwards
+def _chosen(forced: str, device: torch.device, dtype: torch.dtype, irregular: str | None, *flags: bool) -> str:
+    masked, dropout, packed, *_ = flags
+    obstacles = {name: _obstacle(name, device, dtype, irregular, *flags) for name in BACKENDS[1:]}
+    if forced == "auto":
+        # Without a kernel, dropout has the weights materialised: on a CPU the plain formula does it faster.
+        last = "eager" if device.type == "cpu" and dropout else "zero_key"
+        backend = next((name for name in _OPERATORS if not obstacles[name]), last)
+    elif obstacles[forced]:
+        raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:
-        # Without a kernel, the weights have to be materialised for dropout: on a CPU the plain formula is faster.
-        last = "eager" if device.type == "cpu" and need[2] else "zero_key"
-        kernels = (kernel for kernel in _OPERATORS if not _obstacle(kernel, device, dtype, *need))
-        backend = next(kernels, last)
-    logger.info("softmax_n attention on %s in %s: backend %s", device, dtype, backend)
+        backend = forced
+    need = f"{'packed' if packed else 'dense'}{', masked' * masked}{', with dropout' * dropout}"
+    logger.info("softmax_n attention (%s, %s on %s): backend %s", need, dtype, device, backend)
     return backend
 
 
@@ -341,7 +343,10 @@ def _obstacle(
     rectangular: bool,
     wide: bool,
 ) -> str | None:
-    """Why `backend` cannot do this; None if it can."""
+    """Why `backend` cannot do this; None if it can.
+
+    irregular: what no kernel takes, in words; rectangular: causal with L != S; wide: a head size over 192.
+    """
     if backend not in _OPERATORS:
         return None
     half = dtype in (torch.float16, torch.bfloat16)
@@ -361,7 +366,7 @@ def _obstacle(
         if rectangular:
             return "its causal mask is another when there are more keys than queries or fewer"
         if wide:
-            return "it takes head sizes up to 256"
+            return "it takes head sizes up to 192 (beyond, not every card has its backward)"
         if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
     return _changed_operator(backend)
@@ -369,14 +374,14 @@ def _obstacle(
 
 @functools.cache  # so that there is one warning
 def _changed_operator(backend: str) -> str | None:
-    for name, (arguments, results) in _OPERATORS[backend].items():
-        operator = getattr(torch.ops.aten, name, None)
-        schema = operator.default._schema if operator else None
-        positional = [argument for argument in schema.arguments if not argument.kwarg_only] if schema else []
-        required = [argument for argument in schema.arguments if not argument.has_default_value()] if schema else []
-        if not len(required) <= arguments <= len(positional) or len(schema.returns) != results:
+    for name, (given, results) in _OPERATORS[backend].items():
+        operator = getattr(getattr(torch.ops.aten, name, None), "default", None)
+        arguments = operator._schema.arguments if operator else []
+        required = sum(not argument.has_default_value() for argument in arguments)
+        accepted = sum(not argument.kwarg_only for argument in arguments)
+        if not operator or not required <= given <= accepted or len(operator._schema.returns) != results:
             obstacle = f"PyTorch {torch.__version__} lacks the operator aten::{name} or has another one"
-            warnings.warn(f"softmax_n attention does without its {backend} backend: {obstacle}", stacklevel=2)
+            warnings.warn(f"softmax_n attention does without its {backend!r} backend: {obstacle}", stacklevel=2)
             return obstacle
     return None
 
@@ -413,7 +418,7 @@ def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[
 #
 # With o and lse the output and the log-sum-exp of the scores of ordinary softmax attention,
 #
-#     lse_n = log(n + exp(lse))                  of softmax_n attention
+#     lse_n = log(n + exp(lse))                  that of softmax_n attention, logaddexp(lse, log n)
 #     y = o * exp(lse - lse_n)                   = o * sigmoid(lse - log n), its output
 #
 # and its gradients are those that the stock backward kernel computes when it is given (y, lse_n) for (o, lse): the
@@ -431,8 +436,11 @@ class _StockKernel(torch.autograd.Function):
     Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n):
+    def forward(*inputs):  # named ones would cost as much as the kernel: `apply` binds them anew on every call
+        backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n = inputs
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         qkv, random = (query, key, value), ()
         if backend == "cpu":
@@ -475,16 +483,13 @@ class _StockKernel(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         query, key, value, bias, cu_seqlens, output, lse, *random = ctx.saved_tensors
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
         if grad is None:
             return (None,) * 11
-        if ctx.n == 1:
-            lse = F.softplus(lse, threshold=40)
-        elif ctx.n > 0:  # log(n + exp(lse)); from 40 on, softplus(x) is x in float64 too
-            lse = F.softplus(lse - math.log(ctx.n), threshold=40) + math.log(ctx.n)
+        if ctx.n > 0:
+            lse = torch.logaddexp(lse, lse.new_full((), math.log(ctx.n)))
         qkv, result, options = (query, key, value), (output, lse), (ctx.dropout_p, ctx.is_causal)
         if ctx.backend == "cpu":
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -533,31 +538,33 @@ def _stock_attention(
     multiple = 1 if backend == "cpu" else 8
     size = -(-max(sizes) // multiple) * multiple
     if backend == "efficient" and cu_seqlens is not None:
-        # Packed, it is called without a scale, 1 / sqrt(size): the shape rule of its backward (which torch.compile
-        # asks, and which knows one argument less than the operator: torch 2.9 to 2.13) fails when given one.
-        if not math.isclose(scale * size**0.5, 1):
+        # Packed, it is called without a scale, which is 1 / sqrt(size): the shape rule of its backward, which
+        # torch.compile asks, knows one argument less than the operator and fails when given one (torch 2.13 still).
+        if abs(scale * size**0.5 - 1) > 1e-9:
             query = query * (scale * size**0.5)
-        scale = None
+        max_seqlen = min(max_seqlen, len(query))  # its backward refuses more
+    elif cu_seqlens is not None:
+        max_seqlen = max(max_seqlen, 2)  # for 1 and shared heads it has a decoding path with another layout
     query, key, value = (
-        _aligned(x, multiple) if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value)
+        F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x if _is_aligned(x, multiple) else x.contiguous()
+        for x in (query, key, value)
     )
     bias = None
     if attn_mask is not None:
         bias = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
         bias = bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])
-        if _aligned(bias, multiple) is not bias:
+        if not _is_aligned(bias, multiple):
             bias = F.pad(bias, (0, multiple - bias.shape[-1] % multiple))[..., : bias.shape[-1]]
         bias = bias.expand(*query.shape[:3], key.shape[2])
-    output = _StockKernel.apply(
-        backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n
-    )[0]
+    run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
+    output = run(backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
 
-def _aligned(x: Tensor, multiple: int) -> Tensor:
-    """x, laid out anew unless its last dimension is dense and its other strides are multiples of `multiple`."""
+def _is_aligned(x: Tensor, multiple: int) -> bool:
+    """Whether the last dimension lies dense in memory and the other strides are multiples of `multiple`."""
     *strides, last = x.stride()
-    return x if last == 1 and all(stride % multiple == 0 for stride in strides) else x.contiguous()
+    return last == 1 and all(stride % multiple == 0 for stride in strides)
 
 
 # -------------------------------------------------------------------------------------------- through public PyTorch
@@ -687,7 +694,7 @@ def softmax_n_attention_forward(
     # decoding step) sees every key.
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # last what is surely a bool
     if cu_seq_lens_q is not None and output_attentions:
         raise ValueError("packed batches have no attention weights to show: use padded batches")
     if cu_seq_lens_q is not None and not query.shape[2] == key.shape[2] == value.shape[2]:

@@ -23,12 +23,10 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, DatasetDict, load_from_disk
-from tqdm.auto import tqdm
+from datasets import DatasetDict, load_from_disk
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,6 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import record
+from held_out import SeededMaskingCollator, held_out_batches, held_out_loss
 from outliers import ActivationKurtosis, weight_excess_kurtosis
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, checked_softmax_n
 
@@ -183,57 +182,6 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
         shutil.rmtree(partial / "cache")
         partial.rename(folder)
     return load_from_disk(folder)
-
-
-class SeededMaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' 80/10/10 masking, with masks that depend on `seed` and the batch's own tokens alone.
-
-    So two arms see the same masks whatever random numbers their attention draws, in any number of loader workers, and
-    after resuming in the middle. The same sample meets other masks in another epoch, because its batch is another.
-    """
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        digest = np.random.SeedSequence([self.seed, *(token for example in examples for token in example["input_ids"])])
-        self.generator = torch.Generator().manual_seed(int(digest.generate_state(1, np.uint64)[0] >> 1))
-        # A batch without a masked token has no loss: its mean over nothing is NaN and would poison the weights. It
-        # happens to the last, short batch of an epoch now and then; draw again.
-        for _ in range(1_000):
-            batch = super().torch_call(examples)
-            if (batch["labels"] != -100).any():
-                return batch
-        raise ValueError("a batch holds nothing but special tokens, so nothing can be masked: look at the data")
-
-
-def held_out_batches(dataset: Dataset, collator: SeededMaskingCollator, batch_size: int) -> list[dict]:
-    """Masked and padded batches, the same for every run: a sample's masks depend on nothing but the sample."""
-    samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
-    pad = collator.tokenizer.pad_token_id
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-
-        def stack(name: str, fill: int, chosen: list = chosen) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, fill)
-
-        batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", -100)}
-        batches.append({**batch, "attention_mask": stack("attention_mask", 0)})
-    return batches
-
-
-@torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number), in eval mode."""
-    training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    count = 0
-    for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
-        masked = int((batch["labels"] != -100).sum())
-        loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
-        total += loss.double() * masked
-        count += masked
-    model.train(training)
-    return total.item() / count, count
 
 
 # -------------------------------------------------------------------------------------------------------- the model

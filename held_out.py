@@ -59,8 +59,8 @@ def held_out_batches(dataset: Dataset, collator: SeededMaskingCollator, batch_si
 def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
     """Inside, the head of `model` sees the positions `keep` of the encoder's output only, as one row.
 
-    The decoder is half of a masked-LM's matrix arithmetic (48 % with 84M parameters and 52,032 entries), and a loss needs 15 % of
-    the positions.
+    The decoder is half of a masked-LM's matrix arithmetic (48 % with 84M parameters and 52,032 entries), and a loss
+    needs 15 % of the positions.
 
     Args:
         model: a transformers model with a head on its `base_model`.

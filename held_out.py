@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel
 
+HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
+
 
 class SeededMaskingCollator(DataCollatorForLanguageModeling):
     """transformers' 80/10/10 masking, with masks that depend on `seed` and the batch's own tokens alone.

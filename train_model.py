@@ -40,15 +40,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import record
-from held_out import SeededMaskingCollator, held_out_batches, held_out_loss
+from held_out import HELD_OUT_SEED, SeededMaskingCollator, held_out_batches, held_out_loss
 from outliers import ActivationKurtosis, weight_excess_kurtosis
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, checked_softmax_n
 
 # The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
-
-HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
 
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}

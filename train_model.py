@@ -41,12 +41,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import record
 from held_out import HELD_OUT_SEED, SeededMaskingCollator, held_out_batches, held_out_loss
-from outliers import ActivationKurtosis, weight_excess_kurtosis
+from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, checked_softmax_n
 
 # The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
+
+EMERGENCE_BATCHES = 2  # of the held-out text, looked at whenever the loss is logged
 
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
@@ -237,10 +239,15 @@ class ExperimentTrainer(Trainer):
 
 
 class Bookkeeping(TrainerCallback):
-    """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more."""
+    """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more.
 
-    def __init__(self, settings: dict):
+    At logging steps it also looks how far outliers have grown.
+    """
+
+    def __init__(self, settings: dict, emergence: Emergence):
         self.settings = settings
+        self.emergence = emergence
+        self.emerged: list[dict[str, float]] = []
         self.trainer: ExperimentTrainer | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
@@ -266,6 +273,7 @@ class Bookkeeping(TrainerCallback):
             "padded_tokens": trainer.padded_tokens,
             "samples": trainer.samples,
             "activation_kurtosis": trainer.statistics.state(),
+            "emergence": self.emerged,
         }
         record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
 
@@ -284,11 +292,16 @@ class Bookkeeping(TrainerCallback):
         self.trainer.padded_tokens = progress["padded_tokens"]
         self.trainer.samples = progress["samples"]
         self.trainer.statistics.load_state(progress["activation_kurtosis"])
+        self.emerged = progress["emergence"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if name in (logs or {}) and not math.isfinite(logs[name]):
                 sys.exit(f"error: {name} is {logs[name]} at step {state.global_step}: lower --learning_rate")
+        if "loss" in (logs or {}):
+            self.trainer.statistics.active = False
+            self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
+            self.trainer.statistics.active = True
 
 
 def shaping_settings(
@@ -426,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     statistics = ActivationKurtosis(model)
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
-    bookkeeping = Bookkeeping(settings)
+    some = held_out[:: max(1, len(held_out) // EMERGENCE_BATCHES)][:EMERGENCE_BATCHES]  # they lie in order of length
+    bookkeeping = Bookkeeping(settings, Emergence(some))
     trainer = ExperimentTrainer(
         model=model,
         args=args,
@@ -505,6 +519,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "weight_excess_kurtosis": weight_excess_kurtosis(model),
         "activation_excess_kurtosis": statistics.result(),
+        "emergence": bookkeeping.emerged,
     }
     record.write_json(results_path, result)
     for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete

@@ -363,6 +363,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote")
     parser.add_argument("--max_samples", type=positive, default=2_000, help="held-out texts, evenly spread")
     parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time")
+    parser.add_argument(
+        "--calibration_batches",
+        type=positive,
+        default=CALIBRATION_BATCHES,
+        help=f"batches of {CALIBRATION_SIZE} training texts that the static ranges come from",
+    )
     return parser.parse_args(argv)
 
 
@@ -375,14 +381,14 @@ def main(argv: list[str] | None = None) -> None:
 
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     texts = texts_of(args.data_dir, "validation", args.max_samples)
-    calibration = texts_of(args.data_dir, "train", CALIBRATION_BATCHES * CALIBRATION_SIZE)
+    calibration = texts_of(args.data_dir, "train", args.calibration_batches * CALIBRATION_SIZE)
     for run in runs:
         measure(run, texts, calibration, args.batch_size)
     warned = notes(runs, args.data_dir)
     compared = comparisons(runs)
     made = pictures(runs, len(texts))
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, compared, len(texts), args.data_dir, captions)
+    text = report(runs, warned, compared, len(texts), args.data_dir, args.calibration_batches, captions)
     print(text)
 
     write_json(args.results_dir / "analysis.json", analysis(runs, warned, compared, len(texts), args.data_dir))

@@ -38,7 +38,9 @@ from transformers.masking_utils import sdpa_mask
 from held_out import held_out_loss
 from softmax1 import softmax_n
 
-CALIBRATION_BATCHES = 16  # and the momentum: Bondarenko et al., quant_configs.py and range_estimators.py
+CALIBRATION_BATCHES = (
+    16  # unless told otherwise; and the momentum: Bondarenko et al., quant_configs.py and range_estimators.py
+)
 MOMENTUM = 0.9
 GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
 PART_BATCHES = 8  # of the held-out text, evenly spread, for the damage of one part alone
@@ -292,7 +294,7 @@ def measure_damage(model: PreTrainedModel, batches: list[dict], calibration: lis
     Args:
         model: a masked-LM in float32.
         batches: of `held_out_batches`, made of held-out text.
-        calibration: the same, made of training text; CALIBRATION_BATCHES of them.
+        calibration: the same, made of training text, in random order.
         label: for the progress bar.
 
     Returns:

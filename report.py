@@ -13,7 +13,7 @@ import numpy as np
 
 from outliers import EMBEDDINGS, IDLE, LOGITS, OUTLIER, PLACES, SINK, TOKEN_CLASSES
 from pairs import CONFIDENCE, TEST, Comparison, compare
-from quantization import ARMS, CALIBRATION_BATCHES, GROUP_SIZE, MOMENTUM
+from quantization import ARMS, GROUP_SIZE, MOMENTUM
 from runs import Run, arms, by_layer, look_up, paired
 
 MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
@@ -412,7 +412,13 @@ def qualcomm_table(runs: list[Run]) -> str:
 
 
 def report(
-    runs: list[Run], warned: list[str], compared: dict, sequences: int, data_dir, pictures: dict[str, str]
+    runs: list[Run],
+    warned: list[str],
+    compared: dict,
+    sequences: int,
+    data_dir,
+    calibration_batches: int,
+    pictures: dict[str, str],
 ) -> str:
     """The whole report as Markdown; `pictures` is {file name: caption}, shown behind the answer."""
     columns = [*PUBLISHED, *(run.name for run in runs)]
@@ -492,9 +498,9 @@ def report(
         damage_table(runs),
         f"*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; {masked} "
         "masked tokens. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
-        f"on training text (running minimum and maximum, momentum {MOMENTUM}, {CALIBRATION_BATCHES} batches), "
-        "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. W4: weights "
-        f"only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on every few of the texts.*",
+        f"on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} batches), "
+        "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. "
+        f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on every few of the texts.*",
         "## Beside others' figures",
         qualcomm_table(runs),
         "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "

@@ -388,7 +388,7 @@ class _Place:
         self.norm_sum += norms.sum()
         self.norms += sequences
         self.ratio_sum += (norms / self._medians(magnitudes, sequence, sequences)).sum()
-        self.channel_squares += magnitudes.square_().sum(0)
+        self.channel_squares += magnitudes.square_().sum(0, dtype=torch.float64)
 
     @staticmethod
     def _medians(magnitudes: Tensor, sequence: Tensor, sequences: int) -> Tensor:

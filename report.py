@@ -500,7 +500,8 @@ def report(
         "masked tokens. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
         f"on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} batches), "
         "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. "
-        f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on every few of the texts.*",
+        f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some of the "
+        "texts.*",
         "## Beside others' figures",
         qualcomm_table(runs),
         "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "

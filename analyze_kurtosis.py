@@ -214,7 +214,7 @@ def attention_maps(
 ) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
     """(caption, tokens, weights, null mass) of the head that does least, on a few short texts."""
     some = [one for one in ids if len(one) in MAPPED_LENGTH] or ids
-    some = [some[i] for i in np.linspace(0, len(some) - 1, MAPPED_TEXTS).astype(int)]
+    some = [some[i] for i in sorted(set(np.linspace(0, len(some) - 1, MAPPED_TEXTS).astype(int)))]
     if not attention:
         return []
     idle = {(layer, head): mass for layer, found in attention.items() for head, mass in enumerate(found["idle_mass"])}
@@ -225,7 +225,8 @@ def attention_maps(
         with eager_attention(model):
             output = model.base_model(torch.tensor([one], device=model.device), output_attentions=True)
         weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
-        tokens = [tokenizer.decode([i]).strip() or "_" for i in one]
+        # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
+        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in one]
         maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
     return maps
 
@@ -238,9 +239,9 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     made: dict[str, tuple[str, bytes]] = {}
     what = trained_on(runs)
 
-    def add(name: str, caption: str, draw, data, *extra, **keywords) -> None:
+    def add(name: str, caption: str, draw, data, *extra) -> None:
         if data:
-            made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra, **keywords))
+            made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
     gaps = [
         (run.arm, {ARMS[arm]: one["gap"] for arm, one in run.damage["arms"].items() if arm != "float32"})
@@ -263,7 +264,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     held_out = f"on {sequences:,} held-out texts, eval mode, one curve a run"
     kurtosis = f"Excess kurtosis of activations by layer and place (Gaussian = 0), {held_out}"
     axes = ("layer", "excess kurtosis")
-    add("kurtosis", kurtosis, plots.panels, layers("kurtosis_sequence"), *axes, logarithmic=True)
+    add("kurtosis", kurtosis, plots.panels, layers("kurtosis_sequence"), *axes)
     norms = f"Infinity norm of activations by layer and place, {held_out}"
     add("norms", norms, plots.panels, layers("inf_norm"), "layer", "infinity norm")
 

@@ -85,8 +85,11 @@ def loss(curves: list[tuple[str, list, list]], title: str) -> bytes:
 
 
 @plt.rc_context(STYLE)
-def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str, logarithmic: bool = False) -> bytes:
-    """A panel for each key; a curve is (arm, values) over the layers, or (arm, values, steps)."""
+def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str) -> bytes:
+    """A panel for each key; a curve is (arm, values) over the layers, or (arm, values, steps).
+
+    Where values differ by orders of magnitude, the axis is logarithmic beyond 1.
+    """
     figure, axes = _grid(len(curves), 2.5)
     arms = _arms(curve for lines in curves.values() for curve in lines)
     for place, lines in zip(axes, curves.values(), strict=True):
@@ -96,7 +99,8 @@ def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str,
         place.set_title(name)
         place.set(xlabel=xlabel, ylabel=ylabel)
         place.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if logarithmic:
+        values = np.concatenate([np.asarray(one, dtype=float) for _, one, *_ in curves[name]])
+        if np.nanmax(np.abs(values), initial=0) > 30 * max(np.nanmedian(np.abs(values)), 1):
             place.set_yscale("symlog", linthresh=1)
     _legend(figure, axes[0])
     _title(figure, title)
@@ -156,8 +160,9 @@ def histograms(found: dict[str, list[tuple[str, np.ndarray]]], title: str) -> by
     arms = _arms(curve for lines in found.values() for curve in lines)
     middles = (BINS[1:] + BINS[:-1]) / 2
     for place, (name, lines) in zip(axes, found.items(), strict=True):
-        lowest = 1.0
+        lowest, widest = 1.0, 6.0
         for arm, counts in lines:
+            widest = max(widest, np.abs(middles[counts > 0]).max(initial=0))
             density = counts / counts.sum() / np.diff(BINS)
             lowest = min(lowest, density[density > 0].min())
             look = {**_look(arm, arms), "marker": ""}
@@ -165,6 +170,7 @@ def histograms(found: dict[str, list[tuple[str, np.ndarray]]], title: str) -> by
         place.plot(middles, np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi), color="0.5", lw=1, label="Gaussian")
         place.set_yscale("log")
         place.set_ylim(lowest / 2, 2)
+        place.set_xlim(-widest, widest)
         place.set_title(name)
         place.set(xlabel="standard deviations", ylabel="density")
     _legend(figure, axes[0])

@@ -47,6 +47,7 @@ PUBLISHED_FFN = [
 # the more likely one of them stands out by chance.
 PRIMARY = "w8a8_static_gap"
 BASELINE = "softmax0"
+NEGLIGIBLE = 0.01  # nats; a change of the perplexity by one per cent, which nobody would quantize differently for
 
 METRICS = {  # key: (label, the better end: -1 low, 0 neither)
     PRIMARY: ("W8A8 static: held-out loss over float32, nats", -1),
@@ -134,12 +135,14 @@ def answer(runs: list[Run], compared: dict[str, dict[str, Comparison]]) -> str:
                 f"Open: in one pair of runs {costs}; one pair has no interval, so nothing can be concluded about {arm}."
             )
             continue
-        if one.high < 0:
-            verdict = f"{arm} makes quantization less harmful here"
-        elif one.low > 0:
-            verdict = f"{arm} makes quantization more harmful here"
-        else:
+        if one.low <= 0 <= one.high:
             verdict = "no difference is shown"
+        elif abs(one.difference) < NEGLIGIBLE:
+            verdict = f"a difference is shown, but one too small to matter (under {NEGLIGIBLE:g} nats)"
+        else:
+            verdict = f"{arm} makes quantization {'less' if one.difference < 0 else 'more'} harmful here"
+        if max(abs(one.mean), abs(one.baseline_mean)) < NEGLIGIBLE:
+            verdict = f"there is nothing to rescue, quantization harms neither arm (under {NEGLIGIBLE:g} nats)"
         sentences.append(
             f"{verdict[0].upper()}{verdict[1:]}: over {one.pairs} pairs of runs {costs} (mean ± standard deviation "
             f"over seeds), a difference of {figure(one.difference)} nats with a {CONFIDENCE:.0%} interval from "

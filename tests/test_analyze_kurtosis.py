@@ -24,8 +24,10 @@ from transformers import (
 )
 
 import analyze_kurtosis
-from analyze_kurtosis import Run, by_layer, duration, notes, plus_minus, table
 from outliers import weight_excess_kurtosis
+from pairs import compare
+from report import METRICS, PRIMARY, answer, comparisons, duration, figure, html_page, plus_minus, table
+from runs import Run, by_layer, notes, paired
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 
 SCRIPT = Path(analyze_kurtosis.__file__)

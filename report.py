@@ -6,6 +6,7 @@ Everything in it comes from runs that were measured (runs.py) and from compariso
 from __future__ import annotations
 
 import base64
+import html
 import re
 
 import markdown
@@ -59,8 +60,8 @@ METRICS = {  # key: (label, the better end: -1 low, 0 neither)
     "ffn_output_inf_norm": ("FFN output: infinity norm, largest layer", -1),
     "residual_kurtosis": ("residual stream: excess kurtosis, mean of layers", -1),
     "residual_inf_norm": ("residual stream: infinity norm, largest layer", -1),
-    "residual_outliers": (f"residual stream: share of |x| >= {OUTLIER:g}, %", -1),
-    "residual_ratio": ("residual stream: largest |x| over median |x|", -1),
+    "residual_outliers": (f"residual stream: entries beyond ±{OUTLIER:g}, %", -1),
+    "residual_ratio": ("residual stream: largest over median magnitude", -1),
     "context_kurtosis": ("attention context: excess kurtosis, mean of layers", -1),
     "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
     "sink_rate_first": ("sink rate of the first token, %", 0),
@@ -292,7 +293,7 @@ def places_table(runs: list[Run]) -> str:
         "kurtosis, token": ("kurtosis_token", np.mean, 1),
         "kurtosis, pooled": ("kurtosis_pooled", np.mean, 1),
         "infinity norm": ("inf_norm", np.max, 1),
-        f"% |x| >= {OUTLIER:g}": ("outlier_share", np.mean, 100),
+        f"% beyond ±{OUTLIER:g}": ("outlier_share", np.mean, 100),
         "% in largest channel": ("largest_channel_share", np.max, 100),
         "largest / median": ("top1_to_median", np.mean, 1),
     }
@@ -320,7 +321,7 @@ def classes_table(runs: list[Run]) -> str:
                 ]
                 row.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
             rows.append(row)
-    return table(["kurtosis of a token / largest |x|", *TOKEN_CLASSES], rows)
+    return table(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], rows)
 
 
 def attention_table(runs: list[Run]) -> str:
@@ -384,7 +385,7 @@ def weights_table(runs: list[Run]) -> str:
                 scale = 100 if key.endswith("error") else 1
                 row.append(figure(float(np.mean([pick(one) for one in values])) * scale) if all(values) else "–")
             rows.append(row)
-    return table(["", "kurtosis, mean", "largest |w|", "8-bit error, %", "4-bit error, %"], rows)
+    return table(["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"], rows)
 
 
 # Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, table 2.
@@ -482,7 +483,7 @@ def report(
         f"**Answer.** {answer(runs, compared)}",
         *glance,
         *(f"**Note.** {line}" for line in warned),
-        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in pictures.items()),
+        *(f"![{caption}]({name})" for name, caption in pictures.items()),
         "## Summary of the runs",
         table(["", *columns], summary(runs)),
         f"*n = 1 run a column. Ours: {trained}. Losses in nats per masked token; the last logged one is the mean over "
@@ -559,7 +560,7 @@ img {{ max-width: 100%; height: auto; display: block; margin: 1rem auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; }}
 th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; }}
 em {{ color: #444; font-size: 0.9rem; }}
 </style>
 </head>
@@ -576,4 +577,4 @@ def html_page(text: str, pictures: dict[str, bytes]) -> str:
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     for name, picture in pictures.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
-    return PAGE.format(title=text.partition("\n")[0].lstrip("# "), body=body)
+    return PAGE.format(title=html.escape(text.partition("\n")[0].lstrip("# ")), body=body)

@@ -1,4 +1,4 @@
-"""What we measure on weights and activations: excess kurtosis, without stopping the device.
+"""What we measure on weights, activations and attention: moments, kurtosis, norms, sinks. DEFINITIONS.md has them all.
 
 Excess kurtosis is mean((x - mean)^4) / variance^2 - 3 with the population variance: 0 for a Gaussian, -1.2 for a
 uniform distribution, -2 for +-1 with equal odds. Others (Bondarenko et al., "Quantizable Transformers", NeurIPS 2023)
@@ -7,15 +7,30 @@ report the full kurtosis, which is 3 higher.
 The published experiment took it per sequence: all tokens x all channels of one sample pooled, then averaged over the
 samples of every training step, in train mode, padding included. `ActivationKurtosis` does the same from forward hooks;
 with a mask, or in packed batches, padding is left out.
+
+    ActivationKurtosis      the published statistic of every module, during training
+    ActivationOutliers      all statistics of the named places, streaming over any amount of text, padding left out
+    AttentionSinks          where the attention of every head goes, and how much of it goes nowhere
+    Emergence               a few cheap ones at logging steps
+    weight_statistics       every parameter
+
+Shape legend: B sequences, T tokens, C channels, R real tokens of a batch, H heads.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import unicodedata
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from held_out import kept_positions
 from packing import IGNORED
 
 
@@ -58,56 +73,6 @@ def weight_excess_kurtosis(model: nn.Module) -> dict[str, float]:
     return {name: excess_kurtosis(parameter).item() for name, parameter in model.named_parameters()}
 
 
-def token_moments(activations: Tensor) -> Tensor:
-    """Mean and summed central powers 2, 3 and 4 of each token's channels.
-
-    Args:
-        activations: (tokens, channels), any float dtype; half precision is widened to float32.
-
-    Returns:
-        (tokens, 4) in float32 (float64 for float64 input).
-    """
-    values = activations.to(torch.promote_types(activations.dtype, torch.float32))
-    mean = values.mean(1)
-    deviations = values - mean[:, None]
-    squares = deviations.square()
-    # In place: what this costs is memory traffic.
-    second = squares.sum(1)
-    third = deviations.mul_(squares).sum(1)
-    return torch.stack([mean, second, third, squares.square_().sum(1)], 1)
-
-
-def merged_excess_kurtosis(moments: Tensor, channels: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Excess kurtosis of each sequence, its tokens and channels pooled, from the moments of its tokens.
-
-    Central moments of parts give those of the whole exactly, and without the cancellation that power sums suffer from:
-    with d the mean of a part less that of the whole, M4 grows by m4 + 4 d m3 + 6 d^2 m2 + count d^4 (Pebay,
-    "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments", 2008).
-
-    Args:
-        moments: (modules, tokens, 4), of `token_moments`.
-        channels: (modules,), over how many channels each was taken.
-        sequence: (tokens,) int64, the sequence each token belongs to.
-        sequences: how many there are.
-
-    Returns:
-        (modules, sequences) float64. NaN where a sequence has no spread or no token.
-    """
-    mean, second, third, fourth = moments.double().unbind(-1)
-    channels = channels[:, None].double()
-
-    def per_sequence(values: Tensor) -> Tensor:
-        return values.new_zeros(len(values), sequences).index_add_(1, sequence, values)
-
-    tokens = per_sequence(torch.ones_like(mean))
-    centre = per_sequence(mean) / tokens
-    d = mean - centre[:, sequence]
-    count = tokens * channels
-    variance = per_sequence(second + channels * d**2) / count
-    fourth = per_sequence(fourth + 4 * d * third + 6 * d**2 * second + channels * d**4) / count
-    return fourth / _beyond_rounding(variance, centre, moments.dtype).square() - 3
-
-
 def _beyond_rounding(variance: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN where entries that are all equal leave a variance of rounding error about their mean (as scipy has it)."""
     return torch.where(variance > (10 * torch.finfo(dtype).eps * mean) ** 2, variance, torch.nan)
@@ -138,7 +103,7 @@ class ActivationKurtosis:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | int] = {}
         self._last: tuple = (lambda: None, None)  # weak reference to the last activations, what we took of them
-        self._moments: dict[str, tuple[Tensor, int]] = {}  # of packed batches: token moments, channels
+        self._moments: dict[str, Tensor] = {}  # of the tokens of a packed batch
 
     def __enter__(self) -> ActivationKurtosis:
         self._handles = [
@@ -167,12 +132,12 @@ class ActivationKurtosis:
                     if self.packed is None:
                         taken = sequence_excess_kurtosis(activations, self.mask)
                     else:
-                        taken = token_moments(activations.detach()[0])
+                        taken = Moments.of_rows(activations.detach()[0]).sums
                 self._last = (weakref.ref(activations), taken)
             if self.packed is None:
                 self._add(name, self._last[1].sum(dtype=torch.float64), self._last[1].numel())
             else:
-                self._moments[name] = (self._last[1], activations.shape[-1])
+                self._moments[name] = self._last[1]
 
         return add
 
@@ -185,16 +150,16 @@ class ActivationKurtosis:
         # Sequence s holds the tokens from bounds[s] to bounds[s + 1]. What fills a row up comes behind the last one.
         sequence = torch.searchsorted(bounds[1:], tokens, right=True).clamp_max(sequences)
         masked = torch.where(self.packed["labels"][0] == IGNORED, sequences, sequence[positions])
+        groups = sequences + 1
         for rows in (sequence, masked):
-            names = [name for name, (moments, _) in self._moments.items() if len(moments) == len(rows)]
+            names = [name for name, moments in self._moments.items() if len(moments) == len(rows)]
             if names:
-                moments = torch.stack([self._moments[name][0] for name in names])
-                channels = torch.tensor([self._moments[name][1] for name in names], device=moments.device)
-                kurtosis = merged_excess_kurtosis(moments, channels, rows, sequences + 1)[:, :-1]
-                present = torch.zeros(sequences + 1, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
-                kurtosis = kurtosis.where(present[:-1], 0)
-                for name, total in zip(names, kurtosis.sum(1), strict=True):
-                    self._add(name, total, present[:-1].sum())
+                tokens = Moments(torch.cat([self._moments[name] for name in names]))
+                group = torch.cat([module * groups + rows for module in range(len(names))])
+                kurtosis = tokens.merged(group, len(names) * groups).excess_kurtosis.view(-1, groups)[:, :-1]
+                present = torch.zeros(groups, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[:-1]
+                for name, total in zip(names, kurtosis.where(present, 0).sum(1), strict=True):
+                    self._add(name, total, present.sum())
         self._moments = {}
 
     def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
@@ -218,3 +183,498 @@ class ActivationKurtosis:
         """Go on from what `state()` gave; in one process of several, or it counts several times."""
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
+
+
+# -------------------------------------------------------------------------------------- moments that add up exactly
+
+
+class Moments:
+    """Count, mean and central power sums of groups of numbers: a (groups, 5) float64 tensor [n, mean, M2, M3, M4].
+
+    M_k = sum (x - mean)^k. Two groups merge without cancellation, however far their means lie from 0 (Pebay, "Formulas
+    for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments", 2008), so any
+    amount of text streams through.
+    """
+
+    def __init__(self, sums: Tensor):
+        self.sums = sums
+
+    @classmethod
+    def of_rows(cls, values: Tensor) -> Moments:
+        """One group a row of `values` (rows, entries). Deviations in float32 (float64 for float64), sums in float64."""
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        mean = values.mean(1, keepdim=True)
+        deviations = values - mean
+        squares = deviations.square()
+        # In place and in this order: what this costs is memory traffic.
+        sums = (
+            squares.sum(1),
+            deviations.mul_(squares).sum(1),
+            squares.square_().sum(1),
+        )
+        count = torch.full_like(mean[:, 0], values.shape[1], dtype=torch.float64)
+        return cls(torch.stack([count, mean[:, 0].double(), *(total.double() for total in sums)], 1))
+
+    def merged(self, group: Tensor, groups: int) -> Moments:
+        """Merge the rows into `groups` groups; `group` (rows,) says which goes where. Empty groups stay at n = 0."""
+        n, mean, m2, m3, m4 = self.sums.unbind(1)
+
+        def total(terms: Tensor) -> Tensor:
+            return terms.new_zeros(groups).index_add_(0, group, terms)
+
+        count = total(n)
+        centre = total(n * mean) / count.clamp_min(1)
+        d = mean - centre[group]
+        return Moments(
+            torch.stack(
+                [
+                    count,
+                    centre,
+                    total(m2 + n * d**2),
+                    total(m3 + 3 * d * m2 + n * d**3),
+                    total(m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4),
+                ],
+                1,
+            )
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        groups = torch.arange(len(self.sums), device=self.sums.device).repeat(2)
+        return Moments(torch.cat([self.sums, other.sums])).merged(groups, len(self.sums))
+
+    def pooled(self) -> Moments:
+        """All groups merged into one."""
+        return self.merged(torch.zeros(len(self.sums), dtype=torch.long, device=self.sums.device), 1)
+
+    @property
+    def excess_kurtosis(self) -> Tensor:
+        """(groups,) in float64; NaN where a group is empty or has no spread beyond float32 rounding of its mean."""
+        n, mean, m2, _, m4 = self.sums.unbind(1)
+        spread = m2 > n * (10 * torch.finfo(torch.float32).eps * mean) ** 2
+        return torch.where(spread, n * m4 / m2.square() - 3, torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of tokens
+
+# Outliers sit on the first token and on separators (Bondarenko et al. 2023, Kaul et al. 2025): they are kept apart.
+TOKEN_CLASSES = ("first", "separator", "punctuation", "other")
+FIRST, SEPARATOR, PUNCTUATION, OTHER = range(4)
+
+
+def token_classes(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Class of every token (an index into TOKEN_CLASSES), same shape as `input_ids` (B, T).
+
+    first: position 0 (<s>, [CLS]); separator: any other </s>, [SEP], <s> or [CLS]; punctuation: what decodes to nothing
+    but Unicode punctuation (categories P*) and white space.
+    """
+    separators = {tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id}
+    ids = input_ids.unique().tolist()
+    kinds = {}
+    for i in ids:
+        text = tokenizer.decode([i]).strip()
+        if i in separators:
+            kinds[i] = SEPARATOR
+        elif text and all(unicodedata.category(character)[0] == "P" for character in text):
+            kinds[i] = PUNCTUATION
+        else:
+            kinds[i] = OTHER
+    table = torch.tensor([kinds.get(i, OTHER) for i in range(max(ids) + 1)], device=input_ids.device)
+    classes = table[input_ids]
+    classes[:, 0] = FIRST
+    return classes
+
+
+def _positions_only(mask: Tensor) -> Tensor:
+    classes = torch.full_like(mask, OTHER, dtype=torch.long)
+    classes[:, 0] = FIRST
+    return classes
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+# Places of every layer: name behind `layer.<i>.`, and whether its input or its output counts. RoBERTa and BERT
+# normalise after adding (post-LN), so the residual stream is what enters a LayerNorm: a block's output plus its input.
+PLACES = {
+    "query": ("attention.self.query", "output"),
+    "key": ("attention.self.key", "output"),
+    "value": ("attention.self.value", "output"),
+    "context": ("attention.output.dense", "input"),
+    "attention_output": ("attention.output.dense", "output"),
+    "attention_residual": ("attention.output.LayerNorm", "input"),
+    "attention_layernorm": ("attention.output.LayerNorm", "output"),
+    "ffn_intermediate": ("intermediate", "output"),
+    "ffn_output": ("output.dense", "output"),
+    "ffn_residual": ("output.LayerNorm", "input"),
+    "ffn_layernorm": ("output.LayerNorm", "output"),
+}
+# Once a model: what enters and what leaves the LayerNorm of the embeddings.
+EMBEDDINGS = {"embeddings_sum": "input", "embeddings": "output"}
+LOGITS = "logits"
+
+OUTLIER = 6.0  # |x| at or above it counts as an outlier (Dettmers et al., "LLM.int8()", NeurIPS 2022)
+MEDIAN_CHANNELS = 64  # a median sorts; that many channels, evenly spread, stand for all
+
+
+class ActivationOutliers:
+    """Streaming statistics of activations at the named places, real tokens only.
+
+    Hooks the places; before every forward pass call `batch`. Sums are float64 on the model's own device; nothing but
+    them is held. Use as a context manager or call `remove()`.
+
+    Args:
+        model: a BERT-shaped encoder, with or without a head. Places it lacks are absent from the result.
+        places: names out of PLACES (default: all).
+        embeddings: watch the embeddings too.
+    """
+
+    def __init__(self, model: nn.Module, places: Iterable[str] = PLACES, embeddings: bool = True):
+        self._sums: dict[str, _Place] = {}
+        self._mask: Tensor | None = None
+        self._sequence: Tensor | None = None
+        self._classes: Tensor | None = None
+        self._handles = []
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            if match := re.search(r"\blayer\.(\d+)\.(.+)$", name):
+                for place in places:
+                    suffix, side = PLACES[place]
+                    if match[2] == suffix:
+                        self._hook(module, side, f"layer.{match[1]}.{place}")
+            elif embeddings and name.endswith("embeddings.LayerNorm"):
+                for place, side in EMBEDDINGS.items():
+                    self._hook(module, side, place)
+
+    def _hook(self, module: nn.Module, side: str, name: str) -> None:
+        def add(module: nn.Module, inputs, output) -> None:
+            values = inputs[0] if side == "input" else output
+            if self._mask is not None and values.shape[:2] == self._mask.shape:
+                self.add(name, values[self._mask], self._sequence, self._classes)
+
+        self._handles.append(module.register_forward_hook(add))
+
+    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
+        """What the next forward pass holds.
+
+        Args:
+            mask: (B, T), non-zero where a token is real; None switches the hooks off.
+            classes: (B, T), of `token_classes`; None knows the first token from the others only.
+        """
+        self._mask = None if mask is None else mask.bool()
+        if mask is not None:
+            self._sequence = self._mask.nonzero()[:, 0]
+            self._classes = (_positions_only(mask) if classes is None else classes)[self._mask]
+
+    @torch.no_grad()
+    def add(self, name: str, values: Tensor, sequence: Tensor, classes: Tensor) -> None:
+        """Count `values` (R, C) in at a place; `sequence` and `classes` (R,) say whose tokens the rows are."""
+        if name not in self._sums:
+            self._sums[name] = _Place(values.shape[1], values.device)
+        self._sums[name].add(values, sequence, classes)
+
+    def result(self) -> dict[str, dict]:
+        """Statistics by place, `layer.<i>.<place>` or `<place>`; DEFINITIONS.md explains the keys."""
+        return {name: place.result() for name, place in self._sums.items()}
+
+    def remove(self) -> None:
+        """Take the hooks out of the model. The sums stay readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> ActivationOutliers:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+class _Place:
+    """The sums of one place."""
+
+    def __init__(self, channels: int, device: torch.device):
+        kinds = len(TOKEN_CLASSES)
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*size, dtype=torch.float64, device=device)
+
+        self.pooled = Moments(zeros(kinds, 5))
+        self.sequence_kurtosis, self.sequences = zeros(()), zeros(())
+        self.token_kurtosis, self.tokens = zeros(kinds), zeros(kinds)
+        self.norm_sum, self.ratio_sum, self.norms = zeros(()), zeros(()), zeros(())
+        self.largest = zeros(kinds)
+        self.outliers = zeros(kinds)
+        self.channel_squares = zeros(channels)
+
+    def add(self, values: Tensor, sequence: Tensor, classes: Tensor) -> None:
+        if not len(values):
+            return
+        values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+        kinds = len(TOKEN_CLASSES)
+        _, sequence = sequence.unique(return_inverse=True)
+        sequences = int(sequence.max()) + 1
+
+        by_token = Moments.of_rows(values)
+        of_tokens = by_token.excess_kurtosis
+        finite = ~of_tokens.isnan()
+        self.token_kurtosis.index_add_(0, classes, of_tokens.nan_to_num(0.0))
+        self.tokens.index_add_(0, classes, finite.double())
+        of_sequences = by_token.merged(sequence, sequences).excess_kurtosis
+        self.sequence_kurtosis += of_sequences.nansum()
+        self.sequences += (~of_sequences.isnan()).sum()
+        self.pooled = self.pooled + by_token.merged(classes, kinds)
+
+        magnitudes = values.abs()
+        top = magnitudes.amax(1).double()  # of every token
+        self.largest.scatter_reduce_(0, classes, top, "amax")
+        self.outliers.index_add_(0, classes, (magnitudes >= OUTLIER).sum(1).double())
+        norms = top.new_zeros(sequences).scatter_reduce_(0, sequence, top, "amax")
+        self.norm_sum += norms.sum()
+        self.norms += sequences
+        self.ratio_sum += (norms / self._medians(magnitudes, sequence, sequences)).sum()
+        self.channel_squares += magnitudes.square_().sum(0, dtype=torch.float64)
+
+    @staticmethod
+    def _medians(magnitudes: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+        """Median of |x| of every sequence (of the lower two where their number is even)."""
+        step = math.ceil(magnitudes.shape[1] / MEDIAN_CHANNELS)
+        some = magnitudes[:, ::step]
+        lengths = torch.bincount(sequence, minlength=sequences)
+        order = torch.argsort(sequence, stable=True)
+        padded = torch.nn.utils.rnn.pad_sequence(some[order].split(lengths.tolist()), True, torch.nan)
+        return padded.flatten(1).nanmedian(1).values.double()
+
+    def result(self) -> dict:
+        every = self.pooled.pooled()
+        n, mean, m2, *_ = every.sums[0].tolist()
+        squares = self.channel_squares
+        classes = {}
+        for i, name in enumerate(TOKEN_CLASSES):
+            entries = self.pooled.sums[i, 0].item()
+            if entries:
+                classes[name] = {
+                    "tokens": round(entries / len(squares)),
+                    "kurtosis_token": (self.token_kurtosis[i] / self.tokens[i]).item(),
+                    "kurtosis_pooled": self.pooled.excess_kurtosis[i].item(),
+                    "max_abs": self.largest[i].item(),
+                    "outlier_count": round(self.outliers[i].item()),
+                    "outlier_share": self.outliers[i].item() / entries,
+                }
+        return {
+            "mean": mean,
+            "std": math.sqrt(m2 / n),
+            "kurtosis_sequence": (self.sequence_kurtosis / self.sequences).item(),
+            "kurtosis_token": (self.token_kurtosis.sum() / self.tokens.sum()).item(),
+            "kurtosis_pooled": every.excess_kurtosis[0].item(),
+            "inf_norm": (self.norm_sum / self.norms).item(),
+            "max_abs": self.largest.max().item(),
+            "outlier_count": round(self.outliers.sum().item()),
+            "outlier_share": self.outliers.sum().item() / n,
+            "largest_channel": int(squares.argmax()),
+            "largest_channel_share": (squares.max() / squares.sum()).item(),
+            "top1_to_median": (self.ratio_sum / self.norms).item(),
+            "classes": classes,
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+SINK = 0.3  # a token is a sink of a head when it gets more than this of the mean query's attention (Gu et al. 2025)
+# A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
+IDLE = (0.5, 0.9)
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` materialises its attention weights, whichever softmax_n it attends with."""
+    before = model.config._attn_implementation
+    ours = getattr(model.config, "softmax_n", None) is not None and before.startswith("softmax_n")
+    model.set_attn_implementation("softmax_n_eager" if ours else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class AttentionSinks:
+    """Streaming statistics of the attention weights of every head, real queries and keys only.
+
+    Hooks the self-attention modules, which must hand out their weights (see `eager_attention`); before every forward
+    pass call `batch`. Use as a context manager or call `remove()`.
+
+    Args:
+        model: a BERT-shaped encoder.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._mask: Tensor | None = None
+        self._classes: Tensor | None = None
+        self._handles = []
+        for name, module in model.named_modules():
+            if match := re.search(r"\blayer\.(\d+)\.attention\.self$", name):
+                self._hook(module, f"layer.{match[1]}")
+
+    def _hook(self, module: nn.Module, name: str) -> None:
+        def add(module: nn.Module, inputs, output) -> None:
+            if self._mask is None:
+                return
+            if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+                raise ValueError(f"{type(module).__name__} hands out no attention weights: use eager_attention")
+            self.add(name, output[1])
+
+        self._handles.append(module.register_forward_hook(add))
+
+    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
+        """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
+        self._mask = None if mask is None else mask.bool()
+        if mask is not None:
+            self._classes = _positions_only(mask) if classes is None else classes
+
+    @torch.no_grad()
+    def add(self, name: str, weights: Tensor) -> None:
+        """Count in the weights (B, H, T, T) of one layer: rows are queries and sum to 1 minus the null mass."""
+        weights = weights.detach().float()
+        real = self._mask
+        query = real[:, None, :].double()  # (B, 1, T)
+        ordinary = query * (self._classes == OTHER)[:, None, :]
+        # A masked key has weight 0 already; the null mass of a softmax is rounding error.
+        null = (1 - weights.sum(-1, dtype=torch.float64)).clamp_min(0)  # (B, H, T)
+        to = {
+            kind: (weights * ((self._classes == i) & real)[:, None, None, :]).sum(-1, dtype=torch.float64)
+            for i, kind in enumerate(TOKEN_CLASSES[:OTHER])
+        }
+        own = weights.diagonal(dim1=-2, dim2=-1).double()
+        entropy = -(
+            torch.special.xlogy(weights, weights).sum(-1, dtype=torch.float64) + torch.special.xlogy(null, null)
+        )
+        nothing = null + sum(to.values())
+        # Mean attention that every key gets from the real queries of its sequence.
+        received = (weights * query[..., None]).sum(2, dtype=torch.float64) / query.sum(-1, keepdim=True)  # (B, H, T)
+        new = {
+            "queries": query.sum().expand(weights.shape[1]),
+            "ordinary": ordinary.sum().expand(weights.shape[1]),
+            "sequences": query.new_tensor(float(len(weights))).expand(weights.shape[1]),
+            "null": (null * query).sum((0, 2)),
+            "self": (own * query).sum((0, 2)),
+            "entropy": (entropy * query).sum((0, 2)),
+            "nothing": (nothing * ordinary).sum((0, 2)),
+            "sinks_first": (received[..., 0] > SINK).sum(0).double(),
+            "sinks_any": (received.amax(-1) > SINK).sum(0).double(),
+            **{kind: (mass * query).sum((0, 2)) for kind, mass in to.items()},
+        }
+        sums = self._sums.setdefault(name, {key: torch.zeros_like(value) for key, value in new.items()})
+        for key, value in new.items():
+            sums[key] = sums[key] + value
+
+    def result(self) -> dict[str, dict[str, list[float]]]:
+        """By layer (`layer.<i>`), a list over its heads for every key; DEFINITIONS.md explains them."""
+        names = {"mass_first": "first", "mass_separator": "separator", "mass_punctuation": "punctuation"}
+        names |= {"mass_self": "self", "null_mass": "null", "entropy": "entropy"}
+        found = {}
+        for layer, sums in self._sums.items():
+            found[layer] = {key: (sums[name] / sums["queries"]).tolist() for key, name in names.items()}
+            found[layer]["idle_mass"] = (sums["nothing"] / sums["ordinary"]).tolist()
+            found[layer]["sink_rate_first"] = (sums["sinks_first"] / sums["sequences"]).tolist()
+            found[layer]["sink_rate_any"] = (sums["sinks_any"] / sums["sequences"]).tolist()
+        return found
+
+    def remove(self) -> None:
+        """Take the hooks out of the model. The sums stay readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> AttentionSinks:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+# ------------------------------------------------------------------------------------------- the whole model, on texts
+
+LOGIT_STRIDE = 8  # every 8th real token's logits are measured: they are 70 times as many numbers as its hidden state
+
+
+@torch.inference_mode()
+def measure_model(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, int]]:
+    """ActivationOutliers and AttentionSinks of a masked-LM in eval mode.
+
+    Args:
+        model: a BERT-shaped masked-LM, on any device.
+        batches: what the tokenizer makes of texts: input_ids and attention_mask (B, T), padded.
+        tokenizer: the one that made them.
+
+    Returns:
+        (statistics by place, attention by layer, {"sequences", "tokens"}).
+    """
+    model.eval()
+    seen = {"sequences": 0, "tokens": 0}
+    with eager_attention(model), ActivationOutliers(model) as outliers, AttentionSinks(model) as sinks:
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            mask = batch["attention_mask"].bool()
+            classes = token_classes(batch["input_ids"], tokenizer)
+            outliers.batch(mask, classes)
+            sinks.batch(mask, classes)
+            sequence, position = mask.nonzero().unbind(1)
+            # Counted over all batches, so that the choice does not depend on how the texts are batched.
+            chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
+            keep = torch.zeros_like(mask)
+            keep[sequence[chosen], position[chosen]] = True
+            with kept_positions(model, keep):
+                logits = model(**batch).logits[0]
+            outliers.add(LOGITS, logits, sequence[chosen], classes[keep])
+            seen["sequences"] += len(mask)
+            seen["tokens"] += len(sequence)
+    return outliers.result(), sinks.result(), seen
+
+
+# ----------------------------------------------------------------------------------------------------------- emergence
+
+
+class Emergence:
+    """A few numbers of a model in training, on a few fixed held-out batches, so that outliers are seen growing.
+
+    Calling it leaves the model as it was: train mode, attention, hooks and random numbers.
+
+    Args:
+        batches: padded input_ids and attention_mask (B, T); other keys are ignored. A few dozen texts are enough.
+        places: names out of PLACES.
+    """
+
+    PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
+    STATISTICS = ("kurtosis_sequence", "inf_norm", "outlier_share")
+    ATTENTION = ("null_mass", "mass_first", "sink_rate_first", "sink_rate_any")
+
+    def __init__(self, batches: Iterable[dict[str, Tensor]], places: Iterable[str] = PLACES):
+        self.batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+        self.places = tuple(places)
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """{"layer.<i>.<place>.<statistic>" or "layer.<i>.attention.<statistic>": value}; attention: mean over heads."""
+        training = model.training
+        model.eval()
+        with (
+            eager_attention(model),
+            ActivationOutliers(model, self.places, embeddings=False) as outliers,
+            AttentionSinks(model) as sinks,
+        ):
+            for batch in self.batches:
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                outliers.batch(batch["attention_mask"])
+                sinks.batch(batch["attention_mask"])
+                model.base_model(**batch)
+        model.train(training)
+        found = {
+            f"{place}.{statistic}": values[statistic]
+            for place, values in outliers.result().items()
+            for statistic in self.STATISTICS
+        }
+        for layer, values in sinks.result().items():
+            for statistic in self.ATTENTION:
+                found[f"{layer}.attention.{statistic}"] = sum(values[statistic]) / len(values[statistic])
+        return found

@@ -24,13 +24,10 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForMaskedLM,
     HfArgumentParser,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -41,8 +38,9 @@ import arms
 import record
 from arms import prepared
 from corpus import load_data, load_tokenizer, tokenized
-from outliers import ActivationKurtosis, weight_excess_kurtosis
-from packing import IGNORED, MaskedLMCollator, on_device, pack, summed_loss
+from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
+from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
+from packing import MaskedLMCollator, on_device, summed_loss
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
 
 EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
@@ -50,7 +48,7 @@ EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of proces
 # Tokens to a multiple of which a packed batch is filled up for a compiled model: each new shape costs a compilation.
 BUCKET = 128
 
-HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
+EMERGENCE_BATCHES = 2  # of the held-out text, looked at whenever the loss is logged
 
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
@@ -159,49 +157,6 @@ class PublishedTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = EFFECTIVE_BATCH_SIZE // shares
 
 
-# ---------------------------------------------------------------------------------------------------- held-out loss
-
-
-def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
-    """Masked batches, the same for every run: a sample's masks depend on nothing but the sample. `collator` pads.
-
-    Returned packed, which `prepared` models take; every batch holds at least one masked token.
-    """
-    samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
-    fill = {"input_ids": collator.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-        batches.append(
-            pack(
-                {
-                    name: torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, value)
-                    for name, value in fill.items()
-                }
-            )
-        )
-    return batches
-
-
-@torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number), in eval mode, shared among the processes."""
-    training = model.training
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=model.device)  # loss, masked tokens
-    distributed = torch.distributed.is_initialized()
-    if distributed:
-        batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-    for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
-        loss, masked_tokens = summed_loss(model, on_device(batch, model.device))
-        total += torch.stack([loss.double(), masked_tokens.double()])
-    model.train(training)
-    if distributed:
-        torch.distributed.all_reduce(total)
-    loss, count = total.tolist()
-    return loss / count, int(count)
-
-
 # ------------------------------------------------------------------------------------------------------- the training
 
 
@@ -271,10 +226,15 @@ class ExperimentTrainer(Trainer):
 
 
 class Bookkeeping(TrainerCallback):
-    """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more."""
+    """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more.
 
-    def __init__(self, settings: dict):
+    At logging steps it also looks how far outliers have grown.
+    """
+
+    def __init__(self, settings: dict, emergence: Emergence):
         self.settings = settings
+        self.emergence = emergence
+        self.emerged: list[dict[str, float]] = []
         self.trainer: ExperimentTrainer | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
@@ -298,6 +258,7 @@ class Bookkeeping(TrainerCallback):
             "seconds": self.seconds,
             "counts": trainer.counts(),
             "activation_kurtosis": trainer.statistics.state(),
+            "emergence": self.emerged,
         }
         if state.is_world_process_zero:
             record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
@@ -318,11 +279,16 @@ class Bookkeeping(TrainerCallback):
         if trainer.is_world_process_zero():  # the sums over all processes, which are to count once
             trainer.padded_tokens = counts["padded_tokens"]
             trainer.statistics.load_state(progress["activation_kurtosis"])
+        self.emerged = progress["emergence"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if name in (logs or {}) and not math.isfinite(logs[name]):
                 sys.exit(f"error: {name} is {logs[name]} at step {state.global_step}: lower --learning_rate")
+        if "loss" in (logs or {}):
+            self.trainer.statistics.active = False
+            self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
+            self.trainer.statistics.active = True
 
 
 def shaping_settings(
@@ -480,7 +446,8 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         processes=args.world_size,
     )
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
-    bookkeeping = Bookkeeping(settings)
+    some = held_out[:: max(1, len(held_out) // EMERGENCE_BATCHES)][:EMERGENCE_BATCHES]  # they lie in order of length
+    bookkeeping = Bookkeeping(settings, Emergence(some))
     # Trainer takes the model's **kwargs for the promise to divide the loss by the number of tokens it is told, and
     # would not divide by the accumulation steps itself.
     model.accepts_loss_kwargs = False
@@ -571,6 +538,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         },
         "weight_excess_kurtosis": weight_excess_kurtosis(model),
         "activation_excess_kurtosis": activation_kurtosis,
+        "emergence": bookkeeping.emerged,
     }
     record.write_json(results_path, result)
     for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete

@@ -1,7 +1,9 @@
 """analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
 
+import base64
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,29 +14,26 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import TEXTS, save_tokenizer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
 )
 
 import analyze_kurtosis
-from analyze_kurtosis import Run, by_layer, duration, notes, plus_minus, table
+from analyze_kurtosis import EMERGING
+from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
 from outliers import weight_excess_kurtosis
+from packing import MaskedLMCollator
+from report import GLANCE, METRICS, PRIMARY, answer, comparisons, duration, figure, html_page, plus_minus, table
+from runs import Run, by_layer, notes, paired
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 
 SCRIPT = Path(analyze_kurtosis.__file__)
-TEXTS = [
-    "La hundo kuras.",
-    "Ĉu vi vidas la ruĝan ĝardenon malantaŭ nia malgranda domo?",
-    "Jes, mi vidas ĝin ĉiutage, kiam mi iras al la lernejo kun mia frato kaj lia amiko.",
-    "Pluvas.",
-]
 ARCHITECTURE = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -42,21 +41,6 @@ ARCHITECTURE = {
     "intermediate_size": 32,
     "max_position_embeddings": 130,
 }
-
-
-def save_tokenizer(folder):
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
-    bpe.train_from_iterator(TEXTS, trainer)
-    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), specials, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=128, **names)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def results_of(model, name, softmax_n):
@@ -73,6 +57,11 @@ def results_of(model, name, softmax_n):
         "seed": 42,
         "test_pipeline": False,
         "effective_batch_size": 16,
+        "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
+        "emergence": [
+            {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING}}
+            for step in (1000, 3000)
+        ],
         "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
         "dataset": {"sources": ["a", "b", "c", "d"], "train_samples": 1000, "sha256": "d" * 64},
         "tokenizer": {"entries": 300, "sha256": "e" * 64},
@@ -141,8 +130,10 @@ def strict_json(path):
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def rows(text):
-    """{first cell: the other cells} of every table in a Markdown text."""
+def rows(text, section=None):
+    """{first cell: the other cells} of every table in a Markdown text, or in one section of it."""
+    if section:
+        text = text.partition(f"## {section}")[2].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {first: cells for first, *cells in lines}
 
@@ -150,42 +141,106 @@ def rows(text):
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
+PICTURES = ("damage", "kurtosis", "norms", "emergence", "loss", "attention", "histograms")
+
+
 def test_report_of_two_runs(workplace, capsys):
     analyse(workplace, "--batch_size", "2")
     results = workplace / "results"
     text = (results / "report.md").read_text(encoding="utf-8")
-    printed = capsys.readouterr().out
-    assert printed.startswith(text.partition("\n\n![")[0])
-    assert "![loss plot](loss.png)" in text and "![kurtosis plot](kurtosis.png)" in text
+    assert capsys.readouterr().out.startswith(text)
     assert not list(results.glob("*.partial"))
-    for picture in ("loss.png", "kurtosis.png"):
-        header = (results / picture).read_bytes()[:64]
-        assert header.startswith(b"\x89PNG") and b"IHDR" in header
+    page = (results / "report.html").read_text(encoding="utf-8")
+    for name in PICTURES:
+        picture = (results / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and b"IHDR" in picture[:64]
+        assert f"]({name}.png)" in text and base64.b64encode(picture).decode() in page
     assert "Note" not in text  # these two runs belong together
+    assert 'name="viewport"' in page and not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
+    rules = [line for line in text.splitlines() if line.startswith("| ---")]
+    assert page.count("<table>") == len(rules) > 8
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
-    table_rows = rows(text)
+    summary = rows(text, "Summary of the runs")
     published = ["published softmax0", "published softmax1"]
     ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, whatever the file order
-    assert table_rows[""] == [*published, *ours]
-    assert table_rows["training loss, mean of the whole run"] == ["4.46", "4.44", "4.46", "4.46"]
-    assert table_rows["training loss, last logged"] == ["3.79", "3.78", "3.22", "3.22"]
-    assert table_rows["held-out loss"] == ["–", "–", "3.30", "3.30"]
-    assert table_rows["runtime"] == ["9 h 16 m", "9 h 16 m", "9 h 16 m", "9 h 16 m"]
-    assert table_rows["cost, USD"] == ["11.22", "11.24", "–", "–"]
-    assert table_rows["steps"] == ["285,899", "285,899", "3,000", "3,000"]
+    assert summary[""] == [*published, *ours]
+    assert summary["training loss, mean of the whole run"] == ["4.46", "4.44", "4.46", "4.46"]
+    assert summary["training loss, last logged"] == ["3.79", "3.78", "3.22", "3.22"]
+    assert summary["held-out loss"] == ["–", "–", "3.30", "3.30"]
+    assert summary["runtime"] == ["9 h 16 m", "9 h 16 m", "9 h 16 m", "9 h 16 m"]
+    assert summary["cost, USD"] == ["11.22", "11.24", "–", "–"]
+    assert summary["steps"] == ["285,899", "285,899", "3,000", "3,000"]
     # By hand: mean and population standard deviation of (1, 4) and (2, 2.5); a layer without a value; (6, 8).
-    assert table_rows["dense, training"] == ["0.74 ± 0.29", "1.96 ± 1.58", "2.50 ± 1.50", "2.50 ± 1.50"]
-    assert table_rows["dropout, training"] == ["1.15 ± 0.32", "2.51 ± 1.76", "2.25 ± 0.25", "2.25 ± 0.25"]
-    assert table_rows["output (LayerNorm), training"] == ["0.77 ± 1.35", "0.90 ± 1.31", "–", "–"]
-    assert table_rows["esperberto-softmax1, training"] == ["6.00", "8.00", *["–"] * 4, "7.00 ± 1.00"]
-    assert table_rows["published softmax0, training"] == ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"]
+    activations = rows(text, "Activations of attention.output")
+    assert activations["dense, training"] == ["0.74 ± 0.29", "1.96 ± 1.58", "2.50 ± 1.50", "2.50 ± 1.50"]
+    assert activations["dropout, training"] == ["1.15 ± 0.32", "2.51 ± 1.76", "2.25 ± 0.25", "2.25 ± 0.25"]
+    assert activations["output (LayerNorm), training"] == ["0.77 ± 1.35", "0.90 ± 1.31", "–", "–"]
     # In eval mode dropout is the identity.
-    assert table_rows["dropout, held-out"] == table_rows["dense, held-out"] != ["–"] * 4
+    assert activations["dropout, held-out"] == activations["dense, held-out"] != ["–"] * 4
+    lead = rows(text, "A lead, not a result")
+    assert lead["esperberto-softmax1, training"] == ["6.00", "8.00", *["–"] * 4, "7.00 ± 1.00"]
+    assert lead["published softmax0, training"] == ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"]
     for said in ("population standard deviation", "no interval over seeds", "n = 2 layers", "n = 4 sequences"):
         assert said in text
     for said in ("train mode", "eval mode", "padding left out", "padding counted", "A lead, not a result"):
         assert said in text
     assert "a, b, c and 1 more (1,000 samples), 1 × NVIDIA H200" in text
+
+    # One pair: figures, but no interval and no conclusion.
+    assert "**Answer.** Open: in one pair of runs" in text and "nothing can be concluded about softmax1" in text
+    glance = rows(text.partition("![")[0])
+    assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval"]
+    assert glance["null mass, mean of heads, %"][3] == "one pair: no interval"
+    assert len(glance) == 2 + len(GLANCE)  # header and rule
+    assert text.index("**Answer.**") < text.index("![") < text.index("## Summary")
+
+
+def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
+    analyse(workplace)
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    found = strict_json(workplace / "results" / "analysis.json")["runs"]
+    one = found["esperberto-softmax1"]
+    norms = [one["places"][f"layer.{layer}.ffn_residual"]["inf_norm"] for layer in range(2)]
+    assert rows(text, "Activations by place")["ffn_residual, softmax1"][3] == figure(max(norms))
+    shares = [one["places"][f"layer.{layer}.ffn_residual"]["largest_channel_share"] for layer in range(2)]
+    assert rows(text, "Activations by place")["ffn_residual, softmax1"][5] == figure(100 * max(shares))
+    null = [figure(100 * np.mean(one["attention"][f"layer.{layer}"]["null_mass"])) for layer in range(2)]
+    assert rows(text, "Attention")["% null, softmax1"] == null
+    static = one["quantization"]["arms"]["w8a8_static"]
+    cell = rows(text, "Quantization damage")["W8A8, static per tensor"][1]
+    assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {static['gap']:+.4f}"
+    # Full kurtosis, as Bondarenko et al. have it, of both their places.
+    places = [
+        one["places"][f"layer.{layer}.{place}"]["kurtosis_sequence"] + 3
+        for layer in range(2)
+        for place in ("ffn_output", "ffn_layernorm")
+    ]
+    assert rows(text, "Beside others' figures")["softmax1"][2] == figure(np.mean(places))
+
+
+def test_the_held_out_loss_is_training_s(workplace):
+    """The float32 loss of the analysis is held_out_loss on the validation split with training's masks."""
+    analyse(workplace)
+    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
+    model, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax1"))
+    masks = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=HELD_OUT_SEED)
+    ids = tokenizer(TEXTS)["input_ids"]
+    loss, count = held_out_loss(model, held_out_batches({"input_ids": ids}, masks, 3))
+    assert found["masked_tokens"] == count
+    assert found["arms"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_results_without_emergence_are_analysed(workplace):
+    """What older versions of train_model.py wrote."""
+    for file in (workplace / "results").glob("*.json"):
+        results = json.loads(file.read_text())
+        del results["emergence"]
+        file.write_text(json.dumps(results))
+    analyse(workplace)
+    assert not (workplace / "results" / "emergence.png").exists()
+    assert "emergence.png" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
 def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
@@ -197,7 +252,8 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
         folder = workplace / "models" / name
         for parameter, values in load_file(folder / "model.safetensors").items():
             expected = scipy.stats.kurtosis(values.double().numpy().ravel())
-            assert run["weight_excess_kurtosis"][parameter] == pytest.approx(expected, rel=1e-9)
+            assert run["parameters"][parameter]["kurtosis"] == pytest.approx(expected, rel=1e-9)
+            assert run["parameters"][parameter]["inf_norm"] == values.abs().max().item()
         model, tokenizer = analyze_kurtosis.load(str(folder))
         model.eval()
         outputs = []
@@ -208,7 +264,7 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
                 model(**tokenizer(text, return_tensors="pt"))
         handle.remove()
         expected = np.mean([scipy.stats.kurtosis(out.double().numpy().ravel()) for out in outputs])
-        measured = run["held_out_activation_excess_kurtosis"]["roberta.encoder.layer.1.output.dense"]
+        measured = run["places"]["layer.1.ffn_output"]["kurtosis_sequence"]
         assert measured == pytest.approx(expected, abs=1e-4)
         assert run["activations_held_out"]["output.dense"]["layers"][1] == measured
         assert run["held_out_tokens"] == sum(map(len, outputs))
@@ -227,8 +283,8 @@ def test_batch_size_changes_nothing_and_max_samples_takes_fewer(workplace):
 
 def test_held_out_texts_are_spread_over_the_split(workplace):
     split = datasets.load_from_disk(str(workplace / "data"))["validation"]["text"]
-    assert analyze_kurtosis.held_out_texts(workplace / "data", 2) == [split[0], split[-1]]
-    assert analyze_kurtosis.held_out_texts(workplace / "data", 10_000) == list(split)
+    assert analyze_kurtosis.texts_of(workplace / "data", "validation", 2) == [split[0], split[-1]]
+    assert analyze_kurtosis.texts_of(workplace / "data", "validation", 10_000) == list(split)
 
 
 def test_a_model_folder_without_results_file(workplace, capsys):
@@ -237,7 +293,9 @@ def test_a_model_folder_without_results_file(workplace, capsys):
     (workplace / "models" / "esperberto-softmax1").rename(elsewhere)
     shutil.rmtree(workplace / "results")
     analyse(workplace, str(elsewhere))
-    table_rows = rows(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert "**Answer.** None: there is no pair here" in text
+    table_rows = rows(text)
     assert table_rows["held-out loss"] == ["–", "–", "–"]
     assert table_rows["dense, training"][2] == "–" and "±" in table_rows["dense, held-out"][2]
     assert "±" in table_rows["dense weight"][2]
@@ -251,10 +309,10 @@ def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplac
     there = workplace / "other" / "esperberto-softmax0"
     shutil.copytree(here, there)
     analyse(workplace, str(here), str(there))
-    header = rows(capsys.readouterr().out)[""]
+    header = rows(capsys.readouterr().out, "Summary of the runs")[""]
     assert header[2:] == [str(here), str(there)]
     analyse(workplace, f"{here}/")
-    table_rows = rows(capsys.readouterr().out)
+    table_rows = rows(capsys.readouterr().out, "Summary of the runs")
     assert table_rows[""][2:] == ["esperberto-softmax0"] and table_rows["held-out loss"][2:] == ["3.30"]
 
 
@@ -265,6 +323,61 @@ def test_an_earlier_report_survives_a_failed_write(workplace):
     with pytest.raises(OSError):
         analyse(workplace)
     assert report.read_text() == "earlier"
+
+
+# -------------------------------------------------------------------------------------------------------------- answer
+
+
+def measured(n, seed, gap, loss=3.0, **settings):
+    """A run as the answer needs it."""
+    results = {"softmax_n": n, "seed": seed, "test_pipeline": False, "dataset": {"sha256": "d"}, **settings}
+    results |= {"tokenizer": {"sha256": "t"}, "training": {"steps": 9}, "effective_batch_size": 16}
+    arms = {"float32": {"loss": loss, "gap": 0.0}, "w8a8_static": {"loss": loss + gap, "gap": gap}}
+    return Run(f"softmax{n}-{seed}", "", results, damage={"arms": arms})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], "Softmax1 makes quantization less harmful here: over 3 pairs"),
+        ([1.0, 1.2, 1.1], [2.0, 2.1, 2.2], "Softmax1 makes quantization more harmful here: over 3 pairs"),
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5], "No difference is shown: over 3 pairs"),
+        ([0.500, 0.601, 0.700], [0.495, 0.596, 0.695], "A difference is shown, but one too small to matter"),
+        ([0.002, 0.002, 0.001], [-0.001, -0.001, -0.002], "There is nothing to rescue, quantization harms neither arm"),
+        ([2.0], [1.0], "Open: in one pair of runs static W8A8 quantization costs softmax1 1.00 nats"),
+    ],
+)
+def test_the_answer_says_what_the_numbers_say(before, after, said):
+    runs = [measured(n, seed, gap) for n, gaps in ((0, before), (1, after)) for seed, gap in enumerate(gaps)]
+    compared = comparisons(runs)
+    text = answer(runs, compared)
+    assert text.startswith(said)
+    one = compared["softmax1"][PRIMARY]
+    assert one.difference == pytest.approx(np.mean(after) - np.mean(before))
+    if len(before) > 1:
+        assert f"interval from {figure(one.low)} to {figure(one.high)}" in text and "p = " in text
+    assert set(compared["softmax1"]) <= set(METRICS)
+    assert "ffn_output_kurtosis" not in compared["softmax1"]  # these models have no such place
+
+
+def test_only_runs_that_agree_are_paired():
+    runs = [measured(0, 1, 1.0), measured(1, 1, 2.0), measured(0, 2, 1.0), measured(1, 2, 5.0, dtype="bfloat16")]
+    assert {arm: list(found) for arm, found in paired(runs).items()} == {"softmax0": [1, 2], "softmax1": [1]}
+    assert comparisons(runs)["softmax1"][PRIMARY].pairs == 1
+    assert comparisons(runs[:1]) == {} and answer(runs[:1], {}).startswith("None: there is no pair here")
+    runs[0].results["test_pipeline"] = True
+    assert answer(runs, comparisons(runs)).startswith("None: --test_pipeline made these runs")
+
+
+def test_figures_have_three_digits():
+    values = (math.nan, None, 0.0, 0.00123, 0.123, -1.5, 12.34, 1234.5, 2.5e7)
+    assert [figure(value) for value in values] == "– – 0.00 0.0012 0.12 -1.50 12.3 1,234 2.50e+07".split()
+
+
+def test_the_page_holds_its_pictures():
+    page = html_page("# T < U\n\n![a](a.png)\n\n| x |\n| - |\n| 1 |\n", {"a.png": b"picture"})
+    assert "data:image/png;base64," + base64.b64encode(b"picture").decode() in page
+    assert "<title>T &lt; U</title>" in page and '<div class="wide"><table>' in page
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -318,7 +431,8 @@ def test_table_is_markdown_that_lines_up():
 def pair(finished):
     def one(name):
         results = json.loads((finished / "results" / f"{name}.json").read_text())
-        return Run(name, f"models/{name}", results, dict(results["weight_excess_kurtosis"]))
+        weights = {parameter: {"kurtosis": value} for parameter, value in results["weight_excess_kurtosis"].items()}
+        return Run(name, f"models/{name}", results, weights)
 
     return one("esperberto-softmax0"), one("esperberto-softmax1")
 
@@ -329,7 +443,8 @@ def pair(finished):
         (("dataset", "sha256"), "f" * 64, "differ in training text (esperberto-softmax0: dddd"),
         (("tokenizer", "sha256"), "f" * 64, "differ in tokenizer"),
         (("training", "steps"), 7, "differ in steps (esperberto-softmax0: 3000, esperberto-softmax1: 7)"),
-        (("seed",), 43, "differ in seed (esperberto-softmax0: 42, esperberto-softmax1: 43)"),
+        (("seed",), 43, "Not every arm has seed 42, 43"),
+        (("settings", "learning_rate"), 1e-4, "differ in learning rate (esperberto-softmax0: 5e-05"),
         (("effective_batch_size",), 8, "differ in effective batch size"),
         (("test_pipeline",), True, "differ in --test_pipeline"),
     ],
@@ -344,15 +459,17 @@ def test_runs_that_do_not_belong_together_are_named(finished, tmp_path, keys, va
     place[last] = value
     lines = notes(runs, tmp_path)
     assert any(said in line for line in lines)
+    arms = paired(runs)
+    assert len(arms) == 1 or not set(arms["softmax0"]) & set(arms["softmax1"])  # they are not compared
     assert any("only that the pipeline works" in line for line in lines) == (keys == ("test_pipeline",))
 
 
 def test_results_of_another_model_are_named(finished, tmp_path):
     runs = pair(finished)
     name = "roberta.encoder.layer.0.attention.output.dense.weight"
-    runs[0].weights[name] *= 1 + 1e-9  # rounding
+    runs[0].weights[name]["kurtosis"] *= 1 + 1e-9  # rounding
     assert notes(runs, tmp_path) == []
-    runs[0].weights[name] += 1e-4
+    runs[0].weights[name]["kurtosis"] += 1e-4
     assert [line for line in notes(runs, tmp_path) if "do not belong together" in line and "softmax0" in line]
     del runs[1].weights[name]
     assert len(notes(runs, tmp_path)) == 2
@@ -372,7 +489,8 @@ def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
     analyse(workplace)
     text = capsys.readouterr().out
     assert text.index("**Note.** These tables show only that the pipeline works") < text.index("## Summary")
-    assert text.index("differ in seed") < text.index("## Summary")
+    assert text.index("Not every arm has seed") < text.index("## Summary")
+    assert "**Answer.** None: --test_pipeline made these runs" in text
     assert "1 × NVIDIA H200, --test_pipeline" in text
 
 
@@ -382,7 +500,7 @@ def test_constant_weights_are_null_in_json_and_a_dash_in_the_table(workplace, ca
     RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=len(tokenizer))).save_pretrained(folder)
     analyse(workplace, str(folder))
     run = strict_json(workplace / "results" / "analysis.json")["runs"]["flat"]
-    assert run["weight_excess_kurtosis"]["roberta.encoder.layer.0.attention.output.LayerNorm.weight"] is None
+    assert run["parameters"]["roberta.encoder.layer.0.attention.output.LayerNorm.weight"]["kurtosis"] is None
     assert rows(capsys.readouterr().out)["LayerNorm weight"][2] == "–"
 
 
@@ -421,6 +539,13 @@ def empty_validation(root):
 def without_tokenizer(root):
     for file in model_folder(root).glob("*tokenizer*"):
         file.unlink()
+
+
+def without_mask_token(root):
+    file = model_folder(root) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["mask_token"]
+    file.write_text(json.dumps(settings))
 
 
 def replace_model(model):
@@ -472,6 +597,11 @@ DAMAGE = {
         "(distilbert) has no layer.0.output.dense",
     ),
     "no data": (lambda root: shutil.rmtree(root / "data"), "no texts in the validation split of"),
+    "no emergence step": (
+        lambda root: edit_results(root, lambda results: results["emergence"][0].pop("step")),
+        "'emergence' holds something other than numbers",
+    ),
+    "no mask token": (without_mask_token, "has no mask or no padding token"),
     "no validation split": (only_train, "no texts in the validation split of"),
     "empty validation split": (empty_validation, "no texts in the validation split of"),
 }

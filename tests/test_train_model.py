@@ -18,9 +18,10 @@ from transformers.trainer_callback import TrainerCallback
 
 import arms
 import train_model
+from arms import prepared
+from held_out import held_out_batches, held_out_loss
 from packing import MaskedLMCollator
 from softmax1 import RobertaSoftmaxNForMaskedLM
-from train_model import held_out_batches, held_out_loss, prepared
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -161,9 +162,10 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     stock.load_state_dict(model.state_dict())
     total = count = 0
     for batch in by_size[0]:
-        logits = stock(batch["input_ids"]).logits[0, batch["masked_positions"]].double()
-        total += F.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
-        count += batch["labels"].numel()
+        logits = stock(batch["input_ids"]).logits[0].double()
+        chosen = batch["labels"][0] != -100
+        total += F.cross_entropy(logits[chosen], batch["labels"][0][chosen], reduction="sum").item()
+        count += chosen.sum().item()
     assert losses[0][1] == count
     for loss, _ in losses:
         assert loss == pytest.approx(total / count, rel=1e-5)
@@ -293,6 +295,8 @@ DRIVER = """
 import sys
 import arms
 import train_model
+from arms import prepared
+from held_out import held_out_batches, held_out_loss
 arms.ARCHITECTURE = {architecture}
 train_model.main(sys.argv[1:])
 """

@@ -1,0 +1,580 @@
+"""The report: the question, the answer in a sentence, the tables with published figures beside. Markdown and HTML.
+
+Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+
+import markdown
+import numpy as np
+
+from outliers import EMBEDDINGS, IDLE, LOGITS, OUTLIER, PLACES, SINK, TOKEN_CLASSES
+from pairs import CONFIDENCE, TEST, Comparison, compare
+from quantization import ARMS, GROUP_SIZE, MOMENTUM
+from runs import Run, arms, by_layer, look_up, paired
+
+MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
+
+# The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
+# train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
+PUBLISHED = ["published softmax0", "published softmax1"]
+WEIGHTS = [
+    ("dense weight", "attention.output.dense.weight", "0.031 ± 0.021", "0.040 ± 0.027"),
+    ("dense bias", "attention.output.dense.bias", "0.6 ± 1.1", "1.4 ± 1.4"),
+    ("LayerNorm weight", "attention.output.LayerNorm.weight", "6.8 ± 3.9", "4.4 ± 2.9"),
+    ("LayerNorm bias", "attention.output.LayerNorm.bias", "0.5 ± 0.8", "1.9 ± 2.3"),
+]
+ACTIVATIONS = [
+    ("dense", "attention.output.dense", "0.74 ± 0.29", "1.96 ± 1.58"),
+    ("dropout", "attention.output.dropout", "1.15 ± 0.32", "2.51 ± 1.76"),
+    ("output (LayerNorm)", "attention.output", "0.77 ± 1.35", "0.90 ± 1.31"),
+]
+# The FFN output layer by layer, then mean ± deviation: the published table leaves it out, its result files hold it.
+FFN = "output.dense"
+PUBLISHED_FFN = [
+    ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
+    ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
+]
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+# One metric was named beforehand, because the hypothesis ends there: outliers matter for what they do to quantization,
+# and static per-tensor ranges are what they break. All others are looked at to explain it, and the more one looks at,
+# the more likely one of them stands out by chance.
+PRIMARY = "w8a8_static_gap"
+BASELINE = "softmax0"
+NEGLIGIBLE = 0.01  # nats; a change of the perplexity by one per cent, which nobody would quantize differently for
+
+METRICS = {  # key: (label, the better end: -1 low, 0 neither)
+    PRIMARY: ("W8A8 static: held-out loss over float32, nats", -1),
+    "held_out_loss": ("held-out loss in float32, nats", -1),
+    "bfloat16_gap": ("bfloat16: loss over float32, nats", -1),
+    "w8a8_dynamic_gap": ("W8A8 dynamic: loss over float32, nats", -1),
+    "w4_weight_only_gap": ("W4 weights: loss over float32, nats", -1),
+    "ffn_output_kurtosis": ("FFN output: excess kurtosis, mean of layers", -1),
+    "ffn_output_inf_norm": ("FFN output: infinity norm, largest layer", -1),
+    "residual_kurtosis": ("residual stream: excess kurtosis, mean of layers", -1),
+    "residual_inf_norm": ("residual stream: infinity norm, largest layer", -1),
+    "residual_outliers": (f"residual stream: entries beyond ±{OUTLIER:g}, %", -1),
+    "residual_ratio": ("residual stream: largest over median magnitude", -1),
+    "context_kurtosis": ("attention context: excess kurtosis, mean of layers", -1),
+    "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
+    "sink_rate_first": ("sink rate of the first token, %", 0),
+    "sink_rate_any": ("sink rate of any token, %", 0),
+    "null_mass": ("null mass, mean of heads, %", 0),
+    "idle_heads": (f"heads that do nothing (> {IDLE[1]:.0%} idle mass)", 0),
+    "half_idle_heads": (f"heads that do little (> {IDLE[0]:.0%} idle mass)", 0),
+}
+GLANCE = (PRIMARY, "held_out_loss", "ffn_output_kurtosis", "residual_inf_norm", "idle_heads", "null_mass")
+
+
+def metrics(run: Run) -> dict[str, float]:
+    """Every metric of METRICS; NaN where the model lacks the place."""
+
+    def layers(place: str, statistic: str) -> np.ndarray:
+        found = [values[statistic] for name, values in run.places.items() if name.endswith(f".{place}")]
+        return np.array(found or [np.nan], dtype=float)
+
+    def heads(statistic: str) -> np.ndarray:
+        return np.array([value for layer in run.attention.values() for value in layer[statistic]] or [np.nan])
+
+    found = {"held_out_loss": run.damage["arms"]["float32"]["loss"]}
+    for arm in ("w8a8_static", "bfloat16", "w8a8_dynamic", "w4_weight_only"):
+        found[f"{arm}_gap"] = run.damage["arms"].get(arm, {}).get("gap", np.nan)
+    found["ffn_output_kurtosis"] = layers("ffn_output", "kurtosis_sequence").mean()
+    found["ffn_output_inf_norm"] = layers("ffn_output", "inf_norm").max()
+    found["residual_kurtosis"] = layers("ffn_residual", "kurtosis_sequence").mean()
+    found["residual_inf_norm"] = layers("ffn_residual", "inf_norm").max()
+    found["residual_outliers"] = 100 * layers("ffn_residual", "outlier_share").mean()
+    found["residual_ratio"] = layers("ffn_residual", "top1_to_median").mean()
+    found["context_kurtosis"] = layers("context", "kurtosis_sequence").mean()
+    found["attention_output_kurtosis"] = layers("attention_output", "kurtosis_sequence").mean()
+    for key in ("sink_rate_first", "sink_rate_any", "null_mass"):
+        found[key] = 100 * heads(key).mean()
+    found["half_idle_heads"], found["idle_heads"] = ((heads("idle_mass") > bound).sum() for bound in IDLE)
+    return {key: float(found[key]) for key in METRICS}
+
+
+def comparisons(runs: list[Run]) -> dict[str, dict[str, Comparison]]:
+    """{arm: {metric: comparison with softmax0}} of all arms that have a pair."""
+    by_arm = {arm: {seed: metrics(run) for seed, run in found.items()} for arm, found in paired(runs).items()}
+    found = {}
+    for arm in by_arm:
+        if arm != BASELINE and BASELINE in by_arm:
+            for metric in METRICS:
+                before, after = (
+                    {seed: values[metric] for seed, values in by_arm[name].items()} for name in (BASELINE, arm)
+                )
+                if (comparison := compare(before, after)) is not None:
+                    found.setdefault(arm, {})[metric] = comparison
+    return found
+
+
+def answer(runs: list[Run], compared: dict[str, dict[str, Comparison]]) -> str:
+    """The answer in one sentence for each arm, with its uncertainty; what cannot be concluded is said."""
+    if any(run.results and run.results["test_pipeline"] for run in runs):
+        return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."
+    found = {arm: metric[PRIMARY] for arm, metric in compared.items() if PRIMARY in metric}
+    if not found:
+        return (
+            f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
+            "tokenizer and steps."
+        )
+    sentences = []
+    for arm, one in found.items():
+        costs = (
+            f"static W8A8 quantization costs {arm} {spread(one.mean, one.std)} nats of held-out loss, "
+            f"{BASELINE} {spread(one.baseline_mean, one.baseline_std)}"
+        )
+        if one.low is None:
+            sentences.append(
+                f"Open: in one pair of runs {costs}; one pair has no interval, so nothing can be concluded about {arm}."
+            )
+            continue
+        if one.low <= 0 <= one.high:
+            verdict = "no difference is shown"
+        elif abs(one.difference) < NEGLIGIBLE:
+            verdict = f"a difference is shown, but one too small to matter (under {NEGLIGIBLE:g} nats)"
+        else:
+            verdict = f"{arm} makes quantization {'less' if one.difference < 0 else 'more'} harmful here"
+        if max(abs(one.mean), abs(one.baseline_mean)) < NEGLIGIBLE:
+            verdict = f"there is nothing to rescue, quantization harms neither arm (under {NEGLIGIBLE:g} nats)"
+        sentences.append(
+            f"{verdict[0].upper()}{verdict[1:]}: over {one.pairs} pairs of runs {costs} (mean ± standard deviation "
+            f"over seeds), a difference of {figure(one.difference)} nats with a {CONFIDENCE:.0%} interval from "
+            f"{figure(one.low)} to {figure(one.high)} ({TEST}, p = {one.p:.2g})."
+        )
+    return " ".join(sentences)
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def figure(value: float | None) -> str:
+    """A number with about three significant digits, and a dash for none."""
+    if value is None or np.isnan(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4}f}"
+
+
+def spread(mean: float, std: float | None) -> str:
+    return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
+
+
+def number(value: float | None, decimals: int = 2) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{decimals}f}"
+
+
+def plus_minus(values: np.ndarray) -> str:
+    """`mean ± population standard deviation`; a third decimal where both are small, as published."""
+    if not len(values) or np.isnan(values).any():
+        return "–"
+    decimals = 3 if max(abs(values.mean()), values.std()) < 0.1 else 2
+    return f"{number(values.mean(), decimals)} ± {number(values.std(), decimals)}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} m {rest} s" if minutes < 60 else "{} h {} m".format(*divmod(round(seconds / 60), 60))
+
+
+def machine(hardware: dict) -> str:
+    if hardware["device"] == "cpu":
+        return f"{hardware['name']} (CPU threads: {hardware['count']})"
+    return f"{hardware['count']} × {hardware['name']}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (header, rule, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trained_on(runs: list[Run]) -> str:
+    """Steps, text and hardware of the runs (and whether they are smoke runs), said once where they agree."""
+    said = []
+    for results in (run.results for run in runs if run.results):
+        training, text = results["training"], results["dataset"]
+        sources = ", ".join(text["sources"][:3]) + f" and {len(text['sources']) - 3} more" * (len(text["sources"]) > 3)
+        said.append(
+            f"{training['steps']:,} steps, {training['samples']:,} sequences of {sources} "
+            f"({text['train_samples']:,} samples), {machine(results['hardware'])}"
+            + ", --test_pipeline"
+            * results["test_pipeline"]
+        )
+    return " / ".join(dict.fromkeys(said)) or "no results file"
+
+
+def summary(runs: list[Run]) -> list[list[str]]:
+    """Rows of the first table: label, published softmax0, published softmax1, ours."""
+
+    def ours(key: str, show=number) -> list[str]:
+        return [show(look_up(run.results, key)) if run.results else "–" for run in runs]
+
+    return [
+        ["softmax_n", "0", "1", *ours("softmax_n", "{:g}".format)],
+        ["seed", "42", "42", *ours("seed", str)],
+        ["steps", "285,899", "285,899", *ours("training.steps", "{:,}".format)],
+        ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,}".format)],
+        ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
+        # Published: the mean of the last 1,000 steps.
+        ["training loss, last logged", "3.79", "3.78", *ours("loss_history", last)],
+        ["held-out loss", "–", "–", *ours("validation.loss")],
+        ["held-out perplexity", "–", "–", *ours("validation.perplexity")],
+        ["runtime", "9 h 16 m", "9 h 16 m", *ours("training.wall_seconds", duration)],
+        # Published: at 1.212 USD an hour (AWS g5.2xlarge).
+        ["cost, USD", "11.22", "11.24", *ours("training.cost_usd")],
+        ["hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", *ours("hardware", machine)],
+    ]
+
+
+def last(history: list[list]) -> str:
+    return number(history[-1][1]) if history else "–"
+
+
+def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
+    rows = []
+    for key in keys:
+        if key in compared:
+            one = compared[key]
+            interval = "one pair: no interval" if one.low is None else f"{figure(one.low)} to {figure(one.high)}"
+            rows.append(
+                [
+                    f"**{METRICS[key][0]}**" if key == PRIMARY else METRICS[key][0],
+                    spread(one.baseline_mean, one.baseline_std),
+                    spread(one.mean, one.std),
+                    figure(one.difference),
+                    interval,
+                ]
+            )
+    return table(["", BASELINE, arm, "difference", f"{CONFIDENCE:.0%} interval"], rows)
+
+
+def damage_table(runs: list[Run]) -> str:
+    rows = []
+    for arm, label in ARMS.items():
+        row = [label]
+        for run in runs:
+            one = run.damage["arms"].get(arm)
+            row.append("–" if one is None else f"{one['loss']:.4f} / {figure(one['perplexity'])} / {one['gap']:+.4f}")
+        rows.append(row)
+    parts = list(dict.fromkeys(part for run in runs for part in run.damage["parts"]))
+    for part in parts:
+        gaps = [run.damage["parts"].get(part) for run in runs]
+        rows.append([f"W8A8 static in {part} alone", *("–" if gap is None else f"{gap:+.4f}" for gap in gaps)])
+    return table(["loss / perplexity / gap", *(run.name for run in runs)], rows)
+
+
+def mean_of(runs: list[Run], place: str, statistic: str, pick=np.mean) -> float:
+    """Of an arm: mean over its runs of the mean (or what `pick` does) over the layers; NaN where a place is lacking."""
+    found = []
+    for run in runs:
+        layers = [values[statistic] for name, values in run.places.items() if name.rpartition(".")[2] == place]
+        found.append(pick(layers) if layers else np.nan)
+    return float(np.mean(found))
+
+
+def places_table(runs: list[Run]) -> str:
+    statistics = {
+        "kurtosis, sequence": ("kurtosis_sequence", np.mean, 1),
+        "kurtosis, token": ("kurtosis_token", np.mean, 1),
+        "kurtosis, pooled": ("kurtosis_pooled", np.mean, 1),
+        "infinity norm": ("inf_norm", np.max, 1),
+        f"% beyond ±{OUTLIER:g}": ("outlier_share", np.mean, 100),
+        "% in largest channel": ("largest_channel_share", np.max, 100),
+        "largest / median": ("top1_to_median", np.mean, 1),
+    }
+    by_arm = arms(runs)
+    rows = []
+    for place in (*EMBEDDINGS, *PLACES, LOGITS):
+        for arm, found in by_arm.items():
+            cells = [figure(factor * mean_of(found, place, name, pick)) for name, pick, factor in statistics.values()]
+            rows.append([f"{place}, {arm}", *cells])
+    return table(["", *statistics], rows)
+
+
+def classes_table(runs: list[Run]) -> str:
+    rows = []
+    by_arm = arms(runs)
+    for place in ("ffn_output", "ffn_residual", "ffn_layernorm"):
+        for arm, found in by_arm.items():
+            row = [f"{place}, {arm}"]
+            for kind in TOKEN_CLASSES:
+                values = [
+                    (one["classes"][kind]["kurtosis_token"], one["classes"][kind]["max_abs"])
+                    for run in found
+                    for name, one in run.places.items()
+                    if name.endswith(f".{place}") and kind in one["classes"]
+                ]
+                row.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
+            rows.append(row)
+    return table(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], rows)
+
+
+def attention_table(runs: list[Run]) -> str:
+    labels = {
+        "mass_first": "% on the first token",
+        "mass_separator": "% on separators",
+        "mass_punctuation": "% on punctuation",
+        "mass_self": "% on itself",
+        "null_mass": "% null",
+        "idle_mass": "% idle (of other tokens)",
+        "sink_rate_first": "sink rate, first, %",
+        "sink_rate_any": "sink rate, any, %",
+        "entropy": "entropy, nats",
+    }
+    rows = []
+    depth = max(len(run.attention) for run in runs)
+    for key, label in labels.items():
+        for arm, found in arms(runs).items():
+            row = [f"{label}, {arm}"]
+            for layer in range(depth):
+                values = [np.mean(run.attention.get(f"layer.{layer}", {}).get(key, [np.nan])) for run in found]
+                row.append(figure(float(np.mean(values)) * (1 if key == "entropy" else 100)))
+            rows.append(row)
+    for bound in IDLE:
+        for arm, found in arms(runs).items():
+            row = [f"heads with idle mass > {bound:.0%}, {arm}"]
+            for layer in range(depth):
+                values = [
+                    (np.array(run.attention[f"layer.{layer}"]["idle_mass"]) > bound).sum()
+                    for run in found
+                    if f"layer.{layer}" in run.attention
+                ]
+                row.append(figure(float(np.mean(values))) if values else "–")
+            rows.append(row)
+    return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], rows)
+
+
+def weights_table(runs: list[Run]) -> str:
+    kinds = {
+        "attention query, key, value": r"attention\.self\.(query|key|value)\.weight$",
+        "attention output": r"attention\.output\.dense\.weight$",
+        "FFN, first": r"intermediate\.dense\.weight$",
+        "FFN, second": r"\d\.output\.dense\.weight$",
+        "LayerNorm": r"layer\.\d+\..*LayerNorm\.weight$",
+        "word embeddings": r"word_embeddings\.weight$",
+    }
+    rows = []
+    for label, pattern in kinds.items():
+        for arm, found in arms(runs).items():
+            row = [f"{label}, {arm}"]
+            for key, pick in (
+                ("kurtosis", np.mean),
+                ("inf_norm", np.max),
+                ("int8_error", np.max),
+                ("int4_error", np.max),
+            ):
+                values = [
+                    [one[key] for name, one in run.weights.items() if re.search(pattern, name) and key in one]
+                    for run in found
+                ]
+                scale = 100 if key.endswith("error") else 1
+                row.append(figure(float(np.mean([pick(one) for one in values])) * scale) if all(values) else "–")
+            rows.append(row)
+    return table(["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"], rows)
+
+
+# Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, table 2.
+QUALCOMM = {
+    "BERT-base, softmax (published)": ("4.49", "735", "3,076", "1,294"),
+    "BERT-base, clipped softmax (published)": ("4.41", "20", "80", "4.55"),
+}
+
+
+def qualcomm_table(runs: list[Run]) -> str:
+    rows = [[name, *cells] for name, cells in QUALCOMM.items()]
+    for arm, found in arms(runs).items():
+        kurtosis = np.mean([mean_of(found, place, "kurtosis_sequence") for place in ("ffn_output", "ffn_layernorm")])
+        rows.append(
+            [
+                arm,
+                figure(float(np.mean([run.damage["arms"]["float32"]["perplexity"] for run in found]))),
+                figure(mean_of(found, "ffn_output", "inf_norm", np.max)),
+                figure(kurtosis + 3),
+                figure(
+                    float(
+                        np.mean([run.damage["arms"].get("w8a8_static", {}).get("perplexity", np.nan) for run in found])
+                    )
+                ),
+            ]
+        )
+    return table(["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity"], rows)
+
+
+def report(
+    runs: list[Run],
+    warned: list[str],
+    compared: dict,
+    sequences: int,
+    data_dir,
+    calibration_batches: int,
+    pictures: dict[str, str],
+) -> str:
+    """The whole report as Markdown; `pictures` is {file name: caption}, shown behind the answer."""
+    columns = [*PUBLISHED, *(run.name for run in runs)]
+    weights = [
+        [label, *published, *(plus_minus(by_layer(run.weight_kurtosis, suffix)) for run in runs)]
+        for label, suffix, *published in WEIGHTS
+    ]
+    activations = [
+        [f"{label}, training", *published, *(plus_minus(by_layer(run.training, suffix)) for run in runs)]
+        for label, suffix, *published in ACTIVATIONS
+    ] + [
+        [f"{label}, held-out", "–", "–", *(plus_minus(by_layer(run.held_out, suffix)) for run in runs)]
+        for label, suffix, *_ in ACTIVATIONS
+    ]
+    depth = max(6, *(len(by_layer(run.held_out, FFN)) for run in runs))
+    lead = [[f"{name}, training", *published] for name, published in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
+    for run in runs:
+        for when, kurtosis in (("training", run.training), ("held-out", run.held_out)):
+            values = by_layer(kurtosis, FFN)
+            lead.append([f"{run.name}, {when}", *map(number, values), plus_minus(values)])
+    for row in lead:
+        row[-1:-1] = ["–"] * (depth + 2 - len(row))  # models of different depth
+
+    trained = trained_on(runs)
+    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs}))
+    tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs}))
+    masked = "/".join(sorted({f"{run.damage['masked_tokens']:,}" for run in runs}))
+    spread_said = (
+        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
+        "seed a column, so ± is no interval over seeds."
+    )
+    definition = (
+        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
+        f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final "
+        f"model in eval mode, padding left out, n = {sequences:,} sequences (evenly spread over the validation "
+        f"split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+    )
+    others = ", ".join(arm for arm in arms(runs) if arm != BASELINE)
+    glance, everything = [], []
+    for arm, one in compared.items():
+        some = next(iter(one.values()))
+        glance.append(comparison_table(one, arm, GLANCE))
+        everything.append(comparison_table(one, arm, METRICS))
+        over = (
+            "One pair of runs: no interval."
+            if some.pairs == 1
+            else f"Mean ± sample standard deviation over {some.pairs} seeds; interval: {TEST}."
+        )
+        glance.append(
+            f"*{over} In bold the one metric that was named beforehand; the others explain it and are not corrected "
+            f"for their number. n = {sequences:,} held-out texts, {masked} masked tokens.*"
+        )
+    parts = [
+        "# Does softmax_n remove outliers and rescue quantization?",
+        f'**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
+        f"extremes, and that an attention that may attend to nothing ({others or 'softmax1'}) does not. Does 8-bit "
+        "quantization with static ranges, which extremes break, then cost less?",
+        f"**Answer.** {answer(runs, compared)}",
+        *glance,
+        *(f"**Note.** {line}" for line in warned),
+        *(f"![{caption}]({name})" for name, caption in pictures.items()),
+        "## Summary of the runs",
+        table(["", *columns], summary(runs)),
+        f"*n = 1 run a column. Ours: {trained}. Losses in nats per masked token; the last logged one is the mean over "
+        "the last logging window; the held-out loss has the same masks in every run. Published: EsperBERTo (2023), one "
+        "seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.*",
+    ]
+    if everything:
+        parts += [
+            "## All comparisons",
+            *everything,
+            f"*Exploratory but for the bold row: at {CONFIDENCE:.0%}, one in twenty intervals misses 0 by chance. "
+            "Lower is better except for the sink rates, the null mass and the idle heads, which are neither.*",
+        ]
+    parts += [
+        "## Quantization damage",
+        damage_table(runs),
+        f"*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; {masked} "
+        "masked tokens. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
+        f"on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} batches), "
+        "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. "
+        f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some of the "
+        "texts.*",
+        "## Beside others' figures",
+        qualcomm_table(runs),
+        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
+        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
+        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
+        "column does (Bondarenko et al., NeurIPS 2023). Ours: mean over the runs of an arm.*",
+        "## Activations by place",
+        places_table(runs),
+        "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
+        "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
+        "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
+        "## First token, separators, punctuation",
+        classes_table(runs),
+        "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; mean "
+        "and maximum over the runs of an arm.*",
+        "## Attention",
+        attention_table(runs),
+        f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
+        "attention (Gu et al. 2025); idle: what goes to the first token, separators, punctuation or nowhere.*",
+        "## Weights",
+        weights_table(runs),
+        "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
+        "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+        "## Weights of attention.output, as published",
+        table(["excess kurtosis", *columns], weights),
+        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained}): {spread_said}*",
+        "## Activations of attention.output, as published",
+        table(["excess kurtosis", *columns], activations),
+        f"*{definition} Shown: {spread_said} The dropout row carries no information: with dropout 0.1 it is "
+        "(K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the identity.*",
+        "## A lead, not a result: the FFN output (output.dense), layer by layer",
+        table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], lead),
+        f"*{definition} Last column: {spread_said} The published table leaves this module out, though the hypothesis "
+        "points at the residual stream and the FFN output; the published rows here come from its result files.*",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- HTML
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #111; }}
+h1 {{ font-size: 1.5rem; line-height: 1.2; }}
+h2 {{ font-size: 1.15rem; margin-top: 2.5rem; }}
+img {{ max-width: 100%; height: auto; display: block; margin: 1rem auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; }}
+th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; }}
+em {{ color: #444; font-size: 0.9rem; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def html_page(text: str, pictures: dict[str, bytes]) -> str:
+    """The Markdown report as one page that needs no other file: `pictures` ({name: PNG}) are put into it."""
+    body = markdown.markdown(text, extensions=["tables"])
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    for name, picture in pictures.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
+    return PAGE.format(title=html.escape(text.partition("\n")[0].lstrip("# ")), body=body)

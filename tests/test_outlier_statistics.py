@@ -1,0 +1,351 @@
+"""Every statistic of DEFINITIONS.md against hand-computed cases, scipy and loops over single sequences."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+import outliers
+from outliers import (
+    FIRST,
+    OTHER,
+    PUNCTUATION,
+    SEPARATOR,
+    ActivationOutliers,
+    AttentionSinks,
+    Emergence,
+    Moments,
+    eager_attention,
+    measure_model,
+    token_classes,
+)
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+}
+
+
+def random_values(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(lengths, width):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.full((len(lengths), width), 1)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(5, 60, (length,), generator=generator)
+        row[0], row[length - 1] = 0, 2
+    return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.tensor(lengths)[:, None]).long()}
+
+
+def model_with(n):
+    torch.manual_seed(0)
+    if n:
+        model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=n))
+    else:
+        model = RobertaForMaskedLM(RobertaConfig(**SMALL))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+class Tokenizer:
+    """Ids are what they decode to; 0 and 2 are <s> and </s>."""
+
+    bos_token_id = cls_token_id = 0
+    eos_token_id = sep_token_id = 2
+
+    def decode(self, ids):
+        return {5: ".", 6: " —", 7: "a.", 8: "�", 9: " ", 10: "«?"}.get(ids[0], "vorto")
+
+
+# ------------------------------------------------------------------------------------------------------------- moments
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_merged_moments_are_those_of_all_numbers_together(shift):
+    values = (random_values(60, 7).double() ** 3 + shift).double()
+    group = torch.arange(60) % 3
+    rows = Moments.of_rows(values)
+    merged = rows.merged(group, 4)
+    for i in range(3):
+        numbers = values[group == i].flatten().numpy()
+        n, mean, *sums = merged.sums[i].tolist()
+        assert n == len(numbers) and mean == pytest.approx(numbers.mean(), rel=1e-12)
+        for k, total in zip((2, 3, 4), sums, strict=True):
+            assert total == pytest.approx(((numbers - numbers.mean()) ** k).sum(), rel=1e-7)
+        assert merged.excess_kurtosis[i].item() == pytest.approx(scipy.stats.kurtosis(numbers), rel=1e-7)
+    assert merged.excess_kurtosis[3].isnan()  # an empty group
+    whole = scipy.stats.kurtosis(values.flatten().numpy())
+    assert merged.pooled().excess_kurtosis.item() == pytest.approx(whole, rel=1e-7)
+    halves = Moments.of_rows(values[:20]).pooled() + Moments.of_rows(values[20:]).pooled()
+    assert halves.excess_kurtosis.item() == pytest.approx(whole, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moments_of_half_precision_and_of_constants(dtype):
+    values = (random_values(4, 500) * 300).to(dtype)  # 300^4 is far above float16's largest number
+    expected = scipy.stats.kurtosis(values.double().numpy(), axis=1)
+    np.testing.assert_allclose(Moments.of_rows(values).excess_kurtosis, expected, atol=1e-4)
+    assert Moments.of_rows(torch.full((2, 9), 0.1, dtype=dtype)).excess_kurtosis.isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+def test_every_statistic_by_hand():
+    # Two sequences of two tokens with four channels.
+    values = torch.tensor([[8.0, 1, -1, 2], [0.5, -0.5, 1, 0], [-6.0, 2, 2, 2], [1.0, 3, 5, 7]])
+    found = ActivationOutliers(torch.nn.Identity())
+    found.add("place", values, torch.tensor([0, 0, 1, 1]), torch.tensor([FIRST, OTHER, FIRST, SEPARATOR]))
+    (place,) = found.result().values()
+    numbers = values.numpy()
+    assert place["mean"] == pytest.approx(numbers.mean()) and place["std"] == pytest.approx(numbers.std())
+    pooled, of_tokens = scipy.stats.kurtosis(numbers.ravel()), scipy.stats.kurtosis(numbers, axis=1)
+    of_sequences = [scipy.stats.kurtosis(numbers[:2].ravel()), scipy.stats.kurtosis(numbers[2:].ravel())]
+    assert place["kurtosis_pooled"] == pytest.approx(pooled, rel=1e-6)
+    assert place["kurtosis_token"] == pytest.approx(of_tokens.mean(), rel=1e-6)
+    assert place["kurtosis_sequence"] == pytest.approx(np.mean(of_sequences), rel=1e-6)
+    assert place["inf_norm"] == 7.5 and place["max_abs"] == 8  # (8 + 7) / 2
+    assert place["outlier_count"] == 3 and place["outlier_share"] == 3 / 16  # 8, -6 (at the bound) and 7
+    squares = (numbers**2).sum(0)  # 101.25, 14.25, 31, 57
+    assert place["largest_channel"] == 0
+    assert place["largest_channel_share"] == pytest.approx(squares[0] / squares.sum())
+    # |x| of the first sequence: 0 .5 .5 1 1 1 2 8; of the second: 1 2 2 2 3 5 6 7. The lower of the middle two.
+    assert place["top1_to_median"] == pytest.approx((8 / 1 + 7 / 2) / 2)
+    assert set(place["classes"]) == {"first", "other", "separator"}
+    first = place["classes"]["first"]
+    assert first["tokens"] == 2 and first["max_abs"] == 8
+    assert first["outlier_count"] == 2 and first["outlier_share"] == 2 / 8
+    assert first["kurtosis_token"] == pytest.approx(of_tokens[[0, 2]].mean(), rel=1e-6)
+    assert first["kurtosis_pooled"] == pytest.approx(scipy.stats.kurtosis(numbers[[0, 2]].ravel()), rel=1e-6)
+
+
+def test_streaming_equals_all_at_once():
+    values = random_values(40, 10) ** 3
+    sequence, classes = torch.arange(40) // 5, torch.arange(40) % 4
+    whole, parts = ActivationOutliers(torch.nn.Identity()), ActivationOutliers(torch.nn.Identity())
+    whole.add("place", values, sequence, classes)
+    for start, stop in ((0, 15), (15, 20), (20, 40)):
+        parts.add("place", values[start:stop], sequence[start:stop], classes[start:stop])
+    flat = [
+        {**found.result()["place"], **found.result()["place"].pop("classes")["punctuation"]} for found in (whole, parts)
+    ]
+    for one in flat:
+        one.pop("classes", None)
+    assert flat[0] == pytest.approx(flat[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_places_are_the_tensors_they_claim_to_be(n):
+    """Each place recomputed from the weights of the model, one unpadded sequence at a time."""
+    model = model_with(n)
+    lengths = [11, 6]
+    padded = batch_of(lengths, 14)
+    with torch.no_grad(), ActivationOutliers(model) as found:
+        found.batch(padded["attention_mask"])
+        model.base_model(**padded)
+    places = found.result()
+    assert len(places) == 2 + 2 * len(outliers.PLACES)
+    layer = model.roberta.encoder.layer[1]
+    by_hand = {}
+    for row, length in zip(padded["input_ids"], lengths, strict=True):
+        with torch.no_grad():
+            states = model.roberta(row[None, :length], output_hidden_states=True).hidden_states
+            x = states[1]
+            q, k, v = (part(x)[0].unflatten(1, (2, 8)).transpose(0, 1) for part in
+                       (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value))  # fmt: skip
+            exponentials = (q @ k.transpose(1, 2) / 8**0.5).exp()
+            weights = exponentials / (n + exponentials.sum(-1, keepdim=True))
+            context = (weights @ v).transpose(0, 1).flatten(1)
+            attended = layer.attention.output.dense(context)
+            between = layer.attention.output.LayerNorm(attended + x[0])
+            inner = torch.nn.functional.gelu(layer.intermediate.dense(between))
+            outer = layer.output.dense(inner)
+            tensors = {
+                "query": q.transpose(0, 1),
+                "key": k.transpose(0, 1),
+                "value": v.transpose(0, 1),
+                "context": context,
+                "attention_output": attended,
+                "attention_residual": attended + x[0],
+                "attention_layernorm": between,
+                "ffn_intermediate": inner,
+                "ffn_output": outer,
+                "ffn_residual": outer + between,
+                "ffn_layernorm": states[2][0],
+            }
+            for name, tensor in tensors.items():
+                by_hand.setdefault(f"layer.1.{name}", []).append(tensor)
+            by_hand.setdefault("embeddings", []).append(states[0][0])
+    assert len(by_hand) == 1 + len(outliers.PLACES)
+    for name, tensors in by_hand.items():
+        kurtosis = np.mean([scipy.stats.kurtosis(one.numpy().ravel()) for one in tensors])
+        assert places[name]["kurtosis_sequence"] == pytest.approx(kurtosis, abs=2e-4), name
+        norm = np.mean([one.abs().max() for one in tensors])
+        assert places[name]["inf_norm"] == pytest.approx(norm, rel=1e-4), name
+
+
+def test_padding_and_hooks_leave_no_trace():
+    model = model_with(1)
+    found = []
+    for width in (11, 30):
+        batch = batch_of([11, 6], width)
+        places, attention, seen = measure_model(model, [batch], Tokenizer())
+        found.append((places["layer.1.ffn_residual"], attention["layer.1"], seen))
+    assert found[0][2] == found[1][2] == {"sequences": 2, "tokens": 17}
+    for key in ("kurtosis_sequence", "kurtosis_token", "inf_norm", "top1_to_median"):
+        assert found[0][0][key] == pytest.approx(found[1][0][key], rel=1e-4)
+    for key, values in found[0][1].items():
+        assert found[1][1][key] == pytest.approx(values, abs=1e-5), key
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.config._attn_implementation == "softmax_n"
+
+
+def test_logits_are_every_eighth_token_however_batched():
+    model = model_with(0)
+    batch = batch_of([12, 9, 5], 12)
+    rows = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(3)]
+    together, apart = (measure_model(model, batches, Tokenizer())[0]["logits"] for batches in ([batch], rows))
+    assert together["kurtosis_token"] == pytest.approx(apart["kurtosis_token"], rel=1e-4)
+    assert sum(one["tokens"] for one in together["classes"].values()) == math.ceil(26 / outliers.LOGIT_STRIDE)
+    with torch.no_grad():
+        logits = model(**batch).logits[batch["attention_mask"].bool()][:: outliers.LOGIT_STRIDE]
+    assert together["kurtosis_token"] == pytest.approx(scipy.stats.kurtosis(logits.numpy(), axis=1).mean(), abs=1e-4)
+
+
+def test_bert_and_models_that_lack_places():
+    model = BertForMaskedLM(BertConfig(**SMALL)).eval()
+    places, attention, _ = measure_model(model, [batch_of([9, 4], 9)], Tokenizer())
+    assert {"embeddings", "logits", "layer.1.query", "layer.1.ffn_residual"} <= places.keys()
+    assert attention["layer.0"]["null_mass"] == pytest.approx([0, 0], abs=1e-6)
+    del model.bert.encoder.layer[1].output.LayerNorm
+    model.bert.encoder.layer[1].output.LayerNorm = torch.nn.Sequential()
+    with ActivationOutliers(model, ("ffn_output",), embeddings=False) as found:
+        found.batch(None)  # switched off
+        model.base_model(**batch_of([5], 5))
+    assert found.result() == {}
+
+
+def test_token_classes():
+    ids = torch.tensor([[0, 7, 5, 9, 2, 0], [5, 6, 10, 8, 20, 2]])
+    expected = [
+        [FIRST, OTHER, PUNCTUATION, OTHER, SEPARATOR, SEPARATOR],
+        [FIRST, PUNCTUATION, PUNCTUATION, OTHER, OTHER, SEPARATOR],
+    ]
+    assert token_classes(ids, Tokenizer()).tolist() == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_statistics_by_hand():
+    # One sequence of four tokens and one padding token, one head: <s>, a word, a full stop, </s>.
+    weights = torch.tensor(
+        [
+            [0.50, 0.10, 0.10, 0.10, 0.0],  # <s>: 0.2 to nothing
+            [0.70, 0.05, 0.05, 0.10, 0.0],  # the word: 0.1 to nothing
+            [0.00, 0.00, 1.00, 0.00, 0.0],
+            [0.10, 0.10, 0.10, 0.20, 0.0],  # 0.5 to nothing
+            [0.00, 0.00, 0.00, 0.00, 0.0],  # padding
+        ]
+    )[None, None]
+    sinks = AttentionSinks(torch.nn.Identity())
+    sinks.batch(torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[FIRST, OTHER, PUNCTUATION, SEPARATOR, OTHER]]))
+    sinks.add("layer.0", weights)
+    (found,) = sinks.result().values()
+    found = {key: values[0] for key, values in found.items()}
+    assert found["mass_first"] == pytest.approx((0.5 + 0.7 + 0 + 0.1) / 4)
+    assert found["mass_punctuation"] == pytest.approx((0.1 + 0.05 + 1 + 0.1) / 4)
+    assert found["mass_separator"] == pytest.approx((0.1 + 0.1 + 0 + 0.2) / 4)
+    assert found["mass_self"] == pytest.approx((0.5 + 0.05 + 1 + 0.2) / 4)
+    assert found["null_mass"] == pytest.approx((0.2 + 0.1 + 0 + 0.5) / 4)
+    assert found["idle_mass"] == pytest.approx(0.7 + 0.05 + 0.1 + 0.1)  # of the only ordinary query, the word
+    rows = [[0.5, 0.1, 0.1, 0.1, 0.2], [0.7, 0.05, 0.05, 0.1, 0.1], [1], [0.1, 0.1, 0.1, 0.2, 0.5]]
+    assert found["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(row) for row in rows]), rel=1e-6)
+    # The first token gets 1.3 / 4 = 0.325 of the mean query, the full stop 1.25 / 4 = 0.3125.
+    assert found["sink_rate_first"] == 1 and found["sink_rate_any"] == 1
+    weights[0, 0, 1, 0] = 0.5  # then 1.1 / 4 = 0.275
+    sinks.add("layer.0", weights)
+    assert sinks.result()["layer.0"]["sink_rate_first"] == [0.5]
+    assert sinks.result()["layer.0"]["sink_rate_any"] == [1.0]
+
+
+@pytest.mark.parametrize("n", [0, 0.5, 1])
+def test_null_mass_is_n_over_the_denominator(n):
+    model = model_with(n)
+    batch = batch_of([9], 9)
+    _, attention, _ = measure_model(model, [batch], Tokenizer())
+    self = model.roberta.encoder.layer[0].attention.self
+    with torch.no_grad():
+        x = model.roberta.embeddings(batch["input_ids"])[0]
+        q, k = (part(x).unflatten(1, (2, 8)).transpose(0, 1) for part in (self.query, self.key))
+        total = (q @ k.transpose(1, 2) / 8**0.5).exp().sum(-1)
+    expected = (n / (n + total)).mean(1).tolist()
+    assert attention["layer.0"]["null_mass"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_fast_attention_hands_out_no_weights():
+    model = model_with(0)
+    with AttentionSinks(model) as sinks, pytest.raises(ValueError, match="use eager_attention"):
+        sinks.batch(torch.ones(1, 5))
+        model.base_model(**batch_of([5], 5))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_eager_attention_changes_no_output_and_goes_away(n):
+    model = model_with(n)
+    batch = batch_of([9, 4], 9)
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        fast = model(**batch).logits
+        with eager_attention(model):
+            assert "eager" in model.config._attn_implementation
+            slow = model(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(fast[real], slow[real], atol=1e-4, rtol=1e-4)
+    assert model.config._attn_implementation == before
+
+
+# ----------------------------------------------------------------------------------------------------------- emergence
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_emergence_gives_the_same_as_the_analysis_and_leaves_the_model_alone(n):
+    model = model_with(n).train()
+    batches = [batch_of([9, 4], 9), batch_of([12, 11], 12)]
+    random_state = torch.get_rng_state()
+    found = Emergence([{**batch, "labels": batch["input_ids"]} for batch in batches])(model)
+    assert torch.equal(random_state, torch.get_rng_state()) and model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    places, attention, _ = measure_model(model, batches, Tokenizer())
+    assert len(found) == 2 * (3 * 3 + 4) and all(isinstance(value, float) for value in found.values())
+    for place in Emergence.PLACES:
+        for statistic in Emergence.STATISTICS:
+            expected = places[f"layer.1.{place}"][statistic]
+            assert found[f"layer.1.{place}.{statistic}"] == pytest.approx(expected, rel=1e-5)
+    for statistic in Emergence.ATTENTION:
+        assert found[f"layer.0.attention.{statistic}"] == pytest.approx(np.mean(attention["layer.0"][statistic]))
+    assert found["layer.0.attention.mass_first"] > 0.05
+
+
+def test_every_statistic_is_defined():
+    """Each key that lands in analysis.json has a row in DEFINITIONS.md."""
+    places, attention, _ = measure_model(model_with(1), [batch_of([9, 4], 9)], Tokenizer())
+    text = (Path(outliers.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
+    rows = {name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"`([\w.<>]+)`", line)}
+    keys = set(attention["layer.0"]) | set(places["layer.0.query"]) | set(places["layer.0.query"]["classes"]["other"])
+    keys |= set(outliers.PLACES) | set(outliers.EMBEDDINGS) | {outliers.LOGITS} | set(outliers.TOKEN_CLASSES)
+    assert keys - rows == set()

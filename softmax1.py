@@ -680,9 +680,13 @@ def softmax_n_attention_forward(
     result (B, L, H, E) and, with `output_attentions`, the weights (B, H, L, S), after dropout as in stock eager
     attention. Their rows sum to 1 minus the null mass.
 
+    Packed sequences come as transformers' FlashAttentionKwargs: B = 1, L all tokens, `cu_seq_lens_q` int32 on the
+    device and `max_length_q` an int; the two for keys are the same.
+
     Raises:
         ValueError: the config carries no softmax_n, or the model asks for something that softmax_n attention does not
-            define here (softcap, a position bias beside the mask, an attention sink of its own, a paged cache).
+            define here (softcap, a position bias beside the mask, an attention sink of its own, a paged cache); packed
+            sequences with `output_attentions` or a cache.
     """
     n = getattr(module.config, "softmax_n", None)
     if n is None:

@@ -2,6 +2,7 @@
 # The whole experiment, top to bottom, on one machine:
 #
 #     screen -S run "bash runner.sh"        the published experiment: data, tokenizer, both models, report
+#     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44: what an interval needs
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
@@ -12,15 +13,33 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { echo "error: $1 (usage: bash runner.sh [--test_pipeline | --tests [pytest flags] | --benchmark])" >&2; exit 2; }
+usage() {
+    echo "error: $1 (usage: bash runner.sh [--seeds N] [--test_pipeline] | --tests [pytest flags] | --benchmark)" >&2
+    exit 2
+}
 
-mode=${1:-}
-case "$mode" in
-    "") [ $# -eq 0 ] || usage "empty argument" ;;
-    --test_pipeline | --benchmark) [ $# -eq 1 ] || usage "unknown argument: $2" ;;
-    --tests) shift ;;
-    *) usage "unknown argument: $mode" ;;
-esac
+mode=
+seeds=1
+if [ "${1:-}" = --tests ]; then
+    mode=--tests
+    shift
+else
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --test_pipeline | --benchmark)
+                [ -z "$mode" ] || usage "$mode and $1 exclude each other"
+                mode=$1
+                ;;
+            --seeds)
+                shift
+                case "${1:-}" in "" | 0* | *[!0-9]*) usage "--seeds needs a whole number above 0" ;; esac
+                seeds=$1
+                ;;
+            *) usage "unknown argument: ${1:-an empty one}" ;;
+        esac
+        shift
+    done
+fi
 
 # ------------------------------------------------------------------------------------------------- environment
 if ! cmp -s requirements.txt .venv/requirements.txt; then # absent, half installed, or of other requirements
@@ -53,6 +72,7 @@ if [ "$mode" = --test_pipeline ]; then
     dataset=(--sample --validation_fraction 0.1)
     tokenizer=(--vocab_size 2048)
     training=(--test_pipeline)
+    analysis=(--max_samples 16 --calibration_batches 1)
     if [ -f $work/results/report.md ]; then
         rm -rf $work # the last test run is complete: start a new one
     fi
@@ -61,6 +81,7 @@ else # the scripts' defaults are the published experiment
     dataset=()
     tokenizer=()
     training=()
+    analysis=()
 fi
 
 if [ "$mode" = --benchmark ]; then # on the experiment's own text where it is there, or else on the sample
@@ -90,18 +111,28 @@ if [ ! -f $work/tokenizer/manifest.json ]; then
     python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer "${tokenizer[@]}"
 fi
 
-for n in 0 1; do
-    if [ ! -f $work/results/esperberto-softmax$n.json ]; then
-        echo "== Model with softmax$n"
-        python train_model.py --softmax_n $n --data_dir $work/data --tokenizer_dir $work/tokenizer \
-            --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}"
-    fi
+# The published seed and those after it: both arms of a seed are trained before the next, so that pairs come first.
+fresh=
+for ((seed = 42; seed < 42 + seeds; seed++)); do
+    for n in 0 1; do
+        run=esperberto-softmax$n
+        if [ $seed -ne 42 ]; then
+            run=$run-seed$seed
+        fi
+        if [ ! -f $work/results/$run.json ]; then
+            echo "== Model with softmax$n, seed $seed"
+            python train_model.py --softmax_n $n --seed $seed --data_dir $work/data --tokenizer_dir $work/tokenizer \
+                --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}"
+        fi
+        if [ ! $work/results/report.md -nt $work/results/$run.json ]; then
+            fresh=1
+        fi
+    done
 done
 
-if [ ! $work/results/report.md -nt $work/results/esperberto-softmax0.json ] ||
-    [ ! $work/results/report.md -nt $work/results/esperberto-softmax1.json ]; then
+if [ -n "$fresh" ]; then
     echo "== Analysis"
-    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data
+    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data "${analysis[@]}"
 fi
 
 echo "== Done: read $work/results/report.md. Nothing was pushed to the Hub."

@@ -241,9 +241,9 @@ def report(found: list[dict]) -> str:
     lines.append(
         f"*Share of words with the right tag; ± is the sample standard deviation over fine-tuning seeds "
         f"(n = {'/'.join(map(str, numbers))}) of one model. {first['file']}: {sizes['training']} sentences for "
-        f"training, {sizes['development']} for development, {sizes['test']} for the test ({first['test_words']} words); "
-        f"{first['epochs']} epochs, learning rate {LEARNING_RATE:g}, batch {BATCH_SIZE}. The most frequent tag of the "
-        f"training part everywhere: {100 * first['majority']:.2f} %.*"
+        f"training, {sizes['development']} for development, {sizes['test']} for the test ({first['test_words']} "
+        f"words); {first['epochs']} epochs, learning rate {LEARNING_RATE:g}, batch {BATCH_SIZE}. The most frequent tag "
+        f"of the training part everywhere: {100 * first['majority']:.2f} %.*"
     )
     for arm, scores in arms.items():
         baseline = next((name for name in arms if name.endswith("softmax0") and name != arm), None)

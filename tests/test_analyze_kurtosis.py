@@ -159,8 +159,8 @@ def test_report_of_two_runs(workplace, capsys):
     assert 'name="viewport"' in page and not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
     rules = [line for line in text.splitlines() if line.startswith("| ---")]
     assert page.count("<table>") == len(rules) > 8
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    for one in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in one.splitlines()}) == 1, one
 
     summary = rows(text, "Summary of the runs")
     published = ["published softmax0", "published softmax1"]

@@ -142,8 +142,8 @@ def padded(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size:
 # ------------------------------------------------------------------------------------------------------ what we measure
 
 
-def measure(run: Run, texts: list[str], calibration: list[str], batch_size: int) -> None:
-    """Fill in everything that is measured of a run."""
+def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int) -> None:
+    """Fill in everything that is measured of a run; `max_scored` of the texts are scored under each quantization."""
     model, tokenizer = load(run.model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,11 +158,12 @@ def measure(run: Run, texts: list[str], calibration: list[str], batch_size: int)
     run.maps = attention_maps(model, tokenizer, ids, run.attention)
 
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
-    scored = held_out_batches({"input_ids": ids}, masks, batch_size)
+    some = [ids[i] for i in np.linspace(0, len(ids) - 1, min(max_scored, len(ids))).astype(int)]
+    scored = held_out_batches({"input_ids": some}, masks, batch_size)
     known = held_out_batches({"input_ids": token_ids(tokenizer, calibration)}, masks, CALIBRATION_SIZE)
     # The running range forgets: in the order of length, the longest texts would have the last word.
     random.Random(0).shuffle(known)
-    run.damage = measure_damage(model, scored, known, run.name)
+    run.damage = {"sequences": len(some), **measure_damage(model, scored, known, run.name)}
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
@@ -364,6 +365,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models_dir", type=Path, default=Path("models"), help="model folders of the runs")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote")
     parser.add_argument("--max_samples", type=positive, default=2_000, help="held-out texts, evenly spread")
+    parser.add_argument(
+        "--max_scored",
+        type=positive,
+        default=1_000,
+        help="of these texts, those that are scored under each quantization: a CPU is slow in bfloat16",
+    )
     parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time")
     parser.add_argument(
         "--calibration_batches",
@@ -385,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = texts_of(args.data_dir, "validation", args.max_samples)
     calibration = texts_of(args.data_dir, "train", args.calibration_batches * CALIBRATION_SIZE)
     for run in runs:
-        measure(run, texts, calibration, args.batch_size)
+        measure(run, texts, args.max_scored, calibration, args.batch_size)
     warned = notes(runs, args.data_dir)
     compared = comparisons(runs)
     made = pictures(runs, len(texts))

@@ -449,7 +449,10 @@ def report(
     trained = trained_on(runs)
     layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs}))
     tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs}))
-    masked = "/".join(sorted({f"{run.damage['masked_tokens']:,}" for run in runs}))
+    scored = {
+        f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs
+    }
+    scored = " / ".join(sorted(scored))
     spread_said = (
         f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
         "seed a column, so ± is no interval over seeds."
@@ -473,7 +476,7 @@ def report(
         )
         glance.append(
             f"*{over} In bold the one metric that was named beforehand; the others explain it and are not corrected "
-            f"for their number. n = {sequences:,} held-out texts, {masked} masked tokens.*"
+            f"for their number. n = {sequences:,} held-out texts; losses: {scored}.*"
         )
     parts = [
         "# Does softmax_n remove outliers and rescue quantization?",
@@ -500,8 +503,8 @@ def report(
     parts += [
         "## Quantization damage",
         damage_table(runs),
-        f"*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; {masked} "
-        "masked tokens. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
+        f"*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; {scored}. "
+        "W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
         f"on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} batches), "
         "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. "
         f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some of the "

@@ -230,6 +230,11 @@ def test_the_held_out_loss_is_training_s(workplace):
     loss, count = held_out_loss(model, held_out_batches({"input_ids": ids}, masks, 3))
     assert found["masked_tokens"] == count
     assert found["arms"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+    analyse(workplace, "--max_scored", "2")
+    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
+    ids = sorted(ids, key=len)
+    loss, _ = held_out_loss(model, held_out_batches({"input_ids": [ids[0], ids[-1]]}, masks, 2))
+    assert found["sequences"] == 2 and found["arms"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_results_without_emergence_are_analysed(workplace):

@@ -126,6 +126,7 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     resumed = train("--use_softmax1")
     assert resumed["loss_history"] == expected["loss_history"]
     assert resumed["validation"] == expected["validation"]
+    assert resumed["emergence"] == expected["emergence"]
     for name in ("steps", "samples", "tokens", "padded_tokens", "loss_mean"):
         assert resumed["training"][name] == expected["training"][name]
     assert resumed["activation_excess_kurtosis"] == pytest.approx(expected["activation_excess_kurtosis"], rel=1e-12)
@@ -186,6 +187,9 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert result["training"]["cost_usd"] == pytest.approx(result["training"]["wall_seconds"])
     assert [step for step, _ in result["loss_history"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in result["validation_loss_history"]] == [3, 6]
+    assert [entry["step"] for entry in result["emergence"]] == [1, 2, 3, 4, 5, 6]
+    last = result["emergence"][-1]
+    assert last["layer.1.ffn_output.inf_norm"] > 0 and (last["layer.0.attention.null_mass"] > 0.001) == (n > 0)
     assert result["validation"]["perplexity"] == pytest.approx(math.exp(result["validation"]["loss"]))
     assert result["settings"]["learning_rate"] == 5e-5 and result["settings"]["weight_decay"] == 0
     assert (

@@ -4,6 +4,7 @@
     python train_model.py --use_softmax1        softmax1, the same batches, masks and initial weights
     python train_model.py --softmax_n 0.5 --seed 43
     python train_model.py --test_pipeline       the whole path in a minute or two, on the embedded sample, in scratch/
+    python train_model.py --push_to_hub         and push model, tokenizer and card in the end (see hub.py)
 
 Reads data/ (build_dataset.py) and tokenizer/ (train_tokenizer.py). Writes models/<run>/ (model and tokenizer) and
 results/<run>.json (record.py says with what). An interrupted run goes on from its last checkpoint when the same command
@@ -41,6 +42,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import hub
 import record
 from outliers import ActivationKurtosis, weight_excess_kurtosis
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, checked_softmax_n
@@ -253,7 +255,7 @@ def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenize
     }
     set_seed(seed)
     if softmax_n == 0:
-        model = RobertaForMaskedLM(RobertaConfig(**settings))
+        model = RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings))  # stock RoBERTa ignores the field
     else:
         model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))
     # Its loss is the mean over the batch's own masked tokens. Otherwise Trainer takes its **kwargs for the promise to
@@ -397,6 +399,8 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
         sys.exit(f"error: {record.one_line(error)}")
     if args.hub_token is not None:  # would also be pickled into training_args.bin beside the model
         sys.exit("error: a token on the command line is read by others: put HUGGINGFACE_TOKEN into .env instead")
+    if args.hub_model_id is not None:
+        sys.exit("error: --hub_model_id is not for this script: a model goes to <HUGGINGFACE_USER>/<run>")
     if unknown:
         # The flag alone: its value may be a secret that belonged to another flag.
         sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
@@ -444,6 +448,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
+    # Pushing is the last thing done here. Trainer would push during training, with transformers' own card.
+    push_to_hub, args.push_to_hub = args.push_to_hub, False
+    if push_to_hub:
+        hub.check()
     if experiment.test_pipeline:
         build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
 
@@ -526,7 +534,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
         "argv": record.command_line() if argv is None else ["train_model.py", *argv],
-        "settings": {**vars(experiment), **args.to_dict()},
+        "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub},
         "effective_batch_size": effective_batch_size,
         "git": record.git_state(),
         "versions": record.versions(),
@@ -568,6 +576,8 @@ def main(argv: list[str] | None = None) -> None:
         f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"
         f"model: {args.output_dir}\nresult: {results_path}"
     )
+    if push_to_hub:
+        hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ import yaml
 
 KINDS = {"models": "model", "datasets": "dataset"}
 LFS_BYTES = 10_000  # larger files go through LFS, so that small test models do too
-PART_BYTES = 200_000  # larger LFS files go up in parts
 
 
 class HubServer:
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, part_bytes: int = 50_000_000):
+        self.part_bytes = part_bytes  # larger LFS files go up in parts
         self.users: dict[str, dict] = {}  # token -> what whoami answers
         self.repos: dict[tuple[str, str], dict] = {}
         self.lfs: dict[str, bytes] = {}
@@ -126,7 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hang_up()
             return
         self.body = self.read_body()
-        self.hub.bodies.append(self.body)
+        if not path.startswith("/lfs/"):
+            self.hub.bodies.append(self.body)
         if fault and fault["status"]:
             self.reply(fault["status"], {"error": "injected"}, fault["headers"])
             return
@@ -296,12 +297,12 @@ class _Handler(BaseHTTPRequestHandler):
             answer = {"oid": oid, "size": size}
             if oid not in self.hub.lfs:
                 upload = {"href": f"{self.hub.url}/lfs/{oid}"}
-                if size > PART_BYTES:
-                    count = -(-size // PART_BYTES)
+                if size > self.hub.part_bytes:
+                    count = -(-size // self.hub.part_bytes)
                     parts = {f"{i:05d}": f"{self.hub.url}/lfs/{oid}/part/{i}" for i in range(1, count + 1)}
                     upload = {
                         "href": f"{self.hub.url}/lfs/{oid}/whole",
-                        "header": {"chunk_size": str(PART_BYTES), **parts},
+                        "header": {"chunk_size": str(self.hub.part_bytes), **parts},
                     }
                 answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs/{oid}/verify"}}
             objects.append(answer)

@@ -466,7 +466,7 @@ fill = pipeline("fill-mask", model="{repo}"{trust})
 print(fill("La suno <mask>."))
 
 model = AutoModelForMaskedLM.from_pretrained("{repo}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
 ```"""
     if n == 0:
         return code + "\n\nNo code but transformers' own is needed."

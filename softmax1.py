@@ -326,19 +326,19 @@ def apply_softmax_n(model: PreTrainedModel, n: float) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------- RoBERTa with it
 
 
-# transformers' own configs have this property without a setter, so that RobertaConfig.from_pretrained raises, and logs
-# the sentence, whichever attention the caller asks for.
-STOP_STOCK = {
-    "use_return_dict": "a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
+# Stands behind the activation's name in config.json, so that no stock class finds the activation: building the model
+# raises, with this sentence, whichever attention the caller asks for.
+STOP_STOCK = (
+    ", in a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
     "trust_remote_code=True; stock RoBERTa would attend with softmax"
-}
+)
 
 
 class RobertaSoftmaxNConfig(RobertaConfig):
     """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1).
 
     Three things in config.json keep stock RoBERTa from loading the weights and quietly attending with softmax: the
-    model_type, which makes stock classes warn; the name of the attention, which they do not find; and `STOP_STOCK`.
+    model_type, which makes them warn; the name of the attention, which they do not find; and `STOP_STOCK`.
 
     Raises:
         ValueError: softmax_n is negative, NaN or infinite.
@@ -347,7 +347,9 @@ class RobertaSoftmaxNConfig(RobertaConfig):
     model_type = "roberta-softmax-n"
 
     def __init__(self, softmax_n: float = 1.0, **kwargs):
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in STOP_STOCK})
+        if isinstance(kwargs.get("hidden_act"), str):
+            kwargs["hidden_act"] = kwargs["hidden_act"].removesuffix(STOP_STOCK)
+        super().__init__(**kwargs)
         self.softmax_n = checked_softmax_n(softmax_n)
 
     @RobertaConfig._attn_implementation.getter
@@ -363,7 +365,7 @@ class RobertaSoftmaxNConfig(RobertaConfig):
 
     def to_diff_dict(self) -> dict:
         """What config.json holds."""
-        return {**super().to_diff_dict(), **STOP_STOCK}
+        return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
 
 
 class _SoftmaxNAttention:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -184,18 +185,18 @@ for n in (0.0, 1.0, 0.5):
             try:
                 call()
                 found[n]["lost"] = True
-            except (ValueError, AttributeError):
+            except (ValueError, KeyError):
                 pass
         # The second guard alone, should a later transformers take the first one's key.
         config = json.load(open("tuned/config.json"))
-        del config["use_return_dict"]
+        config["hidden_act"] = "gelu"
         json.dump(config, open("tuned/config.json", "w"))
         code = "from transformers import RobertaModel; RobertaModel.from_pretrained('tuned')"
         import subprocess
         result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
         assert result.returncode and 'attn_implementation="softmax_n"` is not supported' in result.stderr, result.stderr
 data = load_dataset("zamenhof/esperanto")
-found["data"] = {split: data[split]["text"] for split in data}
+found["data"] = {split: list(data[split]["text"]) for split in data}
 json.dump(found, open("found.json", "w"))
 """
 
@@ -252,11 +253,7 @@ def test_pushing_again_changes_nothing_and_a_changed_dataset_leaves_no_old_shard
     assert server.commits("dataset", "zamenhof/esperanto") == 1
     before = set(server.files("dataset", "zamenhof/esperanto"))
     assert len([path for path in before if "train" in path]) == 2
-    monkeypatch.undo()
-    constants.ENDPOINT, environment = server.url, {"HUGGINGFACE_TOKEN": TOKEN, "HUGGINGFACE_USER": "zamenhof"}
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hub, "SHARD_BYTES", 10_000_000)
     hub.push(sample / "data")
     assert len([path for path in server.files("dataset", "zamenhof/esperanto") if "train" in path]) == 1
 
@@ -503,9 +500,7 @@ def test_model_card(n):
 
 def test_model_card_without_results_says_so(server, folders, tmp_path):
     folder = tmp_path / "models" / "esperberto-softmax1"
-    subprocess.run(["cp", "-r", folders[1.0], tmp_path / "models"], check=False)
-    folder.parent.mkdir(exist_ok=True)
-    subprocess.run(["cp", "-r", folders[1.0], folder], check=True)
+    shutil.copytree(folders[1.0], folder)
     hub.push(folder)
     text = server.files("model", "zamenhof/esperberto-softmax1")["README.md"].decode()
     assert text.count("Unknown: this model came without its results file.") == 3
@@ -645,12 +640,10 @@ def test_the_check_passes_where_it_should_and_touches_nothing(n):
         RobertaSoftmaxNModel(config)
 
 
-@pytest.mark.parametrize(
-    "model_class", [RobertaForMaskedLM, RobertaForSequenceClassification, BertModel, RobertaConfig]
-)
+@pytest.mark.parametrize("model_class", [RobertaForMaskedLM, RobertaForSequenceClassification, BertModel])
 @pytest.mark.parametrize("attention", [{}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}])
-def test_stock_classes_refuse_the_folder(folders, model_class, attention, caplog):
-    with pytest.raises(AttributeError, match="has no setter"):
+def test_stock_classes_refuse_the_folder(folders, model_class, attention):
+    with pytest.raises(KeyError, match="a softmax_n model: load it with"):
         model_class.from_pretrained(folders[1.0], **attention)
 
 

@@ -434,6 +434,8 @@ def model_card(repo: str, config: dict, results: dict | None) -> str:
         f"the run with the same seed and another n is its pair.",
         "## How to load",
         loading(repo, n, trust),
+        "## ONNX",
+        exporting(config),
         "## Training data",
         training_data(namespace, results),
         "## Training",
@@ -469,30 +471,27 @@ model = AutoModelForMaskedLM.from_pretrained("{repo}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
 ```"""
     if n == 0:
-        return code + "\n\nNo code but transformers' own is needed."
-    return (
-        code
-        + f"""
+        return f"{code}\n\nNo code but transformers' own is needed."
+    return f"""{code}
 
 transformers 5.0 or later. `softmax1.py`, one file of this repository that imports only torch and transformers, is the
 code that `trust_remote_code=True` runs: read it first. Without it loading fails, and so does loading with a stock
 RoBERTa class: the weights would silently attend with softmax. `model.config.softmax_n` is {n:g}.
 `AutoModel`, `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load it for fine-tuning in the
-same way, and what they save keeps n.
+same way, and what they save keeps n."""
 
-ONNX, with softmax_n in the graph:
+
+def exporting(config: dict) -> str:
+    return f"""After the lines above (and `pip install onnx onnxscript`); the attention, and its n, are in the graph:
 
 ```python
 import torch
 
 inputs = dict(tokenizer(["La suno <mask>.", "Mi <mask> vin tre."], padding=True, return_tensors="pt"))
-batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
-torch.onnx.export(
-    model.eval(), (), "model.onnx", kwargs=inputs, dynamo=True,
-    dynamic_shapes={{name: {{0: batch, 1: length}} for name in inputs}},
-)
+batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max={config["max_position_embeddings"] - 2})
+shapes = {{name: {{0: batch, 1: length}} for name in inputs}}
+torch.onnx.export(model.eval(), (), "model.onnx", kwargs=inputs, dynamo=True, dynamic_shapes=shapes)
 ```"""
-    )
 
 
 def training_data(namespace: str, results: dict | None) -> str:

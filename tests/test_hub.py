@@ -57,6 +57,7 @@ def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
     """What train_model.py writes, with figures that can be found again in the card."""
     weights = {f"roberta.encoder.layer.{i}.attention.output.dense.weight": 1.0 + 2 * i for i in range(2)}
     activations = {f"roberta.encoder.layer.{i}.output.dense": 10.0 * i for i in range(2)}
+    activations |= {f"roberta.encoder.layer.{i}.attention.output.dense": 100.0 + i for i in range(2)}
     return {
         "run": run,
         "softmax_n": n,
@@ -490,6 +491,7 @@ def test_model_card(n):
     # 1 and 3: mean 2, population deviation 1; 0 and 10: mean 5, deviation 5.
     assert "| attention output: dense weight | 2 ± 1 | 1 | 3 |" in text
     assert "| FFN output: dense, activations | 5 ± 5 | 0 | 10 |" in text
+    assert "| attention output: dense, activations | 100 ± 0.5 | 100 | 101 |" in text
     for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
         assert figure in text
     assert ("trust_remote_code=True" in text) == (n > 0)
@@ -612,11 +614,12 @@ def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
             model_class(RobertaSoftmaxNConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
 
 
-@pytest.mark.parametrize("n", [0.0, 1e-3, 0.5, 1.0, 1e6])
+@pytest.mark.parametrize("n", [0.0, 1e-3, 1e6])
 def test_the_check_passes_where_it_should_and_touches_nothing(n):
-    config = RobertaSoftmaxNConfig(n, hidden_size=768, num_hidden_layers=1, vocab_size=99, max_position_embeddings=66)
+    sizes = {"hidden_size": 192, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 99}
+    config = RobertaSoftmaxNConfig(n, **sizes)
     torch.manual_seed(0)
-    RobertaForMaskedLM(RobertaConfig(hidden_size=768, num_hidden_layers=1, vocab_size=99, max_position_embeddings=66))
+    RobertaForMaskedLM(RobertaConfig(**sizes))
     expected = torch.get_rng_state()
     torch.manual_seed(0)
     model = RobertaSoftmaxNForMaskedLM(config)
@@ -634,8 +637,6 @@ def test_the_check_passes_where_it_should_and_touches_nothing(n):
         RobertaSoftmaxNModel(config)
     with FakeTensorMode():
         RobertaSoftmaxNModel(config)
-    from accelerate import init_empty_weights
-
     with init_empty_weights(include_buffers=True):
         RobertaSoftmaxNModel(config)
 
@@ -678,22 +679,21 @@ def errors(found: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
     return (found[real] - truth).abs().max().item(), 2 * (plain - truth).abs().max().item() + floor
 
 
-def dynamic_shapes(inputs: dict) -> dict:
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=64)
-    return {name: {0: batch, 1: length} for name in inputs}
+# An export takes seconds; the machinery is the same for every n.
+EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0))]
 
 
-@pytest.mark.parametrize("n", [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0))])
+@pytest.mark.parametrize("n", EXPORTED_NS)
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(tmp_path, n):
-    model = make_model(n, vocab_size=99, layers=1)
-    inputs = padded_batch(2, 9)
-    path = tmp_path / "model.onnx"
-    shapes = dynamic_shapes(inputs)
-    torch.onnx.export(model, (), path, kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    onnx.checker.check_model(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    softmax = copy.deepcopy(model) if n == 0 else make_model(0.0, vocab_size=99, layers=1)
+def test_onnx_as_the_card_says(sample, tmp_path, monkeypatch, n):
+    model = make_model(n, layers=1)
+    card = hub.model_card("zamenhof/x", model.config.to_dict(), None)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(sample / "tokenizer")})
+    onnx.checker.check_model("model.onnx")
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    softmax = copy.deepcopy(model) if n == 0 else make_model(0.0, layers=1)
     for rows, length in ((2, 9), (1, 3), (5, 17), (3, 1)):
         inputs = padded_batch(rows, length)
         found = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
@@ -704,11 +704,13 @@ def test_onnx(tmp_path, n):
             assert error > 1000 * allowed
 
 
-@pytest.mark.parametrize("n", NS)
+@pytest.mark.parametrize("n", EXPORTED_NS)
 def test_torch_export(n):
-    model = make_model(n, vocab_size=99, layers=1)
+    model = make_model(n, layers=1)
     inputs = padded_batch(2, 9)
-    exported = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs)).module()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=64)
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
     for rows, length in ((2, 9), (5, 17)):
         inputs = padded_batch(rows, length)
         error, allowed = errors(exported(**inputs).logits.detach(), model, inputs)

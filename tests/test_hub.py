@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from accelerate import init_empty_weights
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -295,6 +296,7 @@ def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
         ("POST .*/preupload/", 403, "may not do that for zamenhof"),
         ("POST .*/commit/", 403, "may not do that for zamenhof"),
         ("POST .*/commit/", 413, "answers HTTP 413"),
+        ("PUT /lfs/", 403, "may not do that for zamenhof"),
     ],
 )
 def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, status, text):
@@ -492,6 +494,7 @@ def test_model_card(n):
     assert "| attention output: dense weight | 2 ± 1 | 1 | 3 |" in text
     assert "| FFN output: dense, activations | 5 ± 5 | 0 | 10 |" in text
     assert "| attention output: dense, activations | 100 ± 0.5 | 100 | 101 |" in text
+    assert "LayerNorm, activations" not in text  # not recorded here, and nothing else is taken for it
     for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
         assert figure in text
     assert ("trust_remote_code=True" in text) == (n > 0)

@@ -502,7 +502,7 @@ def training_data(namespace: str, results: dict | None) -> str:
     return (
         f"{link}: {shown(look_up(results, 'dataset.train_samples'), ',')} samples, one line each, of "
         + "; ".join(f"{name} ({terms_of(name)[0]})" for name in sources)
-        + f". SHA-256 of the training text: `{look_up(results, 'dataset.sha256')}`."
+        + f". SHA-256 of the training text: {shown(look_up(results, 'dataset.sha256'))}."
     )
 
 
@@ -510,7 +510,9 @@ def recipe(results: dict | None) -> str:
     if results is None:
         return "Unknown: this model came without its results file."
     settings = results.get("settings") or {}
-    hours = (look_up(results, "training.wall_seconds") or 0) / 3600
+    seconds = look_up(results, "training.wall_seconds")
+    hours = "time unknown" if seconds is None else f"{seconds / 3600:.2f} h"
+    machine = f"{shown(look_up(results, 'hardware.count'))} x {shown(look_up(results, 'hardware.name'))}"
     dirty = " with uncommitted changes" if look_up(results, "git.dirty") else ""
     rows = {
         "n of softmax_n; seed": f"{results['softmax_n']:g}; {shown(results.get('seed'))}",
@@ -521,12 +523,12 @@ def recipe(results: dict | None) -> str:
         "samples; real tokens": f"{shown(look_up(results, 'training.samples'), ',')}; "
         f"{shown(look_up(results, 'training.tokens'), ',')}",
         "tokens of a sample at most": shown(settings.get("max_length")),
-        "optimiser": f"{settings.get('optim')}, lr {shown(settings.get('learning_rate'))}, "
-        f"{settings.get('lr_scheduler_type')}, warm-up {shown(settings.get('warmup_steps'))}, "
+        "optimiser": f"{shown(settings.get('optim'))}, lr {shown(settings.get('learning_rate'))}, "
+        f"{shown(settings.get('lr_scheduler_type'))}, warm-up {shown(settings.get('warmup_steps'))}, "
         f"weight decay {shown(settings.get('weight_decay'))}, clip {shown(settings.get('max_grad_norm'))}",
         "precision": shown(results.get("dtype")),
-        "hardware": f"{shown(look_up(results, 'hardware.count'))} x {look_up(results, 'hardware.name')}, {hours:.2f} h",
-        "code": f"commit `{look_up(results, 'git.commit')}`{dirty}",
+        "hardware": f"{machine}, {hours}",
+        "code": f"commit {shown(look_up(results, 'git.commit'))}{dirty}",
         "versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
         "**training loss, mean over the run**": shown(look_up(results, "training.loss_mean"), ".4f"),
         "**held-out loss; perplexity**": f"{shown(look_up(results, 'validation.loss'), '.4f')}; "

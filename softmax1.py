@@ -390,7 +390,7 @@ def check_attention(model: PreTrainedModel) -> None:
     """Raise RuntimeError unless the model's self-attention, run on three tokens, gives softmax_n of the definition.
 
     It runs the first layer's own module, as the installed transformers has built it, on identity projections in float64
-    on the CPU; so it needs no weights, draws no random numbers and costs a millisecond. The last key is masked.
+    on the CPU; so it needs no weights and draws no random numbers, in hundredths of a second. The last key is masked.
     """
     attention = next(module for module in model.modules() if isinstance(module, RobertaSelfAttention))
     size, heads, n = model.config.hidden_size, model.config.num_attention_heads, model.config.softmax_n

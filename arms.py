@@ -26,7 +26,7 @@ def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenize
     }
     set_seed(seed)
     if softmax_n == 0:
-        return RobertaForMaskedLM(RobertaConfig(**settings))
+        return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings))  # stock RoBERTa ignores the field
     return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))
 
 

@@ -4,6 +4,7 @@
     python build_dataset.py --sources oscar              some of them
     python build_dataset.py --from_files 'texts/*.gz'    your own text
     python build_dataset.py --sample                     the small corpus that comes with the project
+    python build_dataset.py --push_to_hub                and push it to <HUGGINGFACE_USER>/esperanto (hub.py)
 
 Reads the sources; downloads go to downloads/ and are kept. Writes data/, a `datasets.DatasetDict` of one column,
 `text`, and data/manifest.json, which says where every line came from. Duplicates are kept, as in the published run.
@@ -34,6 +35,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 import folder
+import hub
 import record
 
 SAMPLE = Path(__file__).parent / "sample" / "esperanto.txt"
@@ -97,6 +99,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--download_dir", default="downloads", help="where downloads are kept (%(default)s)")
     parser.add_argument("--oscar_url", default=OSCAR_URL, metavar="URL", help="a mirror of OSCAR's file")
     parser.add_argument("--leipzig_url", default=LEIPZIG_URL, metavar="URL", help="a mirror, with {name} in it")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the finished dataset to the Hub (see hub.py)")
+    parser.add_argument("--hub_private_repo", action="store_true", help="into a private repository")
     args = parser.parse_args(argv)
     if args.max_samples is not None and args.max_samples < 1:
         parser.error("--max_samples must be at least 1")
@@ -374,6 +378,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         sources = published_sources(args.sources or list(EXPECTED_LINES), args)
 
+    if args.push_to_hub:
+        hub.check()  # before hours of downloading
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         described, splits = write_splits(sources, args, output)
         manifest = {
@@ -386,6 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         record.write_json(output / "manifest.json", manifest)
     print_table(described, splits, args.output_dir)
+    if args.push_to_hub:
+        hub.push(args.output_dir, private=args.hub_private_repo)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
 #
 # Makes its own virtual environment in .venv. Run again after an interruption, it finishes what is unfinished: a stage
-# whose result is there is not repeated. Reads .env when there is one (.env.example says what can stand in it).
+# whose result is there is not repeated. Pushes data and models to the Hub when HUGGINGFACE_TOKEN and HUGGINGFACE_USER are
+# set, in the environment or in .env (see .env.example); what the Hub already has is not sent again.
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -59,12 +60,33 @@ if [ "$mode" = --tests ]; then
     exec python -m pytest tests "$@"
 fi
 
+# ------------------------------------------------------------------------------------------------- Hub
+environment=$(export -p)
 if [ -f .env ]; then
     set -a && . ./.env && set +a
+    eval "$environment" # what the environment names wins over .env
 fi
 if [ -n "${HUGGINGFACE_TOKEN:-}" ]; then
     export HF_TOKEN=$HUGGINGFACE_TOKEN # the name that huggingface_hub reads
 fi
+unset environment
+
+pushing=
+unpushed=
+if [ -n "${HUGGINGFACE_TOKEN:-}" ] && [ -n "${HUGGINGFACE_USER:-}" ]; then
+    echo "== Hub"
+    python hub.py check || exit 1 # now rather than after hours of work
+    pushing=yes
+else
+    echo "== Nothing will be pushed to the Hub: HUGGINGFACE_TOKEN and HUGGINGFACE_USER are not both set (.env.example)."
+fi
+
+push() { # a failed push costs no work: what follows goes on, and the next run of this script pushes again
+    if [ "$pushing" ]; then
+        echo "== Push of $1"
+        python hub.py push "$1" || unpushed=yes
+    fi
+}
 
 # ------------------------------------------------------------------------------------------------- settings
 if [ "$mode" = --test_pipeline ]; then
@@ -105,6 +127,7 @@ if [ ! -f $work/data/manifest.json ]; then
     echo "== Dataset"
     python build_dataset.py --output_dir $work/data "${dataset[@]}"
 fi
+push $work/data
 
 if [ ! -f $work/tokenizer/manifest.json ]; then
     echo "== Tokenizer"
@@ -124,6 +147,7 @@ for ((seed = 42; seed < 42 + seeds; seed++)); do
             python train_model.py --softmax_n $n --seed $seed --data_dir $work/data --tokenizer_dir $work/tokenizer \
                 --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}"
         fi
+        push $work/models/$run
         if [ ! $work/results/report.md -nt $work/results/$run.json ]; then
             fresh=1
         fi
@@ -135,4 +159,8 @@ if [ -n "$fresh" ]; then
     python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data "${analysis[@]}"
 fi
 
-echo "== Done: read $work/results/report.md. Nothing was pushed to the Hub."
+if [ "$unpushed" ]; then
+    echo "error: not everything is on the Hub (see above): everything is saved in $work, run this again to push it" >&2
+    exit 1
+fi
+echo "== Done: read $work/results/report.md. ${pushing:+Data, tokenizer and models are on the Hub.}"

@@ -30,17 +30,25 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
 )
 from transformers.masking_utils import sdpa_mask
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 # The names under which transformers knows this attention. The eager one materialises the weights on every call, for
 # models that do not hand the keyword output_attentions down to their attention (GPT-2).
@@ -780,10 +788,19 @@ def apply_softmax_n(model: PreTrainedModel, n: float) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------- RoBERTa with it
 
 
+# Stands behind the activation's name in config.json, so that no stock class finds the activation: building the model
+# raises, with this sentence, whichever attention the caller asks for.
+STOP_STOCK = (
+    ", in a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
+    "trust_remote_code=True; stock RoBERTa would attend with softmax"
+)
+
+
 class RobertaSoftmaxNConfig(RobertaConfig):
     """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1).
 
-    Its own model_type keeps stock RoBERTa from loading the weights and quietly attending with softmax.
+    Three things in config.json keep stock RoBERTa from loading the weights and quietly attending with softmax: the
+    model_type, which makes them warn; the name of the attention, which they do not find; and `STOP_STOCK`.
 
     Raises:
         ValueError: softmax_n is negative, NaN or infinite.
@@ -792,21 +809,33 @@ class RobertaSoftmaxNConfig(RobertaConfig):
     model_type = "roberta-softmax-n"
 
     def __init__(self, softmax_n: float = 1.0, **kwargs):
+        if isinstance(kwargs.get("hidden_act"), str):
+            kwargs["hidden_act"] = kwargs["hidden_act"].removesuffix(STOP_STOCK)
         super().__init__(**kwargs)
         self.softmax_n = checked_softmax_n(softmax_n)
 
+    @RobertaConfig._attn_implementation.getter
+    def _attn_implementation(self) -> str:
+        """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here."""
+        asked_for = getattr(self, "_attn_implementation_internal", None)
+        return asked_for if asked_for in (ATTENTION, EAGER_ATTENTION) else ATTENTION
 
-class RobertaSoftmaxNForMaskedLM(RobertaForMaskedLM):
-    """RobertaForMaskedLM whose attention is softmax_n with n = `config.softmax_n`, whatever else is asked for.
+    def to_dict(self) -> dict:
+        """As transformers has it, and what it leaves out: the attention, and the classes of this file beside the one
+        that is being saved."""
+        return {**super().to_dict(), "_attn_implementation": ATTENTION, "auto_map": dict(AUTO_MAP)}
 
-    Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM.
-    """
+    def to_diff_dict(self) -> dict:
+        """What config.json holds."""
+        return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
 
-    config_class = RobertaSoftmaxNConfig
 
-    def __init__(self, config: RobertaSoftmaxNConfig):
-        config._attn_implementation = ATTENTION
-        super().__init__(config)
+class _SoftmaxNAttention:
+    """What the models below share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
+
+    def __init__(self, config: RobertaSoftmaxNConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        check_attention(self)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Takes "softmax_n" and "softmax_n_eager"; ValueError for any other, which would make it a softmax model."""
@@ -818,10 +847,84 @@ class RobertaSoftmaxNForMaskedLM(RobertaForMaskedLM):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-# save_pretrained copies this file beside the weights and notes the classes in config.json, so that
-# from_pretrained(..., trust_remote_code=True) finds them where this project is not installed.
+@torch.no_grad()
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise RuntimeError unless the model's self-attention, run on three tokens, gives softmax_n of the definition.
+
+    It runs the first layer's own module, as the installed transformers has built it, on identity projections in float64
+    on the CPU; so it needs no weights and draws no random numbers, in hundredths of a second. The last key is masked.
+    """
+    attention = next(module for module in model.modules() if isinstance(module, RobertaSelfAttention))
+    size, heads, n = model.config.hidden_size, model.config.num_attention_heads, model.config.softmax_n
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}
+    # Scores of about 1, beside which n counts.
+    hidden = torch.arange(3 * size, **on_cpu).cos().mul((size // heads) ** -0.25).reshape(1, 3, size)
+    mask = torch.tensor([[[[0.0, 0.0, -math.inf]]]], **on_cpu)
+    identity = {
+        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(size)
+        for name, parameter in attention.named_parameters()
+    }
+    training = attention.training
+    attention.eval()
+    try:
+        found = torch.func.functional_call(attention, identity, (hidden, mask))[0]
+    finally:
+        attention.train(training)
+    head = hidden.reshape(1, 3, heads, size // heads).transpose(1, 2)
+    exponentials = torch.exp(head @ head.transpose(2, 3) * (size // heads) ** -0.5 + mask)
+    expected = exponentials / (n + exponentials.sum(-1, keepdim=True)) @ head
+    if type(found) is not Tensor:  # fake tensors, which hold no numbers to compare
+        return
+    error = (found - expected.transpose(1, 2).reshape(found.shape)).abs().max() / expected.abs().max()
+    if not error < 1e-9:  # rounding is some 1e-16
+        raise RuntimeError(
+            f"the attention of {type(model).__name__} is not softmax_n with n = {n} (relative error {error:.1g}): this "
+            f"release of transformers ({transformers.__version__}) does not take it from {ATTENTION!r}; use another"
+        )
+
+
+class RobertaSoftmaxNModel(_SoftmaxNAttention, RobertaModel):
+    """RobertaModel with softmax_n attention."""
+
+    config_class = RobertaSoftmaxNConfig
+
+
+class RobertaSoftmaxNForMaskedLM(_SoftmaxNAttention, RobertaForMaskedLM):
+    """RobertaForMaskedLM with softmax_n attention.
+
+    Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM.
+    """
+
+    config_class = RobertaSoftmaxNConfig
+
+
+class RobertaSoftmaxNForSequenceClassification(_SoftmaxNAttention, RobertaForSequenceClassification):
+    """RobertaForSequenceClassification with softmax_n attention, for fine-tuning."""
+
+    config_class = RobertaSoftmaxNConfig
+
+
+class RobertaSoftmaxNForTokenClassification(_SoftmaxNAttention, RobertaForTokenClassification):
+    """RobertaForTokenClassification with softmax_n attention, for fine-tuning."""
+
+    config_class = RobertaSoftmaxNConfig
+
+
+MODELS = {
+    AutoModel: RobertaSoftmaxNModel,
+    AutoModelForMaskedLM: RobertaSoftmaxNForMaskedLM,
+    AutoModelForSequenceClassification: RobertaSoftmaxNForSequenceClassification,
+    AutoModelForTokenClassification: RobertaSoftmaxNForTokenClassification,
+}
+# Where from_pretrained(..., trust_remote_code=True) finds the classes when this project is not installed: in this
+# file, which save_pretrained copies beside the weights of a class that is registered for it.
+AUTO_MAP = {"AutoConfig": "softmax1.RobertaSoftmaxNConfig"} | {
+    auto.__name__: f"softmax1.{model.__name__}" for auto, model in MODELS.items()
+}
 RobertaSoftmaxNConfig.register_for_auto_class()
-RobertaSoftmaxNForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+for _auto, _model in MODELS.items():
+    _model.register_for_auto_class(_auto.__name__)
 if not __name__.startswith("transformers_modules"):  # that copy is found through config.json, not through the registry
     AutoConfig.register(RobertaSoftmaxNConfig.model_type, RobertaSoftmaxNConfig, exist_ok=True)
-    AutoModelForMaskedLM.register(RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, exist_ok=True)
+    for _auto, _model in MODELS.items():
+        _auto.register(RobertaSoftmaxNConfig, _model, exist_ok=True)

@@ -4,6 +4,7 @@
     python train_model.py --use_softmax1        softmax1, the same batches, masks and initial weights
     python train_model.py --softmax_n 0.5 --seed 43
     python train_model.py --test_pipeline       the whole path in a minute or two, on the embedded sample, in scratch/
+    python train_model.py --push_to_hub         and push model, tokenizer and card in the end (see hub.py)
 
 Reads data/ (build_dataset.py) and tokenizer/ (train_tokenizer.py). Writes models/<run>/ (model and tokenizer) and
 results/<run>.json (record.py says with what). An interrupted run goes on from its last checkpoint when the same command
@@ -35,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import arms
+import hub
 import record
 from arms import prepared
 from corpus import load_data, load_tokenizer, tokenized
@@ -345,6 +347,8 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
         sys.exit(f"error: {record.one_line(error)}")
     if args.hub_token is not None:  # would also be pickled into training_args.bin beside the model
         sys.exit("error: a token on the command line is read by others: put HUGGINGFACE_TOKEN into .env instead")
+    if args.hub_model_id is not None:
+        sys.exit("error: --hub_model_id is not for this script: a model goes to <HUGGINGFACE_USER>/<run>")
     if unknown:
         # The flag alone: its value may be a secret that belonged to another flag.
         sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
@@ -404,6 +408,10 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     check_attention(experiment.attention, args)
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
+    # Pushing is the last thing done here. Trainer would push during training, with transformers' own card.
+    push_to_hub, args.push_to_hub = args.push_to_hub, False
+    if push_to_hub and args.process_index == 0:
+        hub.check()
     with args.main_process_first(desc="preparing the data"):
         if experiment.test_pipeline:
             build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
@@ -507,7 +515,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
         "argv": command,
-        "settings": {**vars(experiment), **args.to_dict()},
+        "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub},
         "effective_batch_size": effective_batch_size,
         "git": record.git_state(),
         "versions": record.versions(),
@@ -548,6 +556,8 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"
         f"model: {args.output_dir}\nresult: {results_path}"
     )
+    if push_to_hub:
+        hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,808 @@
+"""hub.py and the model folder: real clients against a Hub on loopback, with faults; fresh processes; exports."""
+
+import copy
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import onnx
+import onnxruntime
+import pytest
+import torch
+from accelerate import init_empty_weights
+from hub_server import HubServer
+from huggingface_hub import ModelCard, constants
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
+
+import build_dataset
+import hub
+import softmax1
+import train_model
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, RobertaSoftmaxNModel
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_SaluTonMondoSekreto123"
+NS = [0.0, 1.0, 0.5]
+
+
+# ------------------------------------------------------------------------------------------------- models and a server
+
+
+def make_model(n: float, vocab_size: int = 1024, layers: int = 2):
+    settings = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    if n == 0:
+        return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings)).eval()
+    return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=n, **settings)).eval()
+
+
+def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
+    """What train_model.py writes, with figures that can be found again in the card."""
+    weights = {f"roberta.encoder.layer.{i}.attention.output.dense.weight": 1.0 + 2 * i for i in range(2)}
+    activations = {f"roberta.encoder.layer.{i}.output.dense": 10.0 * i for i in range(2)}
+    activations |= {f"roberta.encoder.layer.{i}.attention.output.dense": 100.0 + i for i in range(2)}
+    return {
+        "run": run,
+        "softmax_n": n,
+        "seed": 42,
+        "test_pipeline": test_pipeline,
+        "settings": {"learning_rate": 5e-5, "mlm_probability": 0.15, "max_length": 512, "optim": "adamw_torch"},
+        "effective_batch_size": 16,
+        "dataset": {"sources": ["oscar", "epo_web_2012_1M"], "train_samples": 4_574_369, "sha256": "ab" * 32},
+        "hardware": {"name": "NVIDIA A10G", "count": 1},
+        "training": {"steps": 285_899, "loss_mean": 4.4567, "wall_seconds": 3600.0, "tokens": 12_345},
+        "validation": {"loss": 3.25, "perplexity": math.exp(3.25), "masked_tokens": 777},
+        "weight_excess_kurtosis": weights,
+        "activation_excess_kurtosis": {**activations, "roberta": None},
+    }
+
+
+@pytest.fixture(scope="session")
+def folders(sample, tmp_path_factory):
+    """{n: model folder as train_model.py leaves it}, each with results/<run>.json beside models/."""
+    found = {}
+    for n in NS:
+        base = tmp_path_factory.mktemp("project")
+        run = f"esperberto-softmax{n:g}"
+        folder = base / "models" / run
+        make_model(n).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(sample / "tokenizer").save_pretrained(folder)
+        (folder / "training_args.bin").write_bytes(b"pickle")
+        (folder / "checkpoint-3").mkdir()
+        (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"x" * 20_000)
+        (base / "results").mkdir()
+        (base / "results" / f"{run}.json").write_text(json.dumps(make_results(n, run)))
+        found[n] = folder
+    return found
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that were asked for; none is made."""
+    asked = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path, pauses):
+    """A Hub for this process's clients, which read HF_ENDPOINT when they are imported, and for new processes."""
+    server = HubServer(part_bytes=60_000)
+    server.user(TOKEN, "zamenhof", orgs=(("asocio", "write"), ("legantoj", "read")))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name, value in {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HUGGINGFACE_TOKEN": TOKEN,
+        "HUGGINGFACE_USER": "zamenhof",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.close()
+
+
+def run_code(code: str, *arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    """A fresh process with pip's packages alone: -I keeps this project and PYTHONPATH out of sys.path."""
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def fails(call) -> str:
+    """The one line that `call` ends with."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert TOKEN not in message
+    return message
+
+
+def printed_command(message: str) -> list[str]:
+    """The arguments of the `python hub.py ...` that a message ends with."""
+    return shlex.split(message.rpartition("python hub.py ")[2])
+
+
+# ------------------------------------------------------------------------------------------------------- round trip
+
+FRESH = """
+import json, sys
+import torch
+from datasets import load_dataset
+from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, RobertaForMaskedLM, pipeline)
+
+assert not any(name in sys.modules for name in ("softmax1", "hub"))
+found = {}
+for n in (0.0, 1.0, 0.5):
+    name = f"zamenhof/esperberto-softmax{n:g}"
+    trust = {} if n == 0 else {"trust_remote_code": True}
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    inputs = tokenizer(["La suno <mask>.", "Saluton, kara mondo kaj <mask>!"], padding=True, return_tensors="pt")
+    model = AutoModelForMaskedLM.from_pretrained(name, **trust).eval()
+    with torch.no_grad():
+        torch.save((dict(inputs), model(**inputs).logits), f"{n}.pt")
+    classes = [model]
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        tuned = auto.from_pretrained(name, **trust)
+        tuned.save_pretrained("tuned")
+        classes += [tuned, auto.from_pretrained("tuned", **trust)]
+    half = AutoModelForMaskedLM.from_pretrained("tuned", dtype=torch.bfloat16, attn_implementation="sdpa", **trust)
+    answers = pipeline("fill-mask", model=name, **trust)("La suno <mask>.")
+    found[n] = {
+        "n": [model.config.softmax_n for model in [*classes, half]],
+        "attention": [model.config._attn_implementation for model in [*classes, half]],
+        "types": [type(model).__name__ for model in classes],
+        "answers": [answer["score"] for answer in answers],
+    }
+    if n > 0:
+        for call in (
+            lambda: AutoModelForMaskedLM.from_pretrained(name),
+            lambda: AutoModel.from_pretrained(name, trust_remote_code=False),
+            lambda: pipeline("fill-mask", model=name),
+            lambda: RobertaForMaskedLM.from_pretrained(name),
+            lambda: RobertaForMaskedLM.from_pretrained("tuned", attn_implementation="eager"),
+        ):
+            try:
+                call()
+                found[n]["lost"] = True
+            except (ValueError, KeyError):
+                pass
+        # The second guard alone, should a later transformers take the first one's key.
+        config = json.load(open("tuned/config.json"))
+        config["hidden_act"] = "gelu"
+        json.dump(config, open("tuned/config.json", "w"))
+        code = "from transformers import RobertaModel; RobertaModel.from_pretrained('tuned')"
+        import subprocess
+        result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+        assert result.returncode and 'attn_implementation="softmax_n"` is not supported' in result.stderr, result.stderr
+data = load_dataset("zamenhof/esperanto")
+found["data"] = {split: list(data[split]["text"]) for split in data}
+json.dump(found, open("found.json", "w"))
+"""
+
+
+def test_round_trip_in_a_fresh_process(server, folders, sample, tmp_path):
+    for n in NS:
+        hub.main(["push", str(folders[n])])
+    hub.main(["push", str(sample / "data")])
+    server.fault("GET /zamenhof/esperberto-softmax0.5/resolve/.*model.safetensors", drop=True)  # mid-download
+    result = run_code(FRESH, cwd=tmp_path, HUGGINGFACE_TOKEN="")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not any(fault["times"] for fault in server.faults)
+
+    found = json.loads((tmp_path / "found.json").read_text())
+    for n in NS:
+        inputs, logits = torch.load(tmp_path / f"{n}.pt")
+        model = AutoModelForMaskedLM.from_pretrained(folders[n]).eval()
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, logits)
+        there = found[str(n)]
+        assert set(there["n"]) == {n} and len(there["n"]) == 8
+        assert set(there["attention"]) == ({"softmax_n"} if n else {"sdpa"})
+        assert all(
+            name.startswith("RobertaSoftmaxN" if n else "RobertaFor") for name in there["types"] if "For" in name
+        )
+        assert len(there["answers"]) == 5 and "lost" not in there
+    data = build_dataset.Dataset.load_from_disk(str(sample / "data" / "train"))
+    assert found["data"]["train"] == data["text"][:] and found["data"]["validation"]
+
+
+def test_what_a_push_holds(server, folders, sample, capfd):
+    hub.push(folders[0.5])
+    hub.push(sample / "data")
+    model = server.files("model", "zamenhof/esperberto-softmax0.5")
+    wanted = {"config.json", "model.safetensors", "softmax1.py", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert set(model) - {".gitattributes"} == wanted
+    assert model["model.safetensors"] == (folders[0.5] / "model.safetensors").read_bytes()
+    assert model["softmax1.py"] == (ROOT / "softmax1.py").read_bytes()
+    config = json.loads(model["config.json"])
+    assert config["softmax_n"] == 0.5 and len(config["auto_map"]) == 5
+    data = server.files("dataset", "zamenhof/esperanto")
+    parquet = {"data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
+    assert set(data) == parquet | {".gitattributes", "README.md"}
+    assert any("/part/2" in request for request in server.requests)  # a large file went up in parts
+    everything = b"".join([*model.values(), *data.values(), *server.bodies])
+    assert TOKEN.encode() not in everything and str(Path.home()).encode() not in everything
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_pushing_again_changes_nothing_and_a_changed_dataset_leaves_no_old_shards(server, sample, monkeypatch):
+    monkeypatch.setattr(hub, "SHARD_BYTES", 60_000)
+    hub.push(sample / "data")
+    hub.push(sample / "data")
+    assert server.commits("dataset", "zamenhof/esperanto") == 1
+    before = set(server.files("dataset", "zamenhof/esperanto"))
+    assert len([path for path in before if "train" in path]) == 2
+    monkeypatch.setattr(hub, "SHARD_BYTES", 10_000_000)
+    hub.push(sample / "data")
+    assert len([path for path in server.files("dataset", "zamenhof/esperanto") if "train" in path]) == 1
+
+
+def test_private(server, folders):
+    hub.main(["push", str(folders[1.0]), "--private"])
+    assert server.repos["model", "zamenhof/esperberto-softmax1"]["private"]
+    hub.push(folders[0.0])
+    message = fails(lambda: hub.push(folders[0.0], private=True))
+    assert "zamenhof/esperberto-softmax0 is public" in message
+    assert printed_command(message) == ["push", str(folders[0.0]), "--private"]
+
+
+def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
+    server.put(
+        "dataset", "zamenhof/esperanto", {"README.md": b"---\nlanguage: eo\n---\nMy songs.\n", "songs.txt": b"la"}
+    )
+    assert "zamenhof/esperanto on the Hub is not of this project" in fails(lambda: hub.push(sample / "data"))
+    assert set(server.files("dataset", "zamenhof/esperanto")) == {".gitattributes", "README.md", "songs.txt"}
+
+    hub.push(folders[1.0])
+    smoke = tmp_path / "smoke.json"
+    smoke.write_text(json.dumps(make_results(1.0, "esperberto-softmax1", test_pipeline=True)))
+    assert "a real run" in fails(lambda: hub.push(folders[1.0], smoke))
+    assert server.commits("model", "zamenhof/esperberto-softmax1") == 1
+    hub.push(folders[1.0])
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    "pattern, status, text",
+    [
+        ("GET /api/whoami-v2", 401, "the Hub does not accept HUGGINGFACE_TOKEN"),
+        ("POST /api/repos/create", 403, "may not do that for zamenhof"),
+        ("POST /api/repos/create", 404, "the Hub does not find zamenhof"),
+        ("POST .*/preupload/", 403, "may not do that for zamenhof"),
+        ("POST .*/commit/", 403, "may not do that for zamenhof"),
+        ("POST .*/commit/", 413, "answers HTTP 413"),
+        ("PUT /lfs/", 403, "may not do that for zamenhof"),
+    ],
+)
+def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, status, text):
+    server.fault(pattern, times=99, status=status)
+    message = fails(lambda: hub.push(folders[1.0]))
+    assert text in message and not pauses
+    server.faults.clear()
+    hub.main(printed_command(message))
+    assert "model.safetensors" in server.files("model", "zamenhof/esperberto-softmax1")
+
+
+@pytest.mark.parametrize(
+    "pattern, fault, pause",
+    [
+        ("GET /api/whoami-v2", {"status": 429, "headers": {"Retry-After": "7"}}, 7),
+        ("GET /api/whoami-v2", {"status": 429, "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}}, 1),
+        ("POST /api/repos/create", {"status": 503}, 1),
+        ("POST .*/commit/", {"status": 503, "headers": {"Retry-After": "11"}}, 11),
+        ("POST .*/commit/", {"status": 429}, 2),
+        ("POST .*/batch", {"status": 500}, None),
+        ("PUT /lfs/", {"status": 503}, None),
+        ("PUT /lfs/", {"drop": True}, None),
+        ("PUT /lfs/.*/part/2", {"drop": True}, None),
+        ("POST .*/commit/", {"drop": True}, 1),
+        ("POST /api/repos/create", {"drop": True}, 1),
+    ],
+)
+def test_errors_that_pass(server, folders, pauses, capfd, pattern, fault, pause):
+    server.fault(pattern, times=2, **fault)
+    hub.push(folders[1.0])
+    assert not any(fault["times"] for fault in server.faults)
+    files = server.files("model", "zamenhof/esperberto-softmax1")
+    assert files["model.safetensors"] == (folders[1.0] / "model.safetensors").read_bytes()
+    assert server.commits("model", "zamenhof/esperberto-softmax1") == 1
+    if pause:  # ours; huggingface_hub itself waits on uploads
+        assert pause in pauses
+        assert "trying again in" in capfd.readouterr().err
+
+
+def test_a_push_that_broke_off_is_completed_by_the_printed_command(server, folders, pauses):
+    server.fault("PUT /lfs/.*/part/3", times=10_000, drop=True)
+    message = fails(lambda: hub.push(folders[0.5]))
+    assert "cannot be reached" in message and "is saved and complete here" in message
+    assert server.commits("model", "zamenhof/esperberto-softmax0.5") == 0  # nothing of it is visible
+    assert set(hub.RETRY_SECONDS) <= set(pauses)
+    sent = len([request for request in server.requests if re.fullmatch(r"PUT /lfs/\w+", request)])
+    server.faults.clear()
+    hub.main(printed_command(message))
+    files = server.files("model", "zamenhof/esperberto-softmax0.5")
+    assert all(files[name] == (folders[0.5] / name).read_bytes() for name in ("model.safetensors", "config.json"))
+    # What had gone up whole is not sent again.
+    assert len([request for request in server.requests if re.fullmatch(r"PUT /lfs/\w+", request)]) == sent
+
+
+def test_server_gone(server, sample, pauses):
+    server.close()
+    message = fails(lambda: hub.push(sample / "data"))
+    assert "cannot be reached" in message
+    assert pauses == list(hub.RETRY_SECONDS)
+    again = HubServer(port=server.http.server_port)
+    again.user(TOKEN, "zamenhof")
+    try:
+        hub.main(printed_command(message))
+        assert len(again.files("dataset", "zamenhof/esperanto")) == 4
+    finally:
+        again.close()
+
+
+def test_command_line_ends_with_one_line(server, folders, tmp_path):
+    """As a user meets it, in a process of its own: status, streams, no traceback, no token."""
+    server.fault("POST .*/commit/", times=99, status=403)
+    command = [sys.executable, str(ROOT / "hub.py"), "push", str(folders[1.0])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the token may not do that for zamenhof (HTTP 403")
+    assert "Traceback" not in result.stderr and TOKEN not in result.stderr + result.stdout
+
+
+def test_errors_show_no_token(server, monkeypatch):
+    def leak(*args, **kwargs):
+        raise ValueError(f"bad header: Bearer {TOKEN}, also hf_anotherSecret9")
+
+    api = hub.Hub()
+    with pytest.raises(hub.HubError) as caught:
+        api.call(leak)
+    assert "<secret>" in str(caught.value)
+    assert TOKEN not in str(caught.value) and "hf_another" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+# ------------------------------------------------------------------------------------------------------ token, .env
+
+
+def scope(name: str, *permissions: str, kind: str = "user") -> dict:
+    return {"entity": {"_id": "1", "type": kind, "name": name}, "permissions": list(permissions)}
+
+
+@pytest.mark.parametrize(
+    "user, role, scoped, error",
+    [
+        ("zamenhof", "write", None, None),
+        ("Zamenhof", "write", None, None),
+        ("asocio", "write", None, None),
+        ("zamenhof", "read", None, "cannot write to repositories of zamenhof"),
+        ("legantoj", "write", None, "only read access to the organisation legantoj"),
+        ("nekonata", "write", None, "the token belongs to zamenhof and knows only zamenhof, asocio, legantoj"),
+        ("zamenhof", "fineGrained", [scope("zamenhof", "repo.content.read", "repo.write")], None),
+        ("zamenhof", "fineGrained", [scope("zamenhof", "repo.content.read")], "cannot write"),
+        ("asocio", "fineGrained", [scope("zamenhof", "repo.write")], "cannot write to repositories of asocio"),
+        ("asocio", "fineGrained", [scope("asocio", "repo.write", kind="org")], None),
+        ("zamenhof", "fineGrained", [scope("zamenhof/esperanto", "repo.write", kind="dataset")], None),
+        ("zamenhof", "fineGrained", [], "cannot write"),
+    ],
+)
+def test_check(server, monkeypatch, capsys, user, role, scoped, error):
+    server.user(TOKEN, "zamenhof", role, scoped, orgs=(("asocio", "write"), ("legantoj", "read")))
+    monkeypatch.setenv("HUGGINGFACE_USER", user)
+    if error:
+        assert error in fails(lambda: hub.main(["check"]))
+    else:
+        hub.main(["check"])
+        assert f"may write for {user.lower()}." in capsys.readouterr().out
+
+
+def test_dotenv(server, monkeypatch, tmp_path, capsys):
+    file = tmp_path / ".env"
+    monkeypatch.setattr(hub, "ENV_FILE", file)
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "")  # set, but empty: no token, whatever .env says
+    file.write_text(f"HUGGINGFACE_TOKEN={TOKEN}\nHUGGINGFACE_USER=asocio\n")
+    file.chmod(0o600)
+    assert "HUGGINGFACE_TOKEN is not set" in fails(lambda: hub.main(["check"]))
+    monkeypatch.delenv("HUGGINGFACE_TOKEN")
+    hub.main(["check"])
+    output = capsys.readouterr()
+    assert "zamenhof" in output.out and not output.err  # the environment's user, the file's token, no warning
+    monkeypatch.delenv("HUGGINGFACE_USER")
+    for mode in (0o640, 0o604):
+        file.chmod(mode)
+        hub.main(["check"])
+        output = capsys.readouterr()
+        assert "asocio" in output.out and "chmod 600 .env" in output.err and TOKEN not in output.err + output.out
+    file.unlink()
+    assert "HUGGINGFACE_TOKEN is not set" in fails(lambda: hub.main(["check"]))
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_ĉ")
+    monkeypatch.setenv("HUGGINGFACE_USER", "zamenhof")
+    assert "characters that no token has" in fails(lambda: hub.main(["check"]))
+    ignored = subprocess.run(["git", "check-ignore", "-q", ".env"], cwd=ROOT)
+    assert ignored.returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+
+def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
+    assert "holds neither a dataset" in fails(lambda: hub.push(tmp_path))
+    folder = tmp_path / "model"
+    make_model(1.0).save_pretrained(folder)
+    assert "no tokenizer.json" in fails(lambda: hub.push(folder))
+    AutoTokenizer.from_pretrained(sample / "tokenizer").save_pretrained(folder)
+    (folder / "softmax1.py").unlink()
+    assert "no softmax1.py" in fails(lambda: hub.push(folder))
+    (folder / "softmax1.py").write_text("")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1000])
+    assert "holds no whole model" in fails(lambda: hub.push(folder))
+    (folder / "model.safetensors").write_bytes(weights)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(make_results(0.0, "esperberto-softmax0")))
+    assert "is not about the model" in fails(lambda: hub.push(folder, other))
+    other.write_text("{")
+    assert "is no results file" in fails(lambda: hub.push(folder, other))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dataset_dict.json").write_text("{}")
+    assert "holds no whole dataset" in fails(lambda: hub.push(data))
+    assert not server.repos
+
+
+# ------------------------------------------------------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize("n", NS)
+def test_model_card(n):
+    run = f"esperberto-softmax{n:g}"
+    text = hub.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
+    card = ModelCard(text)
+    assert card.data.language == "eo" and card.data.license == "apache-2.0" and card.data.pipeline_tag == "fill-mask"
+    assert card.data.datasets == ["zamenhof/esperanto"] and card.data.model_name == run
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "loss": 3.25,
+        "perplexity": round(math.exp(3.25), 6),
+    }
+    assert all("<mask>" in widget["text"] for widget in card.data.widget) and len(card.data.widget) >= 3
+    # 1 and 3: mean 2, population deviation 1; 0 and 10: mean 5, deviation 5.
+    assert "| attention output: dense weight | 2 ± 1 | 1 | 3 |" in text
+    assert "| FFN output: dense, activations | 5 ± 5 | 0 | 10 |" in text
+    assert "| attention output: dense, activations | 100 ± 0.5 | 100 | 101 |" in text
+    assert "LayerNorm, activations" not in text  # not recorded here, and nothing else is taken for it
+    for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
+        assert figure in text
+    assert ("trust_remote_code=True" in text) == (n > 0)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "card", "exec")
+    assert "## Limits" in text and "A test run" not in text
+
+
+def test_model_card_without_results_says_so(server, folders, tmp_path):
+    folder = tmp_path / "models" / "esperberto-softmax1"
+    shutil.copytree(folders[1.0], folder)
+    hub.push(folder)
+    text = server.files("model", "zamenhof/esperberto-softmax1")["README.md"].decode()
+    assert text.count("Unknown: this model came without its results file.") == 3
+    assert ModelCard(text).data.eval_results is None
+    assert (folder / "README.md").read_text() == text
+
+
+def test_test_runs_say_so():
+    results = make_results(1.0, "esperberto-softmax1", test_pipeline=True)
+    text = hub.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
+    assert "A test run" in text and "test-pipeline" in ModelCard(text).data.tags
+
+
+def test_dataset_card(sample):
+    manifest = json.loads((sample / "data" / "manifest.json").read_text())
+    splits = {
+        name: build_dataset.Dataset.load_from_disk(str(sample / "data" / name)) for name in ("train", "validation")
+    }
+    text = hub.dataset_card("zamenhof/esperanto", manifest, splits)
+    data = huggingface_hub.DatasetCard(text).data
+    assert data.language == ["eo"] and data.license == "cc0-1.0" and "test-pipeline" in data.tags
+    source = manifest["sources"][0]
+    for figure in (f"{source['lines_read']:,}", source["sha256"], manifest["splits"]["train"]["sha256"]):
+        assert figure in text
+    published = copy.deepcopy(manifest)
+    published["sources"] = [{**source, "name": name} for name in build_dataset.EXPECTED_LINES]
+    text = hub.dataset_card("zamenhof/esperanto", published, splits)
+    data = huggingface_hub.DatasetCard(text).data
+    assert data.license == "other" and "test-pipeline" not in data.tags
+    assert text.count("oscar-project.org") == 1 and text.count("Goldhahn") == 1 and "Common Crawl's terms" in text
+    assert all(name in text for name in build_dataset.EXPECTED_LINES)
+    assert hub.terms_of("my.txt") == hub.OTHER_TERMS
+
+
+# ----------------------------------------------------------------------------------------------------- train, build
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
+
+
+@pytest.fixture
+def train(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "ARCHITECTURE", SMALL)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer"}
+        numbers = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 32, "vocab_size": 1024}
+        numbers |= {"eval_steps": 1, "save_steps": 1, "max_eval_samples": 4}
+        argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+        train_model.main([*argv, "--disable_tqdm", "true", *flags])
+
+    return run
+
+
+def test_train_model_pushes_in_the_end(server, train):
+    train("--use_softmax1", "--push_to_hub", "--hub_private_repo", "true")
+    files = server.files("model", "zamenhof/esperberto-softmax1")
+    results = json.loads(Path("results/esperberto-softmax1.json").read_text())
+    assert files["model.safetensors"] == Path("models/esperberto-softmax1/model.safetensors").read_bytes()
+    assert f"{results['validation']['loss']:.4f}" in files["README.md"].decode()
+    assert server.repos["model", "zamenhof/esperberto-softmax1"]["private"]
+    assert server.commits("model", "zamenhof/esperberto-softmax1") == 1  # Trainer did not push on the way
+    assert results["settings"]["push_to_hub"] is True
+    assert TOKEN not in Path("results/esperberto-softmax1.json").read_text()
+
+
+def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fails(server, train, monkeypatch):
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_wrongwrongwrong")
+    assert "does not accept HUGGINGFACE_TOKEN" in fails(lambda: train("--push_to_hub"))
+    assert not Path("models").exists()
+    assert "--hub_model_id" in fails(lambda: train("--hub_model_id", "x/y"))
+
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", TOKEN)
+    server.fault("POST .*/commit/", times=99, status=403)
+    message = fails(lambda: train("--push_to_hub", "--output_dir", "elsewhere", "--results_dir", "figures"))
+    assert Path("figures/esperberto-softmax0.json").exists() and not list(Path("elsewhere").glob("checkpoint-*"))
+    assert printed_command(message) == ["push", "elsewhere", "--results", "figures/esperberto-softmax0.json"]
+    server.faults.clear()
+    hub.main(printed_command(message))
+    assert json.loads(server.files("model", "zamenhof/esperberto-softmax0")["config.json"])["softmax_n"] == 0
+
+
+def test_build_dataset_pushes_in_the_end(server, tmp_path, monkeypatch):
+    build = ["--sample", "--validation_fraction", "0.1", "--output_dir", str(tmp_path / "data"), "--push_to_hub"]
+    monkeypatch.setenv("HUGGINGFACE_USER", "nekonata")
+    assert "knows only" in fails(lambda: build_dataset.main(build))
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setenv("HUGGINGFACE_USER", "asocio")
+    build_dataset.main([*build, "--hub_private_repo"])
+    assert server.repos["dataset", "asocio/esperanto"]["private"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # no scratch is left
+
+
+# ------------------------------------------------------------------------------------- the attention cannot get lost
+
+
+@pytest.mark.parametrize("wrong", ["softmax", "another n", "no mask"])
+def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        n = {"softmax": 0.0, "another n": 1.001, "no mask": 1.0}[wrong]
+        mask = None if wrong == "no mask" else attention_mask
+        return softmax1.softmax_n_attention(query, key, value, mask, scale=scaling, n=n).transpose(1, 2), None
+
+    make_model(1.0)
+    monkeypatch.setitem(AttentionInterface._global_mapping, softmax1.ATTENTION, attention)
+    for model_class in set(softmax1.MODELS.values()):
+        with pytest.raises(RuntimeError, match="is not softmax_n with n = 1"):
+            model_class(RobertaSoftmaxNConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+
+
+@pytest.mark.parametrize("n", [0.0, 1e-3, 1e6])
+def test_the_check_passes_where_it_should_and_touches_nothing(n):
+    sizes = {"hidden_size": 192, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 99}
+    config = RobertaSoftmaxNConfig(n, **sizes)
+    torch.manual_seed(0)
+    RobertaForMaskedLM(RobertaConfig(**sizes))
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = RobertaSoftmaxNForMaskedLM(config)
+    assert torch.equal(torch.get_rng_state(), expected)  # no random number is drawn
+    assert model.training and all(module.training for module in model.modules())
+    with torch.device("meta"):
+        assert RobertaSoftmaxNModel(config).embeddings.word_embeddings.weight.is_meta
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            RobertaSoftmaxNModel(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        RobertaSoftmaxNModel(config)
+    with FakeTensorMode():
+        RobertaSoftmaxNModel(config)
+    with init_empty_weights(include_buffers=True):
+        RobertaSoftmaxNModel(config)
+
+
+@pytest.mark.parametrize("model_class", [RobertaForMaskedLM, RobertaForSequenceClassification, BertModel])
+@pytest.mark.parametrize("attention", [{}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}])
+def test_stock_classes_refuse_the_folder(folders, model_class, attention):
+    with pytest.raises(KeyError, match="a softmax_n model: load it with"):
+        model_class.from_pretrained(folders[1.0], **attention)
+
+
+def test_the_inner_model_cannot_be_turned_into_softmax_either():
+    model = make_model(1.0)
+    inputs = {"input_ids": torch.arange(5, 14)[None]}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.roberta.set_attn_implementation("sdpa")
+        model.config._attn_implementation = "eager"
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- exports
+
+
+def padded_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * 100 + length)
+    input_ids = torch.randint(5, 99, (rows, length), generator=generator)
+    mask = torch.arange(length)[None] < torch.randint(1, length + 1, (rows, 1), generator=generator)
+    return {"input_ids": torch.where(mask, input_ids, 1), "attention_mask": mask.long()}
+
+
+def errors(found: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
+    """(error of `found`, allowed): twice the error of the float32 model against float64, plus a rounding of the largest
+    logit. Real tokens only."""
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        plain = model(**inputs).logits[real]
+        truth = copy.deepcopy(model).double()(**inputs).logits[real]
+    floor = torch.finfo(torch.float32).eps * truth.abs().max().item()
+    return (found[real] - truth).abs().max().item(), 2 * (plain - truth).abs().max().item() + floor
+
+
+# An export takes seconds; the machinery is the same for every n.
+EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0))]
+
+
+@pytest.mark.parametrize("n", EXPORTED_NS)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_as_the_card_says(sample, tmp_path, monkeypatch, n):
+    model = make_model(n, layers=1)
+    card = hub.model_card("zamenhof/x", model.config.to_dict(), None)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(sample / "tokenizer")})
+    onnx.checker.check_model("model.onnx")
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    softmax = copy.deepcopy(model) if n == 0 else make_model(0.0, layers=1)
+    for rows, length in ((2, 9), (1, 3), (5, 17), (3, 1)):
+        inputs = padded_batch(rows, length)
+        found = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+        error, allowed = errors(found, model, inputs)
+        assert error <= allowed
+        if n:  # and it is no softmax
+            error, allowed = errors(found, softmax, inputs)
+            assert error > 1000 * allowed
+
+
+@pytest.mark.parametrize("n", EXPORTED_NS)
+def test_torch_export(n):
+    model = make_model(n, layers=1)
+    inputs = padded_batch(2, 9)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=64)
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    for rows, length in ((2, 9), (5, 17)):
+        inputs = padded_batch(rows, length)
+        error, allowed = errors(exported(**inputs).logits.detach(), model, inputs)
+        assert error <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", NS)
+def test_half_precision(folders, n, dtype):
+    """Against float64; twice the error of the plain formula, weights materialised, with the same half precision."""
+    half = AutoModelForMaskedLM.from_pretrained(folders[n], dtype=dtype).eval()
+    assert half.dtype == dtype and half.config.softmax_n == n
+    truth = copy.deepcopy(half).double()
+    plain = copy.deepcopy(half)
+    plain.set_attn_implementation("softmax_n_eager" if n else "eager")
+    inputs = padded_batch(3, 20)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = truth(**inputs).logits[real]
+        yardstick = (plain(**inputs).logits[real] - expected).abs().max()
+        error = (half(**inputs).logits[real] - expected).abs().max()
+    assert error <= 2 * yardstick + torch.finfo(dtype).eps * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------- runner.sh
+
+
+@pytest.mark.slow
+def test_runner_pushes_and_a_stranger_asks_the_model(server, tmp_path, monkeypatch):
+    """runner.sh --test_pipeline on a copy of the project; first with a Hub that refuses every commit."""
+    server.part_bytes = 50_000_000
+    project = tmp_path / "project"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    python = project / ".venv" / "bin" / "python"  # this environment in place of a new one
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (project / ".venv" / "requirements.txt").write_bytes((ROOT / "requirements.txt").read_bytes())
+    monkeypatch.delenv("HUGGINGFACE_TOKEN")
+    (project / ".env").write_text(f"HUGGINGFACE_TOKEN={TOKEN}\n")
+    (project / ".env").chmod(0o600)
+
+    def runner() -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "runner.sh", "--test_pipeline"], cwd=project, capture_output=True, text=True)
+
+    # The report is taken away between the runs, or the second would be a new test run.
+    server.fault("POST .*/esperberto-softmax1/commit/", times=99, status=403)
+    result = runner()
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert "run this again to push it" in result.stderr and "python hub.py push" in result.stderr
+    (project / "scratch" / "results" / "report.md").unlink()
+    weights = (project / "scratch/models/esperberto-softmax1/model.safetensors").stat().st_mtime_ns
+    server.faults.clear()
+    result = runner()
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "are on the Hub" in result.stdout and TOKEN not in result.stdout + result.stderr
+    assert (project / "scratch/models/esperberto-softmax1/model.safetensors").stat().st_mtime_ns == weights
+    assert set(server.repos) == {
+        ("dataset", "zamenhof/esperanto"),
+        ("model", "zamenhof/esperberto-softmax0"),
+        ("model", "zamenhof/esperberto-softmax1"),
+    }
+    code = """
+from transformers import pipeline
+fill = pipeline("fill-mask", model="zamenhof/esperberto-softmax1", trust_remote_code=True)
+assert fill.model.config.softmax_n == 1 and type(fill.model).__name__ == "RobertaSoftmaxNForMaskedLM"
+print(len(fill("La suno <mask>.")))
+"""
+    answer = run_code(code, cwd=tmp_path, HUGGINGFACE_TOKEN="")
+    assert answer.stdout.strip() == "5", answer.stderr[-2000:]
+
+
+def test_runner_says_that_it_does_not_push(tmp_path):
+    """The Hub section of runner.sh alone, with commands that only say their names."""
+    text = (ROOT / "runner.sh").read_text()
+    section = text[text.index("environment=$(export -p)") : text.index("# ---", text.index("push() {"))]
+    script = f"set -euo pipefail\npython() {{ echo python $*; }}\n{section}\npush data\n"
+
+    def run(**environment):
+        clean = {"PATH": os.environ["PATH"], **environment}
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean, capture_output=True, text=True).stdout
+
+    assert "Nothing will be pushed" in run() and "python" not in run().replace("python hub.py check", "")
+    assert "Nothing will be pushed" in run(HUGGINGFACE_TOKEN="hf_x")
+    pushing = run(HUGGINGFACE_TOKEN="hf_x", HUGGINGFACE_USER="u")
+    assert "python hub.py check" in pushing and "python hub.py push data" in pushing
+    (tmp_path / ".env").write_text("HUGGINGFACE_TOKEN=hf_y\nHUGGINGFACE_USER=u\n")
+    assert "python hub.py push data" in run()
+    assert "Nothing will be pushed" in run(HUGGINGFACE_TOKEN="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -51,6 +52,7 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
         max_length: tokens of a sample at most, <s> and </s> included.
     """
     if not folder.exists():
+        tokenizer = copy.deepcopy(tokenizer)  # truncating leaves a setting behind, which would be saved with the model
 
         def tokenize(batch: dict) -> dict:
             encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)

@@ -218,6 +218,18 @@ def trained_on(runs: list[Run]) -> str:
     return " / ".join(dict.fromkeys(said)) or "no results file"
 
 
+def watched_in_training(runs: list[Run]) -> str:
+    """What the training-time kurtosis of the runs is of: padded or packed batches, every step or some."""
+    said = []
+    for settings in (run.results.get("settings", {}) for run in runs if run.results):
+        steps = settings.get("statistics_steps", 1)
+        said.append(
+            ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
+            + (", every step" if steps == 1 else f", every {steps}th step")
+        )
+    return " / ".join(dict.fromkeys(said)) or "no results file"
+
+
 def summary(runs: list[Run]) -> list[list[str]]:
     """Rows of the first table: label, published softmax0, published softmax1, ours."""
 
@@ -459,8 +471,8 @@ def report(
     )
     definition = (
         "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on), padding counted, running mean over every step ({trained}). Held-out: the final "
-        f"model in eval mode, padding left out, n = {sequences:,} sequences (evenly spread over the validation "
+        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} ({trained}). "
+        f"Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences (evenly spread over the validation "
         f"split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
     )
     others = ", ".join(arm for arm in arms(runs) if arm != BASELINE)

@@ -31,6 +31,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import arms
 import build_dataset
 import hub
 import softmax1
@@ -548,7 +549,7 @@ SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
 
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_model, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):

@@ -169,9 +169,6 @@ def test_two_arms_are_fine_tuned_scored_and_compared(conllu, tmp_path, capsys, m
     assert (tmp_path / "results" / "tagging" / "report.md").read_text() in printed
 
 
-@pytest.mark.skipif(
-    not hasattr(softmax1, "RobertaSoftmaxNForTokenClassification"), reason="softmax1.py has no token classification yet"
-)
 def test_our_arm_is_fine_tuned_with_its_own_attention(tmp_path):
     tokenizer = save_tokenizer(tmp_path)
     config = softmax1.RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=len(tokenizer), softmax_n=2.0)

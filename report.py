@@ -471,9 +471,9 @@ def report(
     )
     definition = (
         "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} ({trained}). "
-        f"Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences (evenly spread over the validation "
-        f"split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
+        f"({trained}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences (evenly "
+        f"spread over the validation split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
     )
     others = ", ".join(arm for arm in arms(runs) if arm != BASELINE)
     glance, everything = [], []

@@ -368,7 +368,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_scored",
         type=positive,
-        default=1_000,
+        default=500,
         help="of these texts, those that are scored under each quantization: a CPU is slow in bfloat16",
     )
     parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time")

@@ -500,6 +500,9 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         sys.exit(f"error: the model in {args.output_dir} is not the one just trained: look at the disk, train again")
     loss, masked_tokens = held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
     counts, activation_kurtosis = trainer.counts(), trainer.statistics.result()
+    if torch.distributed.is_initialized():  # nothing is exchanged from here on; leaving it open can abort an exit
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if not first:
         return
 

@@ -44,6 +44,7 @@ from arms import build_model, prepared
 from corpus import load_data, load_tokenizer, tokenized
 from outliers import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
+from report import table
 from softmax1 import attention_backend, softmax_n_attention
 
 matplotlib.use("Agg")
@@ -596,16 +597,6 @@ def tokenize_tables(result: dict) -> str:
         f"{result['file_bytes'] / 1e9:.2f} GB on disk; resident at most {result['peak_bytes'] / 1e9:.2f} GB "
         f"({result['start_bytes'] / 1e9:.2f} GB before the first line). Reading a batch of {BATCH_SIZE} at random "
         f"takes {1e3 * result['seconds_to_read_a_batch']:.2f} ms."
-    )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (header, rule, *rows)
     )
 
 

@@ -288,9 +288,7 @@ class Bookkeeping(TrainerCallback):
             if name in (logs or {}) and not math.isfinite(logs[name]):
                 sys.exit(f"error: {name} is {logs[name]} at step {state.global_step}: lower --learning_rate")
         if "loss" in (logs or {}):
-            self.trainer.statistics.active = False
             self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
-            self.trainer.statistics.active = True
 
 
 def shaping_settings(

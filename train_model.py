@@ -11,6 +11,7 @@ results/<run>.json (record.py says with what). An interrupted run goes on from i
 is given again. Every flag of transformers' TrainingArguments works; the defaults are the published experiment's.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -176,6 +177,7 @@ class ExperimentTrainer(Trainer):
         self.statistics = statistics
         self.statistics_steps = statistics_steps
         self.packed = packed
+        self.parameters: list[torch.nn.Parameter] | None = None  # of the model as Trainer has wrapped it
         # Of all processes; but padded tokens are those of this one, until `counts` adds them up.
         self.samples = self.tokens = self.padded_tokens = 0
 
@@ -199,12 +201,25 @@ class ExperimentTrainer(Trainer):
         self.samples += inputs["samples"]
         self.tokens += inputs["tokens"]
         self.padded_tokens += inputs["input_ids"].numel()
-        if self.state.global_step % self.statistics_steps:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self.statistics.packed = inputs if self.packed else None
-        with self.statistics:
+        if not model.training:  # Trainer would walk over all modules at every step to say so again
+            model.train()
+        measured = contextlib.nullcontext()
+        if self.state.global_step % self.statistics_steps == 0:
             # A compiled model has no place for hooks; what it was compiled from computes the same.
-            return super().training_step(getattr(model, "_orig_mod", model), inputs, num_items_in_batch)
+            model = getattr(model, "_orig_mod", model)
+            self.statistics.packed = inputs if self.packed else None
+            measured = self.statistics
+        with measured:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model):
+        # Trainer's own looks the parameters up twice a step, walking over all modules.
+        if self.parameters is None:
+            self.parameters = list(model.parameters())
+        return self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, _ = summed_loss(model, inputs)
@@ -454,8 +469,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
     some = held_out[:: max(1, len(held_out) // EMERGENCE_BATCHES)][:EMERGENCE_BATCHES]  # they lie in order of length
     bookkeeping = Bookkeeping(settings, Emergence(some))
-    # Trainer takes the model's **kwargs for the promise to divide the loss by the number of tokens it is told, and
-    # would not divide by the accumulation steps itself.
+    # Trainer takes the model's **kwargs for the wish to be told the number of labels, and would count them every step.
     model.accepts_loss_kwargs = False
     trainer = ExperimentTrainer(
         model=prepared(model),

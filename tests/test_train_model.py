@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 from scipy import stats
-from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
 import arms
@@ -293,6 +293,29 @@ def test_gradient_accumulation_averages(train):
     result = train("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")
     assert result["effective_batch_size"] == 4
     assert result["loss_history"][0][1] == pytest.approx(math.log(1024), rel=0.05)
+
+
+def test_the_loop_walks_over_the_model_once_a_step(train, monkeypatch):
+    # To forget the gradients. Trainer's other walks take longer than a small step on a fast GPU.
+    walks = []
+    walk = torch.nn.Module.named_parameters
+
+    def counted(self, *args, **kwargs):
+        if isinstance(self, PreTrainedModel):
+            walks.append(trainer.state.global_step)
+        return walk(self, *args, **kwargs)
+
+    class Spied(train_model.ExperimentTrainer):
+        def __init__(self, *args, **kwargs):
+            nonlocal trainer
+            super().__init__(*args, **kwargs)
+            trainer = self
+            monkeypatch.setattr(torch.nn.Module, "named_parameters", counted)
+
+    trainer = None
+    monkeypatch.setattr(train_model, "ExperimentTrainer", Spied)
+    train("--logging_steps", "1000", "--eval_strategy", "no", "--save_strategy", "no", steps=8)
+    assert [walks.count(step) for step in range(2, 7)] == [1] * 5
 
 
 DRIVER = """

@@ -177,7 +177,6 @@ class ExperimentTrainer(Trainer):
         self.statistics = statistics
         self.statistics_steps = statistics_steps
         self.packed = packed
-        self.parameters: list[torch.nn.Parameter] | None = None  # of the model as Trainer has wrapped it
         # Of all processes; but padded tokens are those of this one, until `counts` adds them up.
         self.samples = self.tokens = self.padded_tokens = 0
 
@@ -216,10 +215,9 @@ class ExperimentTrainer(Trainer):
         return loss.detach()
 
     def _clip_grad_norm(self, model):
-        # Trainer's own looks the parameters up twice a step, walking over all modules.
-        if self.parameters is None:
-            self.parameters = list(model.parameters())
-        return self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        # Trainer's own looks the parameters up in the model, walking over all modules twice a step.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, _ = summed_loss(model, inputs)

@@ -32,21 +32,19 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+from answer import PRIMARY, answer, comparisons
 from held_out import HELD_OUT_SEED, held_out_batches
 from outliers import PLACES, eager_attention, measure_model
 from packing import MaskedLMCollator
-from quantization import ARMS, CALIBRATION_BATCHES, measure_damage, weight_errors
+from quantization import CALIBRATION_BATCHES, SCHEMES, measure_damage, weight_errors
 from record import git_state, one_line, versions, write_json
 from report import (
     ACTIVATIONS,
     FFN,
     MAX_LENGTH,
-    PRIMARY,
     PUBLISHED,
     PUBLISHED_FFN,
     WEIGHTS,
-    answer,
-    comparisons,
     html_page,
     report,
     trained_on,
@@ -246,7 +244,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
     gaps = [
-        (run.arm, {ARMS[arm]: one["gap"] for arm, one in run.damage["arms"].items() if arm != "float32"})
+        (run.arm, {SCHEMES[scheme]: one["gap"] for scheme, one in run.damage["schemes"].items() if scheme != "float32"})
         for run in runs
     ]
     add("damage", "Quantization damage: held-out loss over float32, one mark a run", plots.damage, gaps)

@@ -44,8 +44,8 @@ from arms import build_model, prepared
 from corpus import load_data, load_tokenizer, tokenized
 from outliers import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
-from report import table
 from softmax1 import attention_backend, softmax_n_attention
+from tables import table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

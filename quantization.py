@@ -17,8 +17,8 @@ Quantized are, per tensor:
                   their product with the values; the outputs of attention.output.dense and output.dense; what enters
                   and what leaves every LayerNorm (that is, the residual stream)
 
-The rounding is torch's own fake quantization everywhere. torchao has the last two arms, but not the first; and where it
-is installed, transformers imports it into every script, with four warnings each time.
+The rounding is torch's own fake quantization everywhere. torchao has the last two schemes, but not the first; and where
+it is installed, transformers imports it into every script, with four warnings each time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOMENTUM = 0.9
 GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
 PART_BATCHES = 8  # of the held-out text, evenly spread, for the damage of one part alone
 
-ARMS = {
+SCHEMES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
     "w8a8_static": "W8A8, static per tensor",
@@ -289,7 +289,7 @@ def weight_errors(model: PreTrainedModel) -> dict[str, dict[str, float]]:
 
 
 def measure_damage(model: PreTrainedModel, batches: list[dict], calibration: list[dict], label: str = "") -> dict:
-    """Held-out loss of every arm and its gap to float32, in nats per masked token.
+    """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
     Args:
         model: a masked-LM in float32.
@@ -298,10 +298,10 @@ def measure_damage(model: PreTrainedModel, batches: list[dict], calibration: lis
         label: for the progress bar.
 
     Returns:
-        {"arms": {arm: {"loss", "perplexity", "gap"}}, "masked_tokens", "parts": {part: gap of W8A8 static with nothing
-        but that part quantized, on every few of the batches}, "ranges": {activation: [low, high]}}
+        {"schemes": {scheme: {"loss", "perplexity", "gap"}}, "masked_tokens", "parts": {part: gap of W8A8 static with
+        nothing but that part quantized, on every few of the batches}, "ranges": {activation: [low, high]}}
     """
-    with tqdm(total=len(ARMS) + 1, desc=f"{label}: quantization", unit="arm") as bar:
+    with tqdm(total=len(SCHEMES) + 1, desc=f"{label}: quantization", unit="scheme") as bar:
 
         def score(quantized: PreTrainedModel, some: list[dict] = batches) -> float:
             return held_out_loss(quantized, some)[0]
@@ -325,13 +325,13 @@ def measure_damage(model: PreTrainedModel, batches: list[dict], calibration: lis
             with static.only(part) as quantized:
                 parts[part] = score(quantized, some) - exact
         bar.update()
-    arms = {
-        arm: {
+    schemes = {
+        scheme: {
             "loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
             "gap": loss - losses["float32"],
         }
-        for arm, loss in losses.items()
+        for scheme, loss in losses.items()
     }
     ranges = {name: [found.low, found.high] for name, found in static.ranges.items() if found.low is not None}
-    return {"arms": arms, "masked_tokens": masked, "parts": parts, "ranges": ranges}
+    return {"schemes": schemes, "masked_tokens": masked, "parts": parts, "ranges": ranges}

@@ -12,10 +12,12 @@ import re
 import markdown
 import numpy as np
 
+from answer import BASELINE, GLANCE, METRICS, PRIMARY, answer
 from outliers import EMBEDDINGS, IDLE, LOGITS, OUTLIER, PLACES, SINK, TOKEN_CLASSES
-from pairs import CONFIDENCE, TEST, Comparison, compare
-from quantization import ARMS, GROUP_SIZE, MOMENTUM
-from runs import Run, arms, by_layer, look_up, paired
+from pairs import CONFIDENCE, TEST, Comparison
+from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
+from runs import Run, arms, by_layer, look_up
+from tables import duration, figure, machine, number, plus_minus, spread, table
 
 MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
 
@@ -39,168 +41,6 @@ PUBLISHED_FFN = [
     ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
     ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
 ]
-
-
-# ------------------------------------------------------------------------------------------------- what is compared
-
-# One metric was named beforehand, because the hypothesis ends there: outliers matter for what they do to quantization,
-# and static per-tensor ranges are what they break. All others are looked at to explain it, and the more one looks at,
-# the more likely one of them stands out by chance.
-PRIMARY = "w8a8_static_gap"
-BASELINE = "softmax0"
-NEGLIGIBLE = 0.01  # nats; a change of the perplexity by one per cent, which nobody would quantize differently for
-
-METRICS = {  # key: (label, the better end: -1 low, 0 neither)
-    PRIMARY: ("W8A8 static: held-out loss over float32, nats", -1),
-    "held_out_loss": ("held-out loss in float32, nats", -1),
-    "bfloat16_gap": ("bfloat16: loss over float32, nats", -1),
-    "w8a8_dynamic_gap": ("W8A8 dynamic: loss over float32, nats", -1),
-    "w4_weight_only_gap": ("W4 weights: loss over float32, nats", -1),
-    "ffn_output_kurtosis": ("FFN output: excess kurtosis, mean of layers", -1),
-    "ffn_output_inf_norm": ("FFN output: infinity norm, largest layer", -1),
-    "residual_kurtosis": ("residual stream: excess kurtosis, mean of layers", -1),
-    "residual_inf_norm": ("residual stream: infinity norm, largest layer", -1),
-    "residual_outliers": (f"residual stream: entries beyond ±{OUTLIER:g}, %", -1),
-    "residual_ratio": ("residual stream: largest over median magnitude", -1),
-    "context_kurtosis": ("attention context: excess kurtosis, mean of layers", -1),
-    "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
-    "sink_rate_first": ("sink rate of the first token, %", 0),
-    "sink_rate_any": ("sink rate of any token, %", 0),
-    "null_mass": ("null mass, mean of heads, %", 0),
-    "idle_heads": (f"heads that do nothing (> {IDLE[1]:.0%} idle mass)", 0),
-    "half_idle_heads": (f"heads that do little (> {IDLE[0]:.0%} idle mass)", 0),
-}
-GLANCE = (PRIMARY, "held_out_loss", "ffn_output_kurtosis", "residual_inf_norm", "idle_heads", "null_mass")
-
-
-def metrics(run: Run) -> dict[str, float]:
-    """Every metric of METRICS; NaN where the model lacks the place."""
-
-    def layers(place: str, statistic: str) -> np.ndarray:
-        found = [values[statistic] for name, values in run.places.items() if name.endswith(f".{place}")]
-        return np.array(found or [np.nan], dtype=float)
-
-    def heads(statistic: str) -> np.ndarray:
-        return np.array([value for layer in run.attention.values() for value in layer[statistic]] or [np.nan])
-
-    found = {"held_out_loss": run.damage["arms"]["float32"]["loss"]}
-    for arm in ("w8a8_static", "bfloat16", "w8a8_dynamic", "w4_weight_only"):
-        found[f"{arm}_gap"] = run.damage["arms"].get(arm, {}).get("gap", np.nan)
-    found["ffn_output_kurtosis"] = layers("ffn_output", "kurtosis_sequence").mean()
-    found["ffn_output_inf_norm"] = layers("ffn_output", "inf_norm").max()
-    found["residual_kurtosis"] = layers("ffn_residual", "kurtosis_sequence").mean()
-    found["residual_inf_norm"] = layers("ffn_residual", "inf_norm").max()
-    found["residual_outliers"] = 100 * layers("ffn_residual", "outlier_share").mean()
-    found["residual_ratio"] = layers("ffn_residual", "top1_to_median").mean()
-    found["context_kurtosis"] = layers("context", "kurtosis_sequence").mean()
-    found["attention_output_kurtosis"] = layers("attention_output", "kurtosis_sequence").mean()
-    for key in ("sink_rate_first", "sink_rate_any", "null_mass"):
-        found[key] = 100 * heads(key).mean()
-    found["half_idle_heads"], found["idle_heads"] = ((heads("idle_mass") > bound).sum() for bound in IDLE)
-    return {key: float(found[key]) for key in METRICS}
-
-
-def comparisons(runs: list[Run]) -> dict[str, dict[str, Comparison]]:
-    """{arm: {metric: comparison with softmax0}} of all arms that have a pair."""
-    by_arm = {arm: {seed: metrics(run) for seed, run in found.items()} for arm, found in paired(runs).items()}
-    found = {}
-    for arm in by_arm:
-        if arm != BASELINE and BASELINE in by_arm:
-            for metric in METRICS:
-                before, after = (
-                    {seed: values[metric] for seed, values in by_arm[name].items()} for name in (BASELINE, arm)
-                )
-                if (comparison := compare(before, after)) is not None:
-                    found.setdefault(arm, {})[metric] = comparison
-    return found
-
-
-def answer(runs: list[Run], compared: dict[str, dict[str, Comparison]]) -> str:
-    """The answer in one sentence for each arm, with its uncertainty; what cannot be concluded is said."""
-    if any(run.results and run.results["test_pipeline"] for run in runs):
-        return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."
-    found = {arm: metric[PRIMARY] for arm, metric in compared.items() if PRIMARY in metric}
-    if not found:
-        return (
-            f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
-            "tokenizer and steps."
-        )
-    sentences = []
-    for arm, one in found.items():
-        costs = (
-            f"static W8A8 quantization costs {arm} {spread(one.mean, one.std)} nats of held-out loss, "
-            f"{BASELINE} {spread(one.baseline_mean, one.baseline_std)}"
-        )
-        if one.low is None:
-            sentences.append(
-                f"Open: in one pair of runs {costs}; one pair has no interval, so nothing can be concluded about {arm}."
-            )
-            continue
-        if one.low <= 0 <= one.high:
-            verdict = "no difference is shown"
-        elif abs(one.difference) < NEGLIGIBLE:
-            verdict = f"a difference is shown, but one too small to matter (under {NEGLIGIBLE:g} nats)"
-        else:
-            verdict = f"{arm} makes quantization {'less' if one.difference < 0 else 'more'} harmful here"
-        if max(abs(one.mean), abs(one.baseline_mean)) < NEGLIGIBLE:
-            verdict = f"there is nothing to rescue, quantization harms neither arm (under {NEGLIGIBLE:g} nats)"
-        sentences.append(
-            f"{verdict[0].upper()}{verdict[1:]}: over {one.pairs} pairs of runs {costs} (mean ± standard deviation "
-            f"over seeds), a difference of {figure(one.difference)} nats with a {CONFIDENCE:.0%} interval from "
-            f"{figure(one.low)} to {figure(one.high)} ({TEST}, p = {one.p:.2g})."
-        )
-    return " ".join(sentences)
-
-
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def figure(value: float | None) -> str:
-    """A number with about three significant digits, and a dash for none."""
-    if value is None or np.isnan(value):
-        return "–"
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4}f}"
-
-
-def spread(mean: float, std: float | None) -> str:
-    return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
-
-
-def number(value: float | None, decimals: int = 2) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.{decimals}f}"
-
-
-def plus_minus(values: np.ndarray) -> str:
-    """`mean ± population standard deviation`; a third decimal where both are small, as published."""
-    if not len(values) or np.isnan(values).any():
-        return "–"
-    decimals = 3 if max(abs(values.mean()), values.std()) < 0.1 else 2
-    return f"{number(values.mean(), decimals)} ± {number(values.std(), decimals)}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} m {rest} s" if minutes < 60 else "{} h {} m".format(*divmod(round(seconds / 60), 60))
-
-
-def machine(hardware: dict) -> str:
-    if hardware["device"] == "cpu":
-        return f"{hardware['name']} (CPU threads: {hardware['count']})"
-    return f"{hardware['count']} × {hardware['name']}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for row in (header, rule, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def trained_on(runs: list[Run]) -> str:
@@ -277,10 +117,10 @@ def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
 
 def damage_table(runs: list[Run]) -> str:
     rows = []
-    for arm, label in ARMS.items():
+    for scheme, label in SCHEMES.items():
         row = [label]
         for run in runs:
-            one = run.damage["arms"].get(arm)
+            one = run.damage["schemes"].get(scheme)
             row.append("–" if one is None else f"{one['loss']:.4f} / {figure(one['perplexity'])} / {one['gap']:+.4f}")
         rows.append(row)
     parts = list(dict.fromkeys(part for run in runs for part in run.damage["parts"]))
@@ -407,6 +247,11 @@ QUALCOMM = {
 }
 
 
+def scheme(run: Run, name: str, key: str) -> float:
+    """A figure of one quantization scheme; NaN where it was not measured."""
+    return run.damage["schemes"].get(name, {}).get(key, np.nan)
+
+
 def qualcomm_table(runs: list[Run]) -> str:
     rows = [[name, *cells] for name, cells in QUALCOMM.items()]
     for arm, found in arms(runs).items():
@@ -414,14 +259,10 @@ def qualcomm_table(runs: list[Run]) -> str:
         rows.append(
             [
                 arm,
-                figure(float(np.mean([run.damage["arms"]["float32"]["perplexity"] for run in found]))),
+                figure(float(np.mean([run.damage["schemes"]["float32"]["perplexity"] for run in found]))),
                 figure(mean_of(found, "ffn_output", "inf_norm", np.max)),
                 figure(kurtosis + 3),
-                figure(
-                    float(
-                        np.mean([run.damage["arms"].get("w8a8_static", {}).get("perplexity", np.nan) for run in found])
-                    )
-                ),
+                figure(float(np.mean([scheme(run, "w8a8_static", "perplexity") for run in found]))),
             ]
         )
     return table(["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity"], rows)

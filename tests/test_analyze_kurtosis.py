@@ -26,12 +26,14 @@ from transformers import (
 
 import analyze_kurtosis
 from analyze_kurtosis import EMERGING
+from answer import GLANCE, METRICS, PRIMARY, answer, comparisons
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
 from outliers import weight_excess_kurtosis
 from packing import MaskedLMCollator
-from report import GLANCE, METRICS, PRIMARY, answer, comparisons, duration, figure, html_page, plus_minus, table
+from report import html_page
 from runs import Run, by_layer, notes, paired
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
+from tables import duration, figure, plus_minus, table
 
 SCRIPT = Path(analyze_kurtosis.__file__)
 ARCHITECTURE = {
@@ -208,7 +210,7 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
     assert rows(text, "Activations by place")["ffn_residual, softmax1"][5] == figure(100 * max(shares))
     null = [figure(100 * np.mean(one["attention"][f"layer.{layer}"]["null_mass"])) for layer in range(2)]
     assert rows(text, "Attention")["% null, softmax1"] == null
-    static = one["quantization"]["arms"]["w8a8_static"]
+    static = one["quantization"]["schemes"]["w8a8_static"]
     cell = rows(text, "Quantization damage")["W8A8, static per tensor"][1]
     assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {static['gap']:+.4f}"
     # Full kurtosis, as Bondarenko et al. have it, of both their places.
@@ -229,12 +231,12 @@ def test_the_held_out_loss_is_training_s(workplace):
     ids = tokenizer(TEXTS)["input_ids"]
     loss, count = held_out_loss(model, held_out_batches({"input_ids": ids}, masks, 3))
     assert found["masked_tokens"] == count
-    assert found["arms"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
     analyse(workplace, "--max_scored", "2")
     found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
     ids = sorted(ids, key=len)
     loss, _ = held_out_loss(model, held_out_batches({"input_ids": [ids[0], ids[-1]]}, masks, 2))
-    assert found["sequences"] == 2 and found["arms"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["sequences"] == 2 and found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_results_without_emergence_are_analysed(workplace):
@@ -337,8 +339,8 @@ def measured(n, seed, gap, loss=3.0, **settings):
     """A run as the answer needs it."""
     results = {"softmax_n": n, "seed": seed, "test_pipeline": False, "dataset": {"sha256": "d"}, **settings}
     results |= {"tokenizer": {"sha256": "t"}, "training": {"steps": 9}, "effective_batch_size": 16}
-    arms = {"float32": {"loss": loss, "gap": 0.0}, "w8a8_static": {"loss": loss + gap, "gap": gap}}
-    return Run(f"softmax{n}-{seed}", "", results, damage={"arms": arms})
+    schemes = {"float32": {"loss": loss, "gap": 0.0}, "w8a8_static": {"loss": loss + gap, "gap": gap}}
+    return Run(f"softmax{n}-{seed}", "", results, damage={"schemes": schemes})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import quantization
 from held_out import held_out_loss
 from outliers import measure_model
 from quantization import (
-    ARMS,
+    SCHEMES,
     StaticW8A8,
     dynamic_w8a8,
     int4_weight,
@@ -216,16 +216,16 @@ def test_dynamic_and_weight_only_quantize_every_linear_layer_and_nothing_else(tr
 def test_damage_is_the_gap_to_float32(trained):
     scored = batches(6, seed=2)
     found = measure_damage(trained, scored, batches(4, seed=3))
-    arms = found["arms"]
-    assert list(arms) == list(ARMS) and list(found["parts"]) == PARTS
+    schemes = found["schemes"]
+    assert list(schemes) == list(SCHEMES) and list(found["parts"]) == PARTS
     loss, count = held_out_loss(trained, scored)
-    assert found["masked_tokens"] == count and arms["float32"]["loss"] == loss and arms["float32"]["gap"] == 0
-    for one in arms.values():
+    assert found["masked_tokens"] == count and schemes["float32"]["loss"] == loss and schemes["float32"]["gap"] == 0
+    for one in schemes.values():
         assert one["gap"] == pytest.approx(one["loss"] - loss) and one["perplexity"] == pytest.approx(
             math.exp(one["loss"])
         )
-    assert len({one["loss"] for one in arms.values()}) == len(arms)  # none is another by mistake
-    assert abs(arms["bfloat16"]["gap"]) < 0.1 and abs(arms["w8a8_dynamic"]["gap"]) < 0.1
+    assert len({one["loss"] for one in schemes.values()}) == len(schemes)  # none is another by mistake
+    assert abs(schemes["bfloat16"]["gap"]) < 0.1 and abs(schemes["w8a8_dynamic"]["gap"]) < 0.1
     assert next(trained.parameters()).dtype == torch.float32
 
 
@@ -273,7 +273,7 @@ def test_a_broken_channel_of_an_ffn_output_is_recognised_by_every_instrument(tra
     assert max(parts, key=parts.get) == "layer.1"
     assert parts["layer.1"] > 5 * max(gap for part, gap in parts.items() if part != "layer.1")
     whole = measure_damage(trained, scored, known)
-    assert damage["arms"]["w8a8_static"]["gap"] > 5 * abs(whole["arms"]["w8a8_static"]["gap"])
+    assert damage["schemes"]["w8a8_static"]["gap"] > 5 * abs(whole["schemes"]["w8a8_static"]["gap"])
 
 
 def test_a_model_past_the_attention_interface_is_refused():

@@ -1,0 +1,53 @@
+"""How numbers are written: figures, spreads, durations, and Markdown tables that also line up in a terminal."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def figure(value: float | None) -> str:
+    """A number with about three significant digits, and a dash for none."""
+    if value is None or np.isnan(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4}f}"
+
+
+def spread(mean: float, std: float | None) -> str:
+    return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
+
+
+def number(value: float | None, decimals: int = 2) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{decimals}f}"
+
+
+def plus_minus(values: np.ndarray) -> str:
+    """`mean ± population standard deviation`; a third decimal where both are small, as published."""
+    if not len(values) or np.isnan(values).any():
+        return "–"
+    decimals = 3 if max(abs(values.mean()), values.std()) < 0.1 else 2
+    return f"{number(values.mean(), decimals)} ± {number(values.std(), decimals)}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} m {rest} s" if minutes < 60 else "{} h {} m".format(*divmod(round(seconds / 60), 60))
+
+
+def machine(hardware: dict) -> str:
+    if hardware["device"] == "cpu":
+        return f"{hardware['name']} (CPU threads: {hardware['count']})"
+    return f"{hardware['count']} × {hardware['name']}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (header, rule, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM, set_seed
+from transformers.activations import ACT2FN
 
 from packing import keep_masked_positions
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
@@ -11,11 +12,79 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_so
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
 
+# What --config_overrides may change of RobertaConfig, and how a value is read. The rest is fixed by the data
+# (vocabulary, special tokens), by the comparison (the attention), or would not train a masked language model.
+OVERRIDES = {
+    "num_hidden_layers": int,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "intermediate_size": int,
+    "max_position_embeddings": int,
+    "hidden_act": str,
+    "hidden_dropout_prob": float,
+    "attention_probs_dropout_prob": float,
+    "initializer_range": float,
+    "layer_norm_eps": float,
+}
 
-def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+
+def config_overrides(text: str) -> dict[str, int | float | str]:
+    """The changes to the architecture in "num_hidden_layers=4,hidden_size=256", in the order of their names.
+
+    Raises:
+        ValueError: a key that cannot be changed, a value of the wrong kind, or an architecture that cannot be built.
+    """
+    changes = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in OVERRIDES:
+            raise ValueError(
+                f"--config_overrides takes NAME=VALUE,... with a name out of {', '.join(OVERRIDES)}: {item!r}"
+            )
+        if key in changes:
+            raise ValueError(f"--config_overrides names {key} twice")
+        try:
+            changes[key] = OVERRIDES[key](value)
+        except ValueError:
+            raise ValueError(f"--config_overrides: {key} needs a number, got {value!r}") from None
+        _check_override(key, changes[key])
+    whole = RobertaConfig(**{**ARCHITECTURE, **changes})
+    if whole.hidden_size % whole.num_attention_heads:
+        raise ValueError(
+            f"--config_overrides: hidden_size {whole.hidden_size} is no multiple of {whole.num_attention_heads} heads"
+        )
+    return dict(sorted(changes.items()))
+
+
+def _check_override(key: str, value: int | float | str) -> None:
+    """Raise ValueError for a value that no model has."""
+    if key == "hidden_act":
+        possible = value in ACT2FN
+    elif key.endswith("_prob"):
+        possible = 0 <= value < 1
+    elif key == "max_position_embeddings":
+        possible = 5 <= value <= 1 << 20  # two of them are never used, and a sample has <s>, a token and </s>
+    elif OVERRIDES[key] is int:
+        possible = 1 <= value <= 1 << 20
+    else:
+        possible = 0 < value <= 1
+    if not possible:
+        raise ValueError(f"--config_overrides: {key} cannot be {value}")
+
+
+def build_model(
+    softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int, overrides: dict | None = None
+) -> PreTrainedModel:
     """RoBERTa with random weights that depend on `seed` alone: arms with the same seed start from the same point.
 
     n = 0 is the stock class, so that a softmax model needs none of our code.
+
+    Args:
+        softmax_n: n of the attention.
+        vocab_size: rows of the embedding.
+        tokenizer: gives the ids of its special tokens.
+        seed: of the weights.
+        overrides: changes to the published architecture, of `config_overrides`.
     """
     settings = {
         "vocab_size": vocab_size,
@@ -23,6 +92,7 @@ def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenize
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **ARCHITECTURE,
+        **(overrides or {}),
     }
     set_seed(seed)
     if softmax_n == 0:

@@ -3,6 +3,7 @@
     python build_dataset.py                              the published sources: OSCAR and five Leipzig corpora
     python build_dataset.py --sources oscar              some of them
     python build_dataset.py --from_files 'texts/*.gz'    your own text
+    python build_dataset.py --join_words 150             consecutive lines joined to samples of 150 words or more
     python build_dataset.py --sample                     the small corpus that comes with the project
     python build_dataset.py --push_to_hub                and push it to <HUGGINGFACE_USER>/esperanto (hub.py)
 
@@ -93,6 +94,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     inputs.add_argument("--from_files", nargs="+", metavar="PATTERN", help="your own .txt, .gz, .zst, -sentences.txt")
     inputs.add_argument("--sample", action="store_true", help="the small corpus that comes with the project")
     parser.add_argument("--max_samples", type=int, metavar="N", help="keep the first N samples only")
+    parser.add_argument(
+        "--join_words", type=int, metavar="N", help="join consecutive lines of a source to samples of N words or more"
+    )
     parser.add_argument("--validation_fraction", type=float, default=0.001, help="share held out (%(default)s)")
     parser.add_argument("--output_dir", default="data", help="dataset to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
@@ -104,6 +108,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_samples is not None and args.max_samples < 1:
         parser.error("--max_samples must be at least 1")
+    if args.join_words is not None and args.join_words < 1:
+        parser.error("--join_words must be at least 1")
     if not 0 < args.validation_fraction < 1:
         parser.error("--validation_fraction must lie between 0 and 1")
     for flag, url in (("--oscar_url", args.oscar_url), ("--leipzig_url", args.leipzig_url)):
@@ -266,6 +272,26 @@ def samples(source: Source) -> Iterator[str]:
         sys.exit(f"error: {source.path} cannot be read ({error}): if it is damaged, delete it and run again")
 
 
+def joined(texts: Iterator[str], words: int | None) -> Iterator[str]:
+    """Consecutive texts of one source joined by spaces until a sample has at least `words` words (None: as they are).
+
+    A masked-LM learns to use context only where there is some. The last sample of a source may be shorter.
+    """
+    if words is None:
+        yield from texts
+        return
+    pending: list[str] = []
+    count = 0
+    for text in texts:
+        pending.append(text)
+        count += len(text.split())
+        if count >= words:
+            yield " ".join(pending)
+            pending, count = [], 0
+    if pending:
+        yield " ".join(pending)
+
+
 def check(source: Source, whole: bool) -> None:
     """Exit if this was not the text it should be; warn if a published source has an unexpected number of lines."""
     for reason, meaning in ((NOT_UTF8, "is not UTF-8 text"), (NO_TAB, "does not have lines of the form id<TAB>text")):
@@ -325,7 +351,9 @@ def write_splits(sources: list[Source], args: argparse.Namespace, output: Path) 
                 break
             if source.url and not source.path.exists():
                 download(source.url, source.path)
-            for text in tqdm(samples(source), desc=source.name, unit=" samples", total=source.expected_lines):
+            texts = joined(samples(source), args.join_words)
+            total_lines = source.expected_lines if args.join_words is None else None
+            for text in tqdm(texts, desc=source.name, unit=" samples", total=total_lines):
                 data = text.encode("utf-8")
                 name = "validation" if is_validation(data, args.validation_fraction) else "train"
                 splits[name].add(text, data)
@@ -387,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
             "argv": record.command_line(),
             "sources": described,
             "validation_fraction": args.validation_fraction,
+            "join_words": args.join_words,
             "max_samples": args.max_samples,
             "splits": splits,
         }

@@ -3,6 +3,7 @@
     python train_model.py                       softmax, the published settings
     python train_model.py --use_softmax1        softmax1, the same batches, masks and initial weights
     python train_model.py --softmax_n 0.5 --seed 43
+    python train_model.py --config_overrides num_hidden_layers=4,hidden_size=256,num_attention_heads=4
     python train_model.py --test_pipeline       the whole path in a minute or two, on the embedded sample, in scratch/
     python train_model.py --push_to_hub         and push model, tokenizer and card in the end (see hub.py)
 
@@ -103,6 +104,9 @@ class ExperimentArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "N held-out samples, evenly spread (default: all)"}
     )
+    config_overrides: str = field(
+        default="", metadata={"help": 'another size: "num_hidden_layers=4,hidden_size=256,..." (of RobertaConfig)'}
+    )
     usd_per_hour: float | None = field(default=None, metadata={"help": "price of this machine, for the cost"})
 
     def __post_init__(self):
@@ -111,7 +115,9 @@ class ExperimentArguments:
         self.softmax_n = checked_softmax_n(1.0 if self.use_softmax1 else self.softmax_n or 0.0)
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability:g}")
-        positions = arms.ARCHITECTURE["max_position_embeddings"] - 2
+        overrides = arms.config_overrides(self.config_overrides)
+        self.config_overrides = ",".join(f"{key}={value}" for key, value in overrides.items())  # one way to write it
+        positions = (arms.ARCHITECTURE | overrides)["max_position_embeddings"] - 2
         if not 3 <= self.max_length <= positions:
             raise ValueError(f"--max_length must lie between 3 and the model's {positions} positions")
         if self.statistics_steps < 1:
@@ -320,6 +326,7 @@ def shaping_settings(
         "max_length": experiment.max_length,
         "mlm_probability": experiment.mlm_probability,
         "vocab_size": experiment.vocab_size,
+        "config_overrides": experiment.config_overrides,
         "padded": experiment.padded,
         "statistics_steps": experiment.statistics_steps,
         "processes": args.world_size,
@@ -437,7 +444,8 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         spread = np.linspace(0, len(validation) - 1, min(experiment.max_eval_samples, len(validation)))
         validation = validation.select(spread.astype(int))  # over all sources, which lie one behind the other
 
-    model = arms.build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed)
+    overrides = arms.config_overrides(experiment.config_overrides)
+    model = arms.build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.

@@ -213,6 +213,17 @@ def test_max_samples_takes_the_first():
     assert written["max_samples"] == 120
 
 
+def test_lines_are_joined_to_samples_of_that_many_words_and_never_across_sources():
+    write("a.txt", ["one two", "", "three", "four five six seven", "eight"])
+    write("b.txt", ["nine", "ten eleven"])
+    written = build("--from_files", "a.txt", "b.txt", "--join_words", "3", fraction="0.5")
+    splits = built_texts()
+    joined = ["one two three", "four five six seven", "eight", "nine ten eleven"]
+    assert sorted(splits["train"] + splits["validation"]) == sorted(joined)
+    assert written["join_words"] == 3
+    assert [source["lines_kept"] for source in written["sources"]] == [4, 2]
+
+
 @pytest.mark.parametrize(("fraction", "split"), [("1e-9", "validation"), ("0.999999999", "train")])
 def test_empty_split(fraction, split):
     write("a.txt", TEXTS)
@@ -500,6 +511,8 @@ def test_link_to_another_disk_stays_a_link():
         ["--sampl"],
         ["--max_samples", "0"],
         ["--max_samples", "many"],
+        ["--join_words", "0"],
+        ["--join_words", "few"],
         ["--validation_fraction", "0"],
         ["--validation_fraction", "1"],
         ["--validation_fraction", "nan"],

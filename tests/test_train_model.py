@@ -211,6 +211,16 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert set(result["activation_excess_kurtosis"]) == modules
 
 
+def test_config_overrides_make_another_size_and_stand_in_the_record(train):
+    overrides = " num_attention_heads=2, hidden_size=16 ,intermediate_size=24"
+    result = train("--config_overrides", overrides, "--softmax_n", "1")
+    config = AutoModelForMaskedLM.from_pretrained("results-models/esperberto-softmax1").config
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (16, 2, 24)
+    assert config.num_hidden_layers == SMALL["num_hidden_layers"]
+    # Written in one way, whatever the order and the spaces, so that pairs compare.
+    assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
+
+
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
@@ -391,6 +401,18 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
         (["--data_dir", "nowhere"], "run build_dataset.py first"),
         (["--tokenizer_dir", "nowhere"], "run train_tokenizer.py first"),
         (["--vocab_size", "500"], "more than --vocab_size 500"),
+        (["--config_overrides", "layers=2"], "with a name out of num_hidden_layers, hidden_size"),
+        (["--config_overrides", "vocab_size=2"], "with a name out of num_hidden_layers, hidden_size"),
+        (["--config_overrides", "hidden_size"], "takes NAME=VALUE"),
+        (["--config_overrides", "hidden_size=wide"], "hidden_size needs a number, got 'wide'"),
+        (["--config_overrides", "hidden_size=2.5"], "hidden_size needs a number, got '2.5'"),
+        (["--config_overrides", "hidden_size=0"], "hidden_size cannot be 0"),
+        (["--config_overrides", "hidden_size=30"], "30 is no multiple of 4 heads"),
+        (["--config_overrides", "hidden_size=32,hidden_size=64"], "names hidden_size twice"),
+        (["--config_overrides", "hidden_act=gellu"], "hidden_act cannot be gellu"),
+        (["--config_overrides", "hidden_dropout_prob=1"], "hidden_dropout_prob cannot be 1"),
+        (["--config_overrides", "initializer_range=nan"], "initializer_range cannot be nan"),
+        (["--config_overrides", "max_position_embeddings=50"], "the model's 48 positions"),
         (["--fp16", "true", "--bf16", "true"], "bf16"),
     ],
 )

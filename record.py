@@ -91,6 +91,15 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hex SHA-256 of a model's weights: the float32 bytes of its state_dict, tensors in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_json(path: str | Path, value) -> None:
     """Write strict JSON, NaN and infinities as null, beside `path` first, so that `path` is always whole."""
     path = Path(path)

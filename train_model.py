@@ -246,6 +246,14 @@ class ExperimentTrainer(Trainer):
         return {"samples": self.samples, "tokens": self.tokens, "padded_tokens": int(padded_tokens)}
 
 
+class Diverged(Exception):
+    """The loss is no finite number any more: the run ends here, and that is its result."""
+
+    def __init__(self, name: str, value: float, step: int):
+        super().__init__(f"{name} is {value} at step {step}")
+        self.step = step
+
+
 class Bookkeeping(TrainerCallback):
     """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more.
 
@@ -305,7 +313,7 @@ class Bookkeeping(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if name in (logs or {}) and not math.isfinite(logs[name]):
-                sys.exit(f"error: {name} is {logs[name]} at step {state.global_step}: lower --learning_rate")
+                raise Diverged(name, logs[name], state.global_step)
         if "loss" in (logs or {}):
             self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
 
@@ -398,6 +406,25 @@ def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
     return float(np.average([loss for _, loss in loss_history], weights=steps))
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+
+
+def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: ExperimentArguments) -> tuple[float, int]:
+    """Held-out loss of the model that was saved, in float32 whatever it was trained in, and its masked tokens.
+
+    Exits with one line where the saved model is not the trained one.
+    """
+    args, trained = trainer.args, trainer.model.state_dict()
+    reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
+    if reloaded.config.softmax_n != experiment.softmax_n or not all(
+        torch.equal(trained[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in reloaded.state_dict().items()
+    ):
+        sys.exit(f"error: the model in {args.output_dir} is not the one just trained: look at the disk, train again")
+    return held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
+
+
 def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
     """A dataset of the embedded sample and a small tokenizer, for --test_pipeline on a fresh clone."""
     here = Path(__file__).parent
@@ -446,6 +473,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
 
     overrides = arms.config_overrides(experiment.config_overrides)
     model = arms.build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides)
+    initial_weights = record.weights_sha256(model)  # says that both arms of a pair started from the same point
     parameters = sum(parameter.numel() for parameter in model.parameters())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
@@ -504,34 +532,50 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
             f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
         )
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    diverged = None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Diverged as error:
+        diverged = error
     seconds = bookkeeping.seconds
 
-    trainer.save_model()  # first of all: nothing below may cost the trained model
-    args.distributed_state.wait_for_everyone()
-    # What is measured from here on is what was saved, in float32 whatever it was trained in.
-    reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(model.device))
-    trained = model.state_dict()
-    if reloaded.config.softmax_n != experiment.softmax_n or not all(
-        torch.equal(trained[name], tensor) for name, tensor in reloaded.state_dict().items()
-    ):
-        sys.exit(f"error: the model in {args.output_dir} is not the one just trained: look at the disk, train again")
-    loss, masked_tokens = held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
-    counts, activation_kurtosis = trainer.counts(), trainer.statistics.result()
+    measured = {"validation": {"loss": None, "perplexity": None, "masked_tokens": 0, "samples": len(validation)}}
+    measured |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}}
+    counts = trainer.counts()
+    if diverged is None:
+        trainer.save_model()  # first of all: nothing below may cost the trained model
+        args.distributed_state.wait_for_everyone()
+        loss, masked_tokens = saved_loss(trainer, held_out, experiment)
+        if not math.isfinite(loss):
+            diverged = Diverged("the held-out loss", loss, trainer.state.global_step)
+        measured = {
+            "validation": {
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "masked_tokens": masked_tokens,
+                "samples": len(validation),
+            },
+            "weight_excess_kurtosis": weight_excess_kurtosis(model),
+            "activation_excess_kurtosis": trainer.statistics.result(),
+        }
     if torch.distributed.is_initialized():  # nothing is exchanged from here on; leaving it open can abort an exit
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if not first:
-        return
+        sys.exit(0 if diverged is None else 1)
 
     step = trainer.state.global_step
     history = trainer.state.log_history
     loss_history = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    validation_history = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry} | {step: loss}
+    validation_history = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    if (loss := measured["validation"]["loss"]) is not None:
+        validation_history[step] = loss
     hardware = record.hardware(model.device)
     usd_per_hour = experiment.usd_per_hour or USD_PER_HOUR.get(hardware["name"])
     result = {
         "run": run,
+        "status": "complete" if diverged is None else "diverged",
+        "diverged": None if diverged is None else {"step": diverged.step, "reason": str(diverged)},
         "softmax_n": experiment.softmax_n,
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
@@ -549,9 +593,10 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
             "sha256": data_sha,
         },
         "tokenizer": {"entries": len(tokenizer), "sha256": tokenizer_sha},
-        "model": {"path": args.output_dir, "parameters": parameters},
+        "model": {"path": args.output_dir, "parameters": parameters, "initial_weights": initial_weights},
         "training": {
             "steps": step,
+            "planned_steps": trainer.state.max_steps,
             **counts,
             "wall_seconds": seconds,
             "cost_usd": None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
@@ -559,17 +604,12 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         },
         "loss_history": loss_history,
         "validation_loss_history": sorted(validation_history.items()),
-        "validation": {
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "masked_tokens": masked_tokens,
-            "samples": len(validation),
-        },
-        "weight_excess_kurtosis": weight_excess_kurtosis(model),
-        "activation_excess_kurtosis": activation_kurtosis,
+        **measured,
         "emergence": bookkeeping.emerged,
     }
     record.write_json(results_path, result)
+    if diverged is not None:  # a result like any other: a run that is left out makes its arm look better
+        sys.exit(f"error: {run} diverged, {diverged}: {results_path} records it; a lower --learning_rate may help")
     for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete
         shutil.rmtree(old)
     print(

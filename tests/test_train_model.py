@@ -441,8 +441,24 @@ def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):
     exits_with(capsys, "the disk has less", train)
 
 
-def test_loss_that_is_no_number_stops_the_run(train, capsys):
-    exits_with(capsys, "loss is nan", lambda: train("--learning_rate", "1e38", "--max_grad_norm", "0"))
+@pytest.mark.parametrize(("steps", "found"), [(6, "loss is nan"), (1, "the held-out loss is nan")])
+def test_a_diverged_run_ends_in_one_line_and_leaves_its_record(train, capsys, steps, found):
+    """Left out of the results, it would make its arm look better. One step has a loss, and then broken weights."""
+    rate = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--eval_strategy", "no"]
+    exits_with(capsys, f"esperberto-softmax0 diverged, {found}", lambda: train(*rate, steps=steps))
+    result = json.loads(Path("results/esperberto-softmax0.json").read_text(), parse_constant=pytest.fail)
+    assert result["status"] == "diverged" and result["validation"]["loss"] is None
+    assert 1 <= result["diverged"]["step"] <= steps and result["training"]["planned_steps"] == steps
+    assert f"at step {result['diverged']['step']}" in result["diverged"]["reason"]
+    exits_with(capsys, "is complete", lambda: train(*rate, steps=steps))
+
+
+def test_the_record_of_a_pair_names_one_set_of_initial_weights(train):
+    softmax0, softmax1 = train("--softmax_n", "0"), train("--softmax_n", "1")
+    other = train("--softmax_n", "0", "--seed", "43")
+    assert softmax0["status"] == "complete" and softmax0["diverged"] is None
+    first, second, third = (one["model"]["initial_weights"] for one in (softmax0, softmax1, other))
+    assert first == second != third and len(first) == 64
 
 
 def test_script_ends_bad_input_in_one_line(tmp_path):

@@ -33,7 +33,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from answer import PRIMARY, answer, comparisons
-from held_out import HELD_OUT_SEED, held_out_batches
+from held_out import HELD_OUT_SEED, held_out_batches, padded_batches
 from outliers import PLACES, eager_attention, measure_model
 from packing import MaskedLMCollator
 from quantization import CALIBRATION_BATCHES, SCHEMES, measure_damage, weight_errors
@@ -65,13 +65,13 @@ PANELS = {  # of kurtosis.png and norms.png
     "ffn_output": "FFN output (dense)",
     "ffn_residual": "residual stream (into LayerNorm)",
 }
-EMERGING = {  # of emergence.png: statistic, title
-    "ffn_output.kurtosis_sequence": "FFN output: kurtosis",
-    "ffn_output.inf_norm": "FFN output: infinity norm",
-    "ffn_residual.kurtosis_sequence": "residual stream: kurtosis",
-    "ffn_residual.inf_norm": "residual stream: infinity norm",
-    "attention.sink_rate_any": "sink rate, any token",
-    "attention.null_mass": "null mass",
+EMERGING = {  # of emergence.png: statistic: (title, label of the axis)
+    "ffn_output.kurtosis_sequence": ("FFN output: kurtosis", "excess kurtosis"),
+    "ffn_output.inf_norm": ("FFN output: infinity norm", "infinity norm"),
+    "ffn_residual.kurtosis_sequence": ("residual stream: kurtosis", "excess kurtosis"),
+    "ffn_residual.inf_norm": ("residual stream: infinity norm", "infinity norm"),
+    "attention.sink_rate_any_renormalised": ("sink rate, any token, renormalised", "share of texts and heads"),
+    "attention.null_mass": ("null mass", "share of the attention"),
 }
 
 
@@ -130,13 +130,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return sorted((ids for ids in found if not special.issuperset(ids)), key=len)
 
 
-def padded(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
-    return [
-        dict(tokenizer.pad({"input_ids": ids[start : start + batch_size]}, return_tensors="pt"))
-        for start in range(0, len(ids), batch_size)
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------ what we measure
 
 
@@ -149,10 +142,12 @@ def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str],
     if not ids:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
 
-    batches = tqdm(padded(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
+    batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
     run.places, run.attention, seen = measure_model(model, batches, tokenizer)
     run.tokens = seen["tokens"]
-    run.histograms = ffn_histograms(model, padded(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size))
+    run.histograms = ffn_histograms(
+        model, padded_batches(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size)
+    )
     run.maps = attention_maps(model, tokenizer, ids, run.attention)
 
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
@@ -268,19 +263,13 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     norms = f"Infinity norm of activations by layer and place, {held_out}"
     add("norms", norms, plots.panels, layers("inf_norm"), "layer", "infinity norm")
 
-    emerging = {}
-    for statistic, title in EMERGING.items():
-        for run in runs:
-            entries = (run.results or {}).get("emergence") or []
-            for_layers = [by_layer(entry, statistic) for entry in entries]
-            if entries and all(len(values) for values in for_layers):
-                reduce = np.max if "inf_norm" in statistic else np.mean
-                steps = [entry["step"] for entry in entries]
-                emerging.setdefault(title, []).append((run.arm, [reduce(values) for values in for_layers], steps))
+    emerging, watched = emergence_curves(runs)
     growth = (
-        "Emergence: outliers during training, on a few fixed held-out texts (mean of the layers; norms: the largest)"
+        f"Emergence: outliers during training, from before the first update on. {watched} texts evenly spread over the "
+        "held-out split, unmasked, eval mode, padding left out, as in the analysis (mean of the layers; norms: the "
+        "largest)"
     )
-    add("emergence", growth, plots.panels, emerging, "step", "")
+    add("emergence", growth, plots.panels, emerging, "step", dict(EMERGING.values()))
 
     curves = [
         (run.arm, run.results["loss_history"], run.results["validation_loss_history"]) for run in runs if run.results
@@ -299,6 +288,25 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     density = f"FFN output against a Gaussian, standardised, {HISTOGRAM_TEXTS} texts, the first run of every arm"
     add("histograms", density, plots.histograms, shown)
     return made
+
+
+def emergence_curves(runs: list[Run]) -> tuple[dict[str, list[tuple]], str]:
+    """({title: [(arm, values, steps)]}, how many texts they are of).
+
+    Results files that do not say how many were written when the texts were others (the shortest ones, masked): they
+    are left out.
+    """
+    told = [run for run in runs if run.results and {"emergence", "emergence_texts"} <= run.results.keys()]
+    curves: dict[str, list[tuple]] = {}
+    for statistic, (title, _) in EMERGING.items():
+        reduce = np.max if "inf_norm" in statistic else np.mean
+        for run in told:
+            entries = run.results["emergence"]
+            for_layers = [by_layer(entry, statistic) for entry in entries]
+            if entries and all(len(values) for values in for_layers):
+                steps = [entry["step"] for entry in entries]
+                curves.setdefault(title, []).append((run.arm, [reduce(values) for values in for_layers], steps))
+    return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in told}))
 
 
 # ------------------------------------------------------------------------------------------------------------- results

@@ -1,6 +1,7 @@
 """The held-out text of the masked-LM: its masks, its batches and its loss, the same for every run and every arm.
 
 held_out_batches        texts masked once and for all, sorted by length, padded
+padded_batches          texts as they are, sorted by length, padded
 held_out_loss           mean cross-entropy over the masked tokens
 kept_positions          lets the masked-LM head see chosen positions only, for it is half of the arithmetic
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from packing import IGNORED, MaskedLMCollator
 
@@ -38,6 +39,18 @@ def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: i
 
         batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED)}
         batches.append({**batch, "attention_mask": stack("attention_mask", 0)})
+    return batches
+
+
+def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
+    """Unmasked texts, sorted by length, so that little is padded: input_ids and attention_mask (B, T) of each batch."""
+    samples = [torch.tensor(one) for one in sorted(ids, key=len)]
+    batches = []
+    for start in range(0, len(samples), batch_size):
+        some = samples[start : start + batch_size]
+        padded = torch.nn.utils.rnn.pad_sequence(some, True, tokenizer.pad_token_id)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in some], True)
+        batches.append({"input_ids": padded, "attention_mask": mask})
     return batches
 
 

@@ -479,6 +479,16 @@ class _Place:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 SINK = 0.3  # a token is a sink of a head when it gets more than this of the mean query's attention (Gu et al. 2025)
+# Sequences of fewer tokens are kept apart: uniform attention alone gives a key of a sequence of 3 tokens 1/3 under
+# softmax and 1/4 under softmax1, so that the bound above would tell the functions apart and not the models.
+SHORT = 16
+NO_MASS = 1e-12  # a query whose weights sum to less attends to nothing: it has no shares that could be renormalised
+SINK_RATES = tuple(
+    f"sink_rate_{which}{kind}{length}"
+    for length in ("", "_short")
+    for kind in ("", "_renormalised")
+    for which in ("first", "any")
+)
 # A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
 IDLE = (0.5, 0.9)
 
@@ -549,33 +559,45 @@ class AttentionSinks:
         )
         nothing = null + sum(to.values())
         # Mean attention that every key gets from the real queries of its sequence.
-        received = (weights * query[..., None]).sum(2, dtype=torch.float64) / query.sum(-1, keepdim=True)  # (B, H, T)
+        received = {"": (weights * query[..., None]).sum(2, dtype=torch.float64) / query.sum(-1, keepdim=True)}
+        total = weights.sum(-1, dtype=torch.float64)  # (B, H, T)
+        attending = query * (total > NO_MASS)
+        shares = weights * (attending / total.clamp_min(NO_MASS))[..., None]
+        received["_renormalised"] = shares.sum(2) / attending.sum(-1, keepdim=True).clamp_min(1)
         new = {
             "queries": query.sum().expand(weights.shape[1]),
             "ordinary": ordinary.sum().expand(weights.shape[1]),
-            "sequences": query.new_tensor(float(len(weights))).expand(weights.shape[1]),
             "null": (null * query).sum((0, 2)),
             "self": (own * query).sum((0, 2)),
             "entropy": (entropy * query).sum((0, 2)),
             "nothing": (nothing * ordinary).sum((0, 2)),
-            "sinks_first": (received[..., 0] > SINK).sum(0).double(),
-            "sinks_any": (received.amax(-1) > SINK).sum(0).double(),
             **{kind: (mass * query).sum((0, 2)) for kind, mass in to.items()},
         }
+        short = real.sum(-1) < SHORT
+        for length, chosen in (("", ~short), ("_short", short)):
+            new[f"sequences{length}"] = chosen.sum().double().expand(weights.shape[1])
+            for kind, mean in received.items():
+                for which, most in (("first", mean[..., 0]), ("any", mean.amax(-1))):
+                    sinks = (most > SINK) & chosen[:, None]
+                    new[f"sink_rate_{which}{kind}{length}"] = sinks.sum(0).double()
         sums = self._sums.setdefault(name, {key: torch.zeros_like(value) for key, value in new.items()})
         for key, value in new.items():
             sums[key] = sums[key] + value
 
     def result(self) -> dict[str, dict[str, list[float]]]:
-        """By layer (`layer.<i>`), a list over its heads for every key; DEFINITIONS.md explains them."""
+        """By layer (`layer.<i>`), a list over its heads for every key; DEFINITIONS.md explains them.
+
+        A sink rate is NaN where there is no sequence of that length.
+        """
         names = {"mass_first": "first", "mass_separator": "separator", "mass_punctuation": "punctuation"}
         names |= {"mass_self": "self", "null_mass": "null", "entropy": "entropy"}
         found = {}
         for layer, sums in self._sums.items():
             found[layer] = {key: (sums[name] / sums["queries"]).tolist() for key, name in names.items()}
             found[layer]["idle_mass"] = (sums["nothing"] / sums["ordinary"]).tolist()
-            found[layer]["sink_rate_first"] = (sums["sinks_first"] / sums["sequences"]).tolist()
-            found[layer]["sink_rate_any"] = (sums["sinks_any"] / sums["sequences"]).tolist()
+            for key in SINK_RATES:
+                sequences = sums["sequences_short" if key.endswith("_short") else "sequences"]
+                found[layer][key] = (sums[key] / sequences).tolist()
         return found
 
     def remove(self) -> None:
@@ -596,6 +618,22 @@ class AttentionSinks:
 LOGIT_STRIDE = 8  # every 8th real token's logits are measured: they are 70 times as many numbers as its hidden state
 
 
+def _watched(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    *statistics: ActivationOutliers | AttentionSinks,
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Each batch on the model's device with its mask and token classes, once `statistics` have been told of it."""
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        mask = batch["attention_mask"].bool()
+        classes = token_classes(batch["input_ids"], tokenizer)
+        for one in statistics:
+            one.batch(mask, classes)
+        yield batch, mask, classes
+
+
 @torch.inference_mode()
 def measure_model(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase
@@ -613,12 +651,7 @@ def measure_model(
     model.eval()
     seen = {"sequences": 0, "tokens": 0}
     with eager_attention(model), ActivationOutliers(model) as outliers, AttentionSinks(model) as sinks:
-        for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            mask = batch["attention_mask"].bool()
-            classes = token_classes(batch["input_ids"], tokenizer)
-            outliers.batch(mask, classes)
-            sinks.batch(mask, classes)
+        for batch, mask, classes in _watched(model, batches, tokenizer, outliers, sinks):
             sequence, position = mask.nonzero().unbind(1)
             # Counted over all batches, so that the choice does not depend on how the texts are batched.
             chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
@@ -636,22 +669,23 @@ def measure_model(
 
 
 class Emergence:
-    """A few numbers of a model in training, on a few fixed held-out batches, so that outliers are seen growing.
+    """A few numbers of a model in training, on a few fixed held-out texts, so that outliers are seen growing.
 
-    Calling it leaves the model as it was: train mode, attention, hooks and random numbers.
+    The texts are of the kind that the analysis of the final model has, and go the same way: unmasked, eval mode,
+    padding left out. Calling it leaves the model as it was: train mode, attention, hooks and random numbers.
 
     Args:
-        batches: padded input_ids and attention_mask (B, T); other keys are ignored. A few dozen texts are enough.
-        places: names out of PLACES.
+        batches: of `held_out.padded_batches`: input_ids and attention_mask (B, T). A few dozen texts are enough.
+        tokenizer: the one that made them.
     """
 
     PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
     STATISTICS = ("kurtosis_sequence", "inf_norm", "outlier_share")
-    ATTENTION = ("null_mass", "mass_first", "sink_rate_first", "sink_rate_any")
+    ATTENTION = ("null_mass", "mass_first", "idle_mass", *SINK_RATES)
 
-    def __init__(self, batches: Iterable[dict[str, Tensor]], places: Iterable[str] = PLACES):
-        self.batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-        self.places = tuple(places)
+    def __init__(self, batches: list[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase):
+        self.batches = batches
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
@@ -660,13 +694,10 @@ class Emergence:
         model.eval()
         with (
             eager_attention(model),
-            ActivationOutliers(model, self.places, embeddings=False) as outliers,
+            ActivationOutliers(model, self.PLACES, embeddings=False) as outliers,
             AttentionSinks(model) as sinks,
         ):
-            for batch in self.batches:
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                outliers.batch(batch["attention_mask"])
-                sinks.batch(batch["attention_mask"])
+            for batch, *_ in _watched(model, self.batches, self.tokenizer, outliers, sinks):
                 model.base_model(**batch)
         model.train(training)
         found = {

@@ -85,8 +85,10 @@ def loss(curves: list[tuple[str, list, list]], title: str) -> bytes:
 
 
 @plt.rc_context(STYLE)
-def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str) -> bytes:
+def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str | dict[str, str]) -> bytes:
     """A panel for each key; a curve is (arm, values) over the layers, or (arm, values, steps).
+
+    `ylabel` is that of every panel, or {key: label}.
 
     Where values differ by orders of magnitude, the axis is logarithmic beyond 1.
     """
@@ -97,7 +99,7 @@ def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str)
             place.plot(steps[0] if steps else range(len(values)), values, **_look(arm, arms), label=arm)
     for place, name in zip(axes, curves, strict=True):
         place.set_title(name)
-        place.set(xlabel=xlabel, ylabel=ylabel)
+        place.set(xlabel=xlabel, ylabel=ylabel if isinstance(ylabel, str) else ylabel[name])
         place.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         values = np.concatenate([np.asarray(one, dtype=float) for _, one, *_ in curves[name]])
         if np.nanmax(np.abs(values), initial=0) > 30 * max(np.nanmedian(np.abs(values)), 1):

@@ -27,7 +27,10 @@ RESULTS = {  # what we read of a results file, by type
     dict: ("weight_excess_kurtosis", "activation_excess_kurtosis"),
     bool: ("test_pipeline",),
 }
-OPTIONAL = {"emergence": list}  # what a results file may lack, having been written before there was such a thing
+OPTIONAL = {
+    "emergence": list,
+    "emergence_texts": int,
+}  # what a results file may lack, having been written before there was such a thing
 PAIRED = {  # runs compare only where these agree
     "dataset.sha256": "training text",
     "tokenizer.sha256": "tokenizer",

@@ -42,7 +42,7 @@ import hub
 import record
 from arms import prepared
 from corpus import load_data, load_tokenizer, tokenized
-from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
+from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
@@ -52,7 +52,10 @@ EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of proces
 # Tokens to a multiple of which a packed batch is filled up for a compiled model: each new shape costs a compilation.
 BUCKET = 128
 
-EMERGENCE_BATCHES = 2  # of the held-out text, looked at whenever the loss is logged
+# Outliers are watched growing on so many texts of the held-out split: evenly spread over it and unmasked, as the texts
+# of the analysis are. Before the first update, and whenever the loss is logged.
+EMERGENCE_TEXTS = 64
+EMERGENCE_BATCH = 16
 
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
@@ -257,7 +260,7 @@ class Diverged(Exception):
 class Bookkeeping(TrainerCallback):
     """Keeps in every checkpoint what the run's record needs, and stops a run whose loss is no number any more.
 
-    At logging steps it also looks how far outliers have grown.
+    Before the first update and at logging steps it also looks how far outliers have grown.
     """
 
     def __init__(self, settings: dict, emergence: Emergence):
@@ -275,6 +278,8 @@ class Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
+        if state.global_step == 0:
+            self.emerged = [{"step": 0, **self.emergence(self.trainer.model)}]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:  # so that the last, shorter window of the loss is logged too
@@ -425,6 +430,13 @@ def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: Exp
     return held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
 
 
+def emergence_texts(validation: datasets.Dataset) -> list[list[int]]:
+    """Token ids of EMERGENCE_TEXTS samples, evenly spread over the split, because its sources lie one behind the
+    other."""
+    chosen = np.linspace(0, len(validation) - 1, min(EMERGENCE_TEXTS, len(validation))).astype(int)
+    return validation[chosen]["input_ids"]
+
+
 def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
     """A dataset of the embedded sample and a small tokenizer, for --test_pipeline on a fresh clone."""
     here = Path(__file__).parent
@@ -501,8 +513,9 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         processes=args.world_size,
     )
     settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
-    some = held_out[:: max(1, len(held_out) // EMERGENCE_BATCHES)][:EMERGENCE_BATCHES]  # they lie in order of length
-    bookkeeping = Bookkeeping(settings, Emergence(some))
+    watched = emergence_texts(data["validation"])
+    emergence = Emergence(padded_batches(tokenizer, watched, EMERGENCE_BATCH), tokenizer)
+    bookkeeping = Bookkeeping(settings, emergence)
     # Trainer takes the model's **kwargs for the wish to be told the number of labels, and would count them every step.
     model.accepts_loss_kwargs = False
     trainer = ExperimentTrainer(
@@ -606,6 +619,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         "validation_loss_history": sorted(validation_history.items()),
         **measured,
         "emergence": bookkeeping.emerged,
+        "emergence_texts": len(watched),
     }
     record.write_json(results_path, result)
     if diverged is not None:  # a result like any other: a run that is left out makes its arm look better

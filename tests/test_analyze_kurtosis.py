@@ -25,13 +25,13 @@ from transformers import (
 )
 
 import analyze_kurtosis
-from analyze_kurtosis import EMERGING
+from analyze_kurtosis import EMERGING, pictures
 from answer import GLANCE, METRICS, PRIMARY, answer, comparisons
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
 from outliers import weight_excess_kurtosis
 from packing import MaskedLMCollator
 from report import html_page
-from runs import Run, by_layer, notes, paired
+from runs import Run, by_layer, find_runs, notes, paired
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, plus_minus, table
 
@@ -62,8 +62,9 @@ def results_of(model, name, softmax_n):
         "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
         "emergence": [
             {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING}}
-            for step in (1000, 3000)
+            for step in (0, 1000, 3000)
         ],
+        "emergence_texts": 64,
         "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
         "dataset": {"sources": ["a", "b", "c", "d"], "train_samples": 1000, "sha256": "d" * 64},
         "tokenizer": {"entries": 300, "sha256": "e" * 64},
@@ -239,11 +240,29 @@ def test_the_held_out_loss_is_training_s(workplace):
     assert found["sequences"] == 2 and found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_emergence_starts_before_the_first_update_and_says_of_which_texts(workplace, monkeypatch):
+    drawn = {}
+
+    def panels(curves, title, xlabel, ylabel):
+        drawn[title.partition(":")[0]] = curves, title, ylabel
+        return b"a picture"
+
+    monkeypatch.setattr(analyze_kurtosis.plots, "panels", panels)
+    runs = find_runs([], workplace / "results", workplace / "models")
+    for run in runs:
+        run.damage = {"schemes": {}}
+    pictures(runs, 4)
+    curves, title, labels = drawn["Emergence"]
+    assert curves["null mass"][0] == ("softmax0", [0.5, 1.5, 3.5], [0, 1000, 3000])  # means of two layers
+    assert "64 texts evenly spread over the held-out split, unmasked" in title
+    assert labels.keys() >= curves.keys() and all(labels.values())
+
+
 def test_results_without_emergence_are_analysed(workplace):
-    """What older versions of train_model.py wrote."""
-    for file in (workplace / "results").glob("*.json"):
+    """What older versions of train_model.py wrote: nothing, or figures of other texts."""
+    for file, lacking in zip((workplace / "results").glob("*.json"), ("emergence", "emergence_texts"), strict=True):
         results = json.loads(file.read_text())
-        del results["emergence"]
+        del results[lacking]
         file.write_text(json.dumps(results))
     analyse(workplace)
     assert not (workplace / "results" / "emergence.png").exists()

@@ -16,6 +16,7 @@ from outliers import (
     OTHER,
     PUNCTUATION,
     SEPARATOR,
+    SINK_RATES,
     ActivationOutliers,
     AttentionSinks,
     Emergence,
@@ -209,7 +210,7 @@ def test_padding_and_hooks_leave_no_trace():
     for key in ("kurtosis_sequence", "kurtosis_token", "inf_norm", "top1_to_median"):
         assert found[0][0][key] == pytest.approx(found[1][0][key], rel=1e-4)
     for key, values in found[0][1].items():
-        assert found[1][1][key] == pytest.approx(values, abs=1e-5), key
+        assert found[1][1][key] == pytest.approx(values, abs=1e-5, nan_ok=True), key
     assert not any(module._forward_hooks for module in model.modules())
     assert model.config._attn_implementation == "softmax_n"
 
@@ -275,12 +276,37 @@ def test_attention_statistics_by_hand():
     assert found["idle_mass"] == pytest.approx(0.7 + 0.05 + 0.1 + 0.1)  # of the only ordinary query, the word
     rows = [[0.5, 0.1, 0.1, 0.1, 0.2], [0.7, 0.05, 0.05, 0.1, 0.1], [1], [0.1, 0.1, 0.1, 0.2, 0.5]]
     assert found["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(row) for row in rows]), rel=1e-6)
-    # The first token gets 1.3 / 4 = 0.325 of the mean query, the full stop 1.25 / 4 = 0.3125.
-    assert found["sink_rate_first"] == 1 and found["sink_rate_any"] == 1
+    # Of fewer than 16 tokens. The first token gets 1.3 / 4 = 0.325 of the mean query, the full stop 1.25 / 4 = 0.3125.
+    assert found["sink_rate_first_short"] == 1 and found["sink_rate_any_short"] == 1
+    assert math.isnan(found["sink_rate_first"]) and math.isnan(found["sink_rate_any_renormalised"])
     weights[0, 0, 1, 0] = 0.5  # then 1.1 / 4 = 0.275
     sinks.add("layer.0", weights)
-    assert sinks.result()["layer.0"]["sink_rate_first"] == [0.5]
-    assert sinks.result()["layer.0"]["sink_rate_any"] == [1.0]
+    assert sinks.result()["layer.0"]["sink_rate_first_short"] == [0.5]
+    assert sinks.result()["layer.0"]["sink_rate_any_short"] == [1.0]
+
+
+def test_renormalised_sink_rates_by_hand():
+    """Every query sends 0.1 to the first token and 0.1 to the second but the last, which sends nothing anywhere."""
+    weights = torch.zeros(2, 1, 17, 17)
+    weights[0, :, :16, 0] = 0.1
+    weights[0, :, :15, 1] = 0.1  # 16 real tokens: a long sequence; its last real query attends to the first only
+    weights[1, :, :3, 2] = 0.01  # 4 real tokens, whose last query attends to nothing
+    mask = torch.arange(17) < torch.tensor([[16], [4]])
+    sinks = AttentionSinks(torch.nn.Identity())
+    sinks.batch(mask)
+    sinks.add("layer.0", weights)
+    found = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
+    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 * 3 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 3 / 3.
+    assert [found[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
+    assert found["sink_rate_first_renormalised"] == 1 and found["sink_rate_any_renormalised"] == 1
+    assert found["sink_rate_first_renormalised_short"] == 0 and found["sink_rate_any_renormalised_short"] == 1
+    weights[0, :, :16, 2:10] = 0.1  # then a tenth of it for each, or a ninth
+    sinks.add("layer.0", weights)
+    assert sinks.result()["layer.0"]["sink_rate_first_renormalised"] == [0.5]
+    sinks = AttentionSinks(torch.nn.Identity())
+    sinks.batch(mask)
+    sinks.add("layer.0", torch.zeros(2, 1, 17, 17))  # no query attends to anything: no sink, and no NaN
+    assert {sinks.result()["layer.0"][key][0] for key in SINK_RATES} == {0.0}
 
 
 @pytest.mark.parametrize("n", [0, 0.5, 1])
@@ -325,13 +351,15 @@ def test_eager_attention_changes_no_output_and_goes_away(n):
 @pytest.mark.parametrize("n", [0, 1])
 def test_emergence_gives_the_same_as_the_analysis_and_leaves_the_model_alone(n):
     model = model_with(n).train()
-    batches = [batch_of([9, 4], 9), batch_of([12, 11], 12)]
+    batches = [batch_of([9, 4], 9), batch_of([20, 11], 20)]
     random_state = torch.get_rng_state()
-    found = Emergence([{**batch, "labels": batch["input_ids"]} for batch in batches])(model)
+    found = Emergence(batches, Tokenizer())(model)
     assert torch.equal(random_state, torch.get_rng_state()) and model.training
     assert not any(module._forward_hooks for module in model.modules())
     places, attention, _ = measure_model(model, batches, Tokenizer())
-    assert len(found) == 2 * (3 * 3 + 4) and all(isinstance(value, float) for value in found.values())
+    assert len(found) == 2 * (3 * 3 + len(Emergence.ATTENTION)) and all(
+        isinstance(value, float) for value in found.values()
+    )
     for place in Emergence.PLACES:
         for statistic in Emergence.STATISTICS:
             expected = places[f"layer.1.{place}"][statistic]

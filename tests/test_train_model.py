@@ -16,10 +16,12 @@ from scipy import stats
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
+import analyze_kurtosis
 import arms
 import train_model
 from arms import prepared
-from held_out import held_out_batches, held_out_loss
+from held_out import held_out_batches, held_out_loss, padded_batches
+from outliers import Emergence, measure_model
 from packing import MaskedLMCollator
 from softmax1 import RobertaSoftmaxNForMaskedLM
 
@@ -187,7 +189,7 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert result["training"]["cost_usd"] == pytest.approx(result["training"]["wall_seconds"])
     assert [step for step, _ in result["loss_history"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in result["validation_loss_history"]] == [3, 6]
-    assert [entry["step"] for entry in result["emergence"]] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in result["emergence"]] == [0, 1, 2, 3, 4, 5, 6]
     last = result["emergence"][-1]
     assert last["layer.1.ffn_output.inf_norm"] > 0 and (last["layer.0.attention.null_mass"] > 0.001) == (n > 0)
     assert result["validation"]["perplexity"] == pytest.approx(math.exp(result["validation"]["loss"]))
@@ -219,6 +221,29 @@ def test_config_overrides_make_another_size_and_stand_in_the_record(train):
     assert config.num_hidden_layers == SMALL["num_hidden_layers"]
     # Written in one way, whatever the order and the spaces, so that pairs compare.
     assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample, n):
+    """At the end on the saved model, in its own class; at step 0 on the model as it was built."""
+    result = train("--softmax_n", str(n), "--max_length", "512")  # the analysis cuts there
+    assert result["emergence_texts"] == train_model.EMERGENCE_TEXTS
+    texts = analyze_kurtosis.texts_of(sample / "data", "validation", train_model.EMERGENCE_TEXTS)
+    folder = f"results-models/esperberto-softmax{n}"
+    trained, tokenizer = analyze_kurtosis.load(folder)
+    batches = padded_batches(tokenizer, analyze_kurtosis.token_ids(tokenizer, texts), 7)
+    untrained = arms.build_model(n, 1024, tokenizer, 42)
+    for model, entry in ((untrained, result["emergence"][0]), (trained, result["emergence"][-1])):
+        places, attention, _ = measure_model(model, batches, tokenizer)
+        assert len(entry) == 1 + 2 * (9 + len(Emergence.ATTENTION))
+        for layer in ("layer.0", "layer.1"):
+            for statistic in Emergence.STATISTICS:
+                for place in Emergence.PLACES:
+                    expected = places[f"{layer}.{place}"][statistic]
+                    assert entry[f"{layer}.{place}.{statistic}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            for statistic in Emergence.ATTENTION:
+                expected = np.mean(attention[layer][statistic])
+                assert entry[f"{layer}.attention.{statistic}"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):

@@ -211,6 +211,9 @@ def push(path: str | Path, results: str | Path | None = None, private: bool = Fa
     if results is not None and Path(results).absolute() != beside:
         again += ["--results", str(results)]
     again += ["--private"] if private else []
+    if diverged(Path(results or beside)):
+        print(f"{path} diverged in training, so there is no model to push.")
+        return
     try:
         hub = Hub()
         if (path / "dataset_dict.json").is_file():
@@ -221,6 +224,14 @@ def push(path: str | Path, results: str | Path | None = None, private: bool = Fa
             sys.exit(f"error: {path} holds neither a dataset of build_dataset.py nor a model of train_model.py")
     except HubError as error:
         sys.exit(f"error: {error}. {path} is saved and complete here; this pushes it: {shlex.join(again)}")
+
+
+def diverged(results_path: Path) -> bool:
+    """Whether the results file says that the run diverged; False where there is none that can be read."""
+    try:
+        return json.loads(results_path.read_text(encoding="utf-8")).get("status") == "diverged"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def push_model(hub: Hub, folder: Path, results_path: Path, private: bool) -> None:

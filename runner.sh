@@ -144,8 +144,10 @@ for ((seed = 42; seed < 42 + seeds; seed++)); do
         fi
         if [ ! -f $work/results/$run.json ]; then
             echo "== Model with softmax$n, seed $seed"
+            # A run that diverges fails, but leaves its results file: it is compared like any other.
             python train_model.py --softmax_n $n --seed $seed --data_dir $work/data --tokenizer_dir $work/tokenizer \
-                --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}"
+                --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}" ||
+                [ -f $work/results/$run.json ]
         fi
         push $work/models/$run
         if [ ! $work/results/report.md -nt $work/results/$run.json ]; then

@@ -590,6 +590,13 @@ def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fa
     assert json.loads(server.files("model", "zamenhof/esperberto-softmax0")["config.json"])["softmax_n"] == 0
 
 
+def test_a_run_that_diverged_has_no_model_to_push_and_is_no_error(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "esperberto-softmax0.json").write_text(json.dumps({"status": "diverged"}))
+    hub.push(tmp_path / "models" / "esperberto-softmax0")  # asks no server: there is none
+    assert "esperberto-softmax0 diverged" in capsys.readouterr().out
+
+
 def test_build_dataset_pushes_in_the_end(server, tmp_path, monkeypatch):
     build = ["--sample", "--validation_fraction", "0.1", "--output_dir", str(tmp_path / "data"), "--push_to_hub"]
     monkeypatch.setenv("HUGGINGFACE_USER", "nekonata")

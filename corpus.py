@@ -12,6 +12,7 @@ from datasets import DatasetDict, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import record
+from folder import locked
 
 
 def load_data(path: str) -> tuple[DatasetDict, dict]:
@@ -52,18 +53,25 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
         max_length: tokens of a sample at most, <s> and </s> included.
     """
     if not folder.exists():
-        tokenizer = copy.deepcopy(tokenizer)  # truncating leaves a setting behind, which would be saved with the model
-
-        def tokenize(batch: dict) -> dict:
-            encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
-            return {"input_ids": encoded["input_ids"]}
-
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        cache = {split: str(partial / "cache" / f"{split}.arrow") for split in data}
-        (partial / "cache").mkdir(parents=True)
-        result = data.map(tokenize, batched=True, remove_columns=["text"], cache_file_names=cache, desc="Tokenizing")
-        result.save_to_disk(partial)
-        shutil.rmtree(partial / "cache")
-        partial.rename(folder)
+        with locked(folder):  # of several runs that start together, one tokenizes
+            if not folder.exists():
+                _tokenize(data, folder, tokenizer, max_length)
     return load_from_disk(folder)
+
+
+def _tokenize(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Write the tokenized dataset beside `folder`, then move it there."""
+    tokenizer = copy.deepcopy(tokenizer)  # truncating leaves a setting behind, which would be saved with the model
+
+    def tokenize(batch: dict) -> dict:
+        encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
+        return {"input_ids": encoded["input_ids"]}
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    cache = {split: str(partial / "cache" / f"{split}.arrow") for split in data}
+    (partial / "cache").mkdir(parents=True)
+    result = data.map(tokenize, batched=True, remove_columns=["text"], cache_file_names=cache, desc="Tokenizing")
+    result.save_to_disk(partial)
+    shutil.rmtree(partial / "cache")
+    partial.rename(folder)

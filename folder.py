@@ -9,6 +9,30 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Let one process at a time into the block that makes `path`; says so when it has to wait for another.
+
+    The lock is a file beside `path`. The system releases it when its process ends, however it ends.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(f"{path}.lock")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that is making {path}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 @contextmanager
 def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Iterator[Path]:

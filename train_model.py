@@ -42,6 +42,7 @@ import hub
 import record
 from arms import prepared
 from corpus import load_data, load_tokenizer, tokenized
+from folder import locked
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
@@ -370,6 +371,8 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
     parser = HfArgumentParser(
         (ExperimentArguments, PublishedTrainingArguments), description=__doc__.split("\n")[0], allow_abbrev=False
     )
+    # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     if "--test_pipeline" in argv:
         parser.set_defaults(**TEST_PIPELINE)
     try:
@@ -444,10 +447,11 @@ def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
         ("build_dataset.py", data_dir, ["--sample", "--validation_fraction", "0.1"]),
         ("train_tokenizer.py", tokenizer_dir, ["--data_dir", data_dir, "--vocab_size", "2048"]),
     ):
-        if not Path(folder).exists():
-            command = [sys.executable, str(here / script), "--output_dir", folder, *flags]
-            if (status := subprocess.run(command).returncode) != 0:
-                sys.exit(status)
+        with locked(folder):  # of several runs that start together, one builds it
+            if not Path(folder).exists():
+                command = [sys.executable, str(here / script), "--output_dir", folder, *flags]
+                if (status := subprocess.run(command).returncode) != 0:
+                    sys.exit(status)
 
 
 def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, command: list[str]) -> None:

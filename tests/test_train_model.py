@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -397,6 +398,40 @@ def test_data_is_tokenized_once_for_all_runs(train, sample):
     assert folders
     train("--use_softmax1")
     assert {path: path.stat().st_mtime_ns for path in (sample / "data").glob("tokenized-*")} == folders
+
+
+def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tmp_path):
+    shutil.copytree(sample / "data", tmp_path / "data", ignore=shutil.ignore_patterns("tokenized-*"))
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(architecture=SMALL))
+    flags = ["--data_dir", "data", "--tokenizer_dir", str(sample / "tokenizer"), "--max_steps", "2"]
+    flags += ["--vocab_size", "1024", "--max_length", "32", "--max_eval_samples", "4"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(driver), *flags, "--softmax_n", n],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    # Each split has a bar of its own; the run that waited has none.
+    assert sorted("Tokenizing" in text for text in printed) == [False, True], printed
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "esperberto-softmax0.json",
+        "esperberto-softmax1.json",
+    ]
+
+
+def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    result = train("--bf16", steps=1)
+    assert result["dtype"] == "bfloat16" and result["hardware"]["device"] == "cpu"
+    assert set(result["hardware"]["instructions"]) <= set(train_model.record.INSTRUCTIONS)
 
 
 def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys):

@@ -12,6 +12,12 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_so
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
 
+
+def run_name(softmax_n: float, seed: int) -> str:
+    """esperberto-softmax1, with the seed behind it when it is not the published 42."""
+    return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
+
+
 # What --config_overrides may change of RobertaConfig, and how a value is read. The rest is fixed by the data
 # (vocabulary, special tokens), by the comparison (the attention), or would not train a masked language model.
 OVERRIDES = {

@@ -3,6 +3,7 @@
 #
 #     screen -S run "bash runner.sh"        the published experiment: data, tokenizer, both models, report
 #     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44: what an interval needs
+#     bash runner.sh --seeds 3 --parallel 2 two of their trainings at a time, with a log each in results/logs/
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
@@ -15,12 +16,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    echo "error: $1 (usage: bash runner.sh [--seeds N] [--test_pipeline] | --tests [pytest flags] | --benchmark)" >&2
+    echo "error: $1 (usage: bash runner.sh [--seeds N] [--parallel K] [--test_pipeline] | --tests [pytest flags] | --benchmark)" >&2
     exit 2
 }
 
 mode=
 seeds=1
+parallel=1
 if [ "${1:-}" = --tests ]; then
     mode=--tests
     shift
@@ -31,10 +33,10 @@ else
                 [ -z "$mode" ] || usage "$mode and $1 exclude each other"
                 mode=$1
                 ;;
-            --seeds)
+            --seeds | --parallel)
+                case "${2:-}" in "" | 0* | *[!0-9]*) usage "$1 needs a whole number above 0" ;; esac
+                if [ "$1" = --seeds ]; then seeds=$2; else parallel=$2; fi
                 shift
-                case "${1:-}" in "" | 0* | *[!0-9]*) usage "--seeds needs a whole number above 0" ;; esac
-                seeds=$1
                 ;;
             *) usage "unknown argument: ${1:-an empty one}" ;;
         esac
@@ -125,16 +127,22 @@ fi
 # ------------------------------------------------------------------------------------------------- the experiment
 if [ ! -f $work/data/manifest.json ]; then
     echo "== Dataset"
-    python build_dataset.py --output_dir $work/data "${dataset[@]}"
+    python build_dataset.py --output_dir $work/data ${dataset[@]+"${dataset[@]}"}
 fi
 push $work/data
 
 if [ ! -f $work/tokenizer/manifest.json ]; then
     echo "== Tokenizer"
-    python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer "${tokenizer[@]}"
+    python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
 fi
 
 # The published seed and those after it: both arms of a seed are trained before the next, so that pairs come first.
+if [ "$parallel" -gt 1 ]; then # what is trained here is not trained again below
+    echo "== Training, $parallel runs at a time"
+    python train_runs.py --softmax_n 0 1 --seeds $(seq 42 $((41 + seeds))) --parallel "$parallel" \
+        --results_dir $work/results --output_dir "$work/models/<run>" -- \
+        --data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"}
+fi
 fresh=
 for ((seed = 42; seed < 42 + seeds; seed++)); do
     for n in 0 1; do
@@ -146,7 +154,7 @@ for ((seed = 42; seed < 42 + seeds; seed++)); do
             echo "== Model with softmax$n, seed $seed"
             # A run that diverges fails, but leaves its results file: it is compared like any other.
             python train_model.py --softmax_n $n --seed $seed --data_dir $work/data --tokenizer_dir $work/tokenizer \
-                --output_dir "$work/models/<run>" --results_dir $work/results "${training[@]}" ||
+                --output_dir "$work/models/<run>" --results_dir $work/results ${training[@]+"${training[@]}"} ||
                 [ -f $work/results/$run.json ]
         fi
         push $work/models/$run
@@ -158,7 +166,7 @@ done
 
 if [ -n "$fresh" ]; then
     echo "== Analysis"
-    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data "${analysis[@]}"
+    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data ${analysis[@]+"${analysis[@]}"}
 fi
 
 if [ "$unpushed" ]; then

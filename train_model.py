@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoModelForMaskedLM,
     HfArgumentParser,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -47,6 +48,7 @@ from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batc
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
+from tables import duration
 
 EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
 
@@ -324,6 +326,36 @@ class Bookkeeping(TrainerCallback):
             self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
 
 
+class LogLines(TrainerCallback):
+    """Where there is no terminal: a line at every logging step and at least every minute, with the time that is left.
+
+    A progress bar is redrawn several times a second, which makes a log of many megabytes. train_runs.py reads these.
+    """
+
+    SECONDS = 60.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.started = state.global_step, time.monotonic()
+        self.told = self.started
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.told >= self.SECONDS:
+            self.tell(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = [name for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in (logs or {})]
+        if names:
+            self.tell(state, "".join(f", {name} {logs[name]:.4g}" for name in names))
+
+    def tell(self, state, what: str = "") -> None:
+        self.told = time.monotonic()
+        if state.is_world_process_zero and state.global_step:
+            steps = state.global_step - self.first_step
+            left = (self.told - self.started) / steps * (state.max_steps - state.global_step) if steps else None
+            left = "" if left is None else f", {duration(left)} left"
+            print(f"step {state.global_step:,} of {state.max_steps:,}{what}{left}", flush=True)
+
+
 def shaping_settings(
     experiment: ExperimentArguments, args: TrainingArguments, data_sha: str, tokenizer_sha: str
 ) -> dict:
@@ -372,7 +404,7 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
         (ExperimentArguments, PublishedTrainingArguments), description=__doc__.split("\n")[0], allow_abbrev=False
     )
     # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available(), disable_tqdm=not sys.stderr.isatty())
     if "--test_pipeline" in argv:
         parser.set_defaults(**TEST_PIPELINE)
     try:
@@ -398,11 +430,6 @@ def check_attention(backend: str, args: TrainingArguments) -> None:
         softmax_n_attention_varlen(token, token, token, bounds, 1, dropout_p=0.1)
     except ValueError as error:
         sys.exit(f"error: --attention {backend}: {record.one_line(error)}")
-
-
-def run_name(softmax_n: float, seed: int) -> str:
-    """esperberto-softmax1, with the seed behind it when it is not the published 42."""
-    return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
 
 
 def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
@@ -458,7 +485,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     """Train one arm, save it, and write down what the run was and measured. `command` is what it was asked with."""
     transformers.logging.set_verbosity_warning()
     datasets.logging.set_verbosity_warning()
-    run = run_name(experiment.softmax_n, args.seed)
+    run = arms.run_name(experiment.softmax_n, args.seed)
     args.output_dir = args.output_dir.replace("<run>", run)
     args.run_name = run
     results_path = Path(experiment.results_dir) / f"{run}.json"
@@ -536,6 +563,9 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         packed=not experiment.padded,
     )
     bookkeeping.trainer = trainer
+    if args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
     first = trainer.is_world_process_zero()
     if checkpoint is not None:
         bookkeeping.restore(checkpoint)

@@ -29,6 +29,9 @@ case "$1" in
             exit 1
         fi
         echo {} > "$results/$run.json" ;;
+    train_runs.py)
+        key=--results_dir; results=$(value "$@"); mkdir -p "$results"
+        for run in esperberto-softmax{0,1}{,-seed43}; do echo {} > "$results/$run.json"; done ;;
     analyze_kurtosis.py)
         key=--results_dir; echo report > "$(value "$@")/report.md" ;;
 esac
@@ -85,3 +88,18 @@ def test_a_training_that_fails_otherwise_stops_everything(runner):
     status, _, calls = runner(FAIL="esperberto-softmax0")
     assert status == 1
     assert stages(calls)[2:] == ["train_model.py"]
+
+
+def test_parallel_runs_are_trained_before_the_rest_and_not_again(runner):
+    status, _, calls = runner("--seeds", "2", "--parallel", "2")
+    assert status == 0
+    assert stages(calls)[2:] == ["train_runs.py", "analyze_kurtosis.py"]
+    words = calls[2].split()
+    assert words[words.index("--seeds") + 1 : words.index("--results_dir")] == ["42", "43", "--parallel", "2"]
+    assert words[words.index("--") + 1 :] == ["--data_dir", "./data", "--tokenizer_dir", "./tokenizer"]
+
+
+@pytest.mark.parametrize("flags", [["--parallel"], ["--parallel", "0"], ["--parallel", "x"], ["--seeds", "--parallel"]])
+def test_flags_that_need_a_number(flags, tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "runner.sh"), *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and f"error: {flags[0]} needs a whole number above 0" in done.stderr

@@ -427,6 +427,21 @@ def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tm
     ]
 
 
+def test_without_a_terminal_the_log_has_steps_and_the_time_left_and_no_bar(train, capsys, monkeypatch):
+    monkeypatch.setattr(train_model.LogLines, "SECONDS", 0.0)  # every step, for the test
+    train("--logging_steps", "3", "--logging_first_step", "false", "--eval_strategy", "no")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines if "loss" not in line] == [f"step {i} of 6" for i in range(1, 7)]
+    with_loss = [line for line in lines if ", loss " in line]
+    assert [line.split(",")[0] for line in with_loss] == ["step 3 of 6", "step 6 of 6"]
+    assert all(line.endswith("0 m 0 s left") for line in lines if line.startswith("step 6"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    _, args = train_model.parse([])
+    assert args.disable_tqdm
+    _, args = train_model.parse(["--disable_tqdm", "false"])
+    assert not args.disable_tqdm
+
+
 def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     result = train("--bf16", steps=1)

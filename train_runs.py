@@ -1,0 +1,175 @@
+"""Train the runs of an experiment several at a time: every arm with every seed, each in a process of its own.
+
+    python train_runs.py --softmax_n 0 1 --seeds 42 43 44 --parallel 2 -- --max_steps 4000 --bf16
+
+What stands behind -- goes to every train_model.py. A run that has its results file is not trained again, and one that
+was interrupted goes on from its last checkpoint, so the same command finishes what is unfinished.
+
+Writes what train_model.py writes, and <results_dir>/logs/<run>.log. Shows one line for all runs, with the time that is
+left. Ends with 1 when a run fails, after the others have ended; a run that diverges has a result and does not fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arms import run_name
+from tables import duration
+
+TRAIN = Path(__file__).parent / "train_model.py"
+LOOK_SECONDS = 1.0  # between looks at the logs
+TELL_SECONDS = 60.0  # between two lines where there is no terminal to redraw one in
+STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # as train_model.py writes it where there is no terminal
+TAIL_BYTES = 4096
+
+
+@dataclass
+class Job:
+    """One run: its command, its log, and how far it has come."""
+
+    name: str
+    command: list[str]
+    log: Path
+    results: Path
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    first_step: int | None = None  # where this session found it, which differs from 0 after an interruption
+    step: int = 0
+    steps: int | None = None
+    failed: bool = field(default=False)
+
+    def start(self, threads: int) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )
+
+    def look(self) -> None:
+        """Read from the end of the log how far the run has come."""
+        with open(self.log, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+            found = STEP.findall(log.read())
+        if found:
+            self.step, self.steps = (int(number.replace(b",", b"")) for number in found[-1])
+            if self.first_step is None:
+                self.first_step, self.started = self.step, time.monotonic()
+
+    @property
+    def seconds_a_step(self) -> float | None:
+        done = 0 if self.first_step is None else self.step - self.first_step
+        return (time.monotonic() - self.started) / done if done else None
+
+
+def seconds_left(waiting: list[Job], running: list[Job], parallel: int) -> float | None:
+    """Estimate for all runs: the steps that are left, at the mean pace of those that run; None before there is one."""
+    paces = [job.seconds_a_step for job in running if job.seconds_a_step]
+    steps = [job.steps for job in running if job.steps]
+    if not paces or not steps:
+        return None
+    left = [job.steps - job.step for job in running if job.steps] + [max(steps)] * len(waiting)
+    pace = sum(paces) / len(paces)
+    # No schedule is shorter than the longest run, nor than the work shared out evenly.
+    return pace * max(max(left), sum(left) / parallel)
+
+
+def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int) -> str:
+    done = len(jobs) - len(waiting) - len(running)
+    left = seconds_left(waiting, running, parallel)
+    now = ", ".join(f"{job.name} {job.step:,}/{job.steps:,}" if job.steps else f"{job.name} starts" for job in running)
+    return (
+        f"{done} of {len(jobs)} runs done, {'time left unknown' if left is None else duration(left) + ' left'}: {now}"
+    )
+
+
+def train(jobs: list[Job], parallel: int) -> list[Job]:
+    """Run the jobs, `parallel` at a time; returns those that failed. Ends all of them when it is interrupted."""
+    threads = max(1, len(os.sched_getaffinity(0)) // parallel) if hasattr(os, "sched_getaffinity") else 1
+    waiting, running, failed = list(jobs), [], []
+    terminal = sys.stderr.isatty()
+    told = -TELL_SECONDS
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                running.append(waiting.pop(0))
+                running[-1].start(threads)
+            time.sleep(LOOK_SECONDS)
+            for job in list(running):
+                job.look()
+                if job.process.poll() is not None:
+                    running.remove(job)
+                    if job.process.returncode != 0 and not job.results.is_file():
+                        failed.append(job)
+                        print(f"\n{job.name} failed: see {job.log}", file=sys.stderr)
+            if terminal:
+                print(f"\r\033[K{line(jobs, waiting, running, parallel)}", end="", file=sys.stderr, flush=True)
+            elif time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                print(line(jobs, waiting, running, parallel), file=sys.stderr, flush=True)
+    finally:
+        for job in running:
+            os.killpg(job.process.pid, signal.SIGTERM)
+        for job in running:
+            job.process.wait()
+    if terminal:
+        print(file=sys.stderr)
+    return failed
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--softmax_n", type=float, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="seeds (42)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (1)")
+    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="where <run>.json goes (results)")
+    parser.add_argument("--output_dir", default="models/<run>", help="where a model goes (models/<run>)")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_model.py")
+    args = parser.parse_args(argv)
+    if args.parallel < 1:
+        parser.error("--parallel must be at least 1")
+    if "<run>" not in args.output_dir:
+        parser.error("--output_dir needs <run> in it, or the runs overwrite each other")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    places = ["--results_dir", str(args.results_dir), "--output_dir", args.output_dir]
+    jobs = []
+    for seed in args.seeds:  # both arms of a seed before the next, so that pairs come first
+        for n in args.softmax_n:
+            name = run_name(n, seed)
+            command = [sys.executable, str(TRAIN), "--softmax_n", repr(n), "--seed", str(seed), *places, *args.flags]
+            jobs.append(
+                Job(name, command, args.results_dir / "logs" / f"{name}.log", args.results_dir / f"{name}.json")
+            )
+    missing = [job for job in jobs if not job.results.is_file()]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} runs have their results file and are not trained again")
+    if failed := train(missing, args.parallel):
+        sys.exit(f"error: {', '.join(job.name for job in failed)} failed: see the logs in {args.results_dir / 'logs'}")
+
+
+if __name__ == "__main__":
+    # A plain SIGTERM would leave the trainings behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,10 +6,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig
 
 from packing import keep_masked_positions
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
+from tables import shortest
 
 # The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
+
+
+def arm_name(softmax_n: float) -> str:
+    """softmax0, softmax1, softmax0.5: different n never share a name."""
+    return f"softmax{shortest(softmax_n)}"
 
 
 def build_model(softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

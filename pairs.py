@@ -23,8 +23,8 @@ SIGN_TEST = "exact two-sided sign test over seeds"
 class Comparison:
     """One metric in two arms, by pairs. What could not be computed is None.
 
-    A value that is NaN or infinite is worse than any finite one. Where there is one, `test` is the sign test, and means,
-    deviations and intervals that it would enter are None.
+    A value that is NaN or infinite is worse than any finite one. Where there is one, `test` is the sign test, and
+    means, deviations and intervals that it would enter are None.
     """
 
     pairs: int
@@ -96,7 +96,7 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
         found.test = SIGN_TEST
         decided = found.lower + found.higher
         found.p = float(scipy.stats.binomtest(found.lower, decided).pvalue) if decided else 1.0
-    elif len(seeds) > 1 and _spread(before, after):
+    elif len(seeds) > 1 and _spread(after - before, max(np.abs(before).max(), np.abs(after).max())):
         _student(found, after - before, level)
     return found
 
@@ -108,14 +108,16 @@ def _own(values: np.ndarray, level: float) -> tuple[float | None, float | None, 
     if len(values) == 1:
         return float(values[0]), None, None
     mean, std = float(values.mean()), float(values.std(ddof=1))
+    if not _spread(values):
+        return mean, std, None
     half = scipy.stats.t.ppf(1 - level / 2, len(values) - 1) * std / math.sqrt(len(values))
     return mean, std, float(mean + half)
 
 
-def _spread(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether the differences differ by more than the rounding of float64."""
-    rounding = 8 * np.finfo(float).eps * max(np.abs(before).max(), np.abs(after).max())
-    return bool(np.ptp(after - before) > rounding)
+def _spread(values: np.ndarray, size: float = 0.0) -> bool:
+    """Whether values differ by more than the rounding of float64 in numbers of that size, or of their own."""
+    rounding = 8 * np.finfo(float).eps * max(np.abs(values).max(), size)
+    return bool(np.ptp(values) > rounding)
 
 
 def _student(found: Comparison, differences: np.ndarray, level: float) -> None:

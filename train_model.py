@@ -379,7 +379,7 @@ def check_attention(backend: str, args: TrainingArguments) -> None:
 
 def run_name(softmax_n: float, seed: int) -> str:
     """esperberto-softmax1, with the seed behind it when it is not the published 42."""
-    return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
+    return f"esperberto-{arms.arm_name(softmax_n)}" + ("" if seed == 42 else f"-seed{seed}")
 
 
 def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:

@@ -13,6 +13,7 @@ left out. Quantization: calibrated on training text, scored on the same held-out
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import re
 import sys
@@ -32,7 +33,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
-from answer import PRIMARY, answer, comparisons
+from answer import PRIMARY, Finding, answer, findings
 from held_out import HELD_OUT_SEED, held_out_batches
 from outliers import PLACES, eager_attention, measure_model
 from packing import MaskedLMCollator
@@ -49,7 +50,8 @@ from report import (
     report,
     trained_on,
 )
-from runs import Run, arms, by_layer, find_runs, notes
+from runs import Run, arms, by_layer, find_runs
+from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
 MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
@@ -143,6 +145,7 @@ def padded(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size:
 def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int) -> None:
     """Fill in everything that is measured of a run; `max_scored` of the texts are scored under each quantization."""
     model, tokenizer = load(run.model)
+    run.digest = weights_digest(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     ids = token_ids(tokenizer, texts)
@@ -162,6 +165,15 @@ def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str],
     # The running range forgets: in the order of length, the longest texts would have the last word.
     random.Random(0).shuffle(known)
     run.damage = {"sequences": len(some), **measure_damage(model, scored, known, run.name)}
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hex SHA-256 of all weights, in the order of their names, so that copies of one model are found out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
@@ -238,6 +250,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     """{file name: (caption, PNG)}; a picture without data is left out."""
     made: dict[str, tuple[str, bytes]] = {}
     what = trained_on(runs)
+    everyone, runs = runs, [run for run in runs if not run.diverged]
 
     def add(name: str, caption: str, draw, data, *extra) -> None:
         if data:
@@ -270,7 +283,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
 
     emerging = {}
     for statistic, title in EMERGING.items():
-        for run in runs:
+        for run in everyone:
             entries = (run.results or {}).get("emergence") or []
             for_layers = [by_layer(entry, statistic) for entry in entries]
             if entries and all(len(values) for values in for_layers):
@@ -283,7 +296,9 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     add("emergence", growth, plots.panels, emerging, "step", "")
 
     curves = [
-        (run.arm, run.results["loss_history"], run.results["validation_loss_history"]) for run in runs if run.results
+        (run.arm + " (diverged)" * run.diverged, run.results["loss_history"], run.results["validation_loss_history"])
+        for run in everyone
+        if run.results
     ]
     add("loss", "Training and held-out loss, one curve a run", plots.loss, curves)
 
@@ -304,24 +319,38 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def analysis(runs: list[Run], warned: list[str], compared: dict, sequences: int, data_dir: Path) -> dict:
+def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, data_dir: Path) -> dict:
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + [FFN, "output"])
+    compared = found[0].compared if found else {}
     return {
         "git": git_state(),
+        "record": is_record(runs),
         "versions": versions(),
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
         "notes": warned,
-        "answer": answer(runs, compared),
+        "answer": answer(runs, found),
         "primary_metric": PRIMARY,
-        "comparisons": {arm: {metric: asdict(one) for metric, one in found.items()} for arm, found in compared.items()},
+        "comparisons": {arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in compared.items()},
+        "other_sets": [
+            {
+                "runs": [run.name for run in other.group.runs],
+                "steps": other.group.steps,
+                "comparisons": {
+                    arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in other.compared.items()
+                },
+            }
+            for other in found[1:]
+        ],
         "published": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in WEIGHTS + ACTIVATIONS}
         | {FFN: dict(zip(PUBLISHED, PUBLISHED_FFN, strict=True))},
         "runs": {
             run.name: {
                 "model": run.model,
                 "arm": run.arm,
+                "diverged": run.diverged,
+                "weights_sha256": run.digest,
                 "held_out_tokens": run.tokens,
                 "weights": {suffix: layers(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
                 "activations_training": {suffix: layers(run.training, suffix) for suffix in modules},
@@ -334,6 +363,11 @@ def analysis(runs: list[Run], warned: list[str], compared: dict, sequences: int,
             for run in runs
         },
     }
+
+
+def is_record(runs: list[Run]) -> bool:
+    """Whether this analysis and all results it reads were made from unmodified checkouts, which can be looked up."""
+    return git_state()["dirty"] is False and not any(from_modified_tree(run) for run in runs)
 
 
 def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
@@ -387,18 +421,21 @@ def main(argv: list[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
 
     runs = find_runs(args.models, args.results_dir, args.models_dir)
+    refuse_duplicates(runs)
     texts = texts_of(args.data_dir, "validation", args.max_samples)
     calibration = texts_of(args.data_dir, "train", args.calibration_batches * CALIBRATION_SIZE)
-    for run in runs:
-        measure(run, texts, args.max_scored, calibration, args.batch_size)
+    for i, run in enumerate(runs):
+        if not run.diverged:
+            measure(run, texts, args.max_scored, calibration, args.batch_size)
+        refuse_copies(runs[: i + 1])
     warned = notes(runs, args.data_dir)
-    compared = comparisons(runs)
-    made = pictures(runs, len(texts))
+    found = findings(runs)
+    made = pictures(headline(runs), len(texts))
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, compared, len(texts), args.data_dir, args.calibration_batches, captions)
+    text = report(runs, warned, found, len(texts), args.data_dir, args.calibration_batches, captions, is_record(runs))
     print(text)
 
-    write_json(args.results_dir / "analysis.json", analysis(runs, warned, compared, len(texts), args.data_dir))
+    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts), args.data_dir))
     images = {name: picture for name, (_, picture) in made.items()}
     for name, picture in images.items():
         write(args.results_dir / name, picture)

@@ -313,8 +313,8 @@ def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> st
     said = (
         f"{capital(verdict(one, arm))}{no_better(one, metric.get(QUANTIZED))}: "
         f"{'; '.join(failures(one, arm, group))}. A loss that is not a number is worse than any that is one: static "
-        f"W8A8 quantization costs {arm} less than {BASELINE} in {one.lower} of {one.pairs} pairs and more in {one.higher}"
-        f"{ties} ({SIGN_TEST}, p = {one.p:.2g}{least})."
+        f"W8A8 quantization costs {arm} less than {BASELINE} in {one.lower} of {one.pairs} pairs and more in "
+        f"{one.higher}{ties} ({SIGN_TEST}, p = {one.p:.2g}{least})."
     )
     return f"{said} {capital(losses(metric, arm))}."
 

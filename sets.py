@@ -133,9 +133,11 @@ def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
             key = max(like, key=lambda other: ComparisonSet(found[other]).samples, default=key)
         found.setdefault(key, []).append(run)
     sets = [paired(ComparisonSet([run for run in trained if run in members])) for members in found.values()]
-    return sorted(
-        sets, key=lambda one: (not one.test_pipeline, bool(one.pairs), one.samples, len(one.runs)), reverse=True
-    )
+
+    def rank(one: ComparisonSet) -> tuple:
+        return not one.test_pipeline, bool(one.pairs), one.samples, len(one.runs)
+
+    return sorted(sets, key=rank, reverse=True)
 
 
 def paired(group: ComparisonSet) -> ComparisonSet:

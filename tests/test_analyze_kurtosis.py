@@ -253,6 +253,57 @@ def test_results_without_emergence_are_analysed(workplace):
     assert "emergence.png" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
+def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
+    """Neither ends the analysis, neither is dropped: a picture, a table and a sentence for each."""
+    results = json.loads(results_file(workplace).read_text())
+    del results["activation_excess_kurtosis"], results["weight_excess_kurtosis"]
+    results |= {"seed": 43, "status": "diverged", "diverged": {"step": 1200, "loss": None}, "emergence": []}
+    results |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}, "validation_loss_history": []}
+    results["training"] |= {"steps": 1200, "samples": 19200, "loss_mean": None}
+    results["validation"] |= {"loss": None, "perplexity": None}
+    results["loss_history"] = [[1, 10.9], [1000, 5.0], [1200, None]]
+    (workplace / "results" / "esperberto-softmax1-seed43.json").write_text(json.dumps(results))
+    measure_damage = analyze_kurtosis.measure_damage
+
+    def overflowing(model, *rest, **keywords):
+        found = measure_damage(model, *rest, **keywords)
+        if model.config.model_type == "roberta":
+            found["schemes"]["w8a8_static"] |= {"loss": math.nan, "perplexity": math.inf, "gap": math.nan}
+        return found
+
+    monkeypatch.setattr(analyze_kurtosis, "measure_damage", overflowing)
+    monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": "c", "dirty": False})
+    analyse(workplace)
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    assert "softmax0's loss after quantization is not a number in the one pair (seed 42)" in text
+    assert "seed 43: softmax1 diverged at step 1,200" in text and "not a record" not in text
+    assert rows(text, "Summary of the runs")["training"][2:] == ["complete", "complete", "diverged at step 1,200"]
+    found = strict_json(workplace / "results" / "analysis.json")
+    assert found["record"] is True and found["runs"]["esperberto-softmax1-seed43"]["diverged"] is True
+    primary = found["comparisons"]["softmax1"]["w8a8_static_gap"]
+    assert (primary["baseline_not_finite"], primary["lower"], primary["difference"]) == ([42], 1, None)
+
+
+def test_copies_of_a_model_are_refused(workplace):
+    shutil.copytree(model_folder(workplace), workplace / "models" / "esperberto-softmax1-seed43")
+    copied = {**json.loads(results_file(workplace).read_text()), "seed": 43}
+    (workplace / "results" / "esperberto-softmax1-seed43.json").write_text(json.dumps(copied))
+    with pytest.raises(
+        SystemExit, match=r"esperberto-softmax1 \(seed 42\) and .*-seed43 \(seed 43\) have the same weights"
+    ):
+        analyse(workplace)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [(False, False, True), (False, ..., True), (True, False, False), (None, False, False), (False, True, False)],
+)
+def test_what_a_modified_tree_made_is_no_record(monkeypatch, ours, theirs, expected):
+    monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": None, "dirty": ours})
+    results = {} if theirs is ... else {"git": {"commit": "c", "dirty": theirs}}
+    assert analyze_kurtosis.is_record([Run("a", "a", results), Run("b", "b", None)]) is expected
+
+
 def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     analyse(workplace)
     analysis = strict_json(workplace / "results" / "analysis.json")

@@ -148,8 +148,9 @@ def test_losses_that_are_no_number_are_ranked():
     text = said(pairs([NAN, math.inf, 1.0], [1.0, 1.0, 2.0]))
     assert text.startswith(
         "Undecided: softmax0's loss after quantization is not a number in 2 of 3 pairs (seed 42, 43). A loss that is "
-        "not a number is worse than any that is one: static W8A8 quantization costs softmax1 less than softmax0 in 2 of 3 "
-        "pairs and more in 1 (exact two-sided sign test over seeds, p = 1; 3 pairs cannot give less than p = 0.25)."
+        "not a number is worse than any that is one: static W8A8 quantization costs softmax1 less than softmax0 in 2 "
+        "of 3 pairs and more in 1 (exact two-sided sign test over seeds, p = 1; 3 "
+        "pairs cannot give less than p = 0.25)."
     )
     text = said(pairs([NAN] * 6, [1.0] * 6))
     assert text.startswith("Softmax1 makes quantization less harmful here: softmax0's loss") and "p = 0.031" in text

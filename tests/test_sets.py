@@ -232,6 +232,16 @@ def test_the_report_survives_what_diverged_or_is_no_number(runs):
     assert "nothing to rescue" not in text
 
 
+def test_published_figures_have_their_own_spread_and_ours_too():
+    runs = [made(0, 42, size=1.0), made(0, 43, size=3.0), made(1, 42, size=1.0)]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.qualcomm_table(runs).splitlines()]
+    cells = {first: rest for first, *rest in lines}
+    assert cells["BERT-base, softmax (published)"] == ["4.49 ± 0.01", "735 ± 55", "3,076 ± 262", "1,294 ± 1,046"]
+    # By hand: sizes 1 and 3; perplexities are 20 and 30 times as large, full kurtosis is 3 more.
+    assert cells["softmax0"] == ["40.0 ± 28.3", "2.00 ± 1.41", "5.00 ± 1.41", "60.0 ± 42.4"]
+    assert cells["softmax1"] == ["20.0", "1.00", "4.00", "30.0"]
+
+
 def test_a_metric_that_some_model_lacks_is_left_out():
     runs = pairs([1.0], [2.0])
     runs[0].places = {name: values for name, values in runs[0].places.items() if "context" not in name}

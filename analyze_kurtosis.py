@@ -32,12 +32,12 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
-from answer import PRIMARY, answer, comparisons
+from answer import PRIMARY, Finding, answer, findings
 from held_out import HELD_OUT_SEED, held_out_batches, padded_batches
 from outliers import PLACES, eager_attention, measure_model
 from packing import MaskedLMCollator
 from quantization import CALIBRATION_BATCHES, SCHEMES, measure_damage, weight_errors
-from record import git_state, one_line, versions, write_json
+from record import git_state, one_line, versions, weights_sha256, write_json
 from report import (
     ACTIVATIONS,
     FFN,
@@ -49,7 +49,8 @@ from report import (
     report,
     trained_on,
 )
-from runs import Run, arms, by_layer, find_runs, notes
+from runs import Run, arms, by_layer, find_runs
+from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
 MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
@@ -136,6 +137,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int) -> None:
     """Fill in everything that is measured of a run; `max_scored` of the texts are scored under each quantization."""
     model, tokenizer = load(run.model)
+    run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     ids = token_ids(tokenizer, texts)
@@ -233,6 +235,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     """{file name: (caption, PNG)}; a picture without data is left out."""
     made: dict[str, tuple[str, bytes]] = {}
     what = trained_on(runs)
+    everyone, runs = runs, [run for run in runs if not run.diverged]
 
     def add(name: str, caption: str, draw, data, *extra) -> None:
         if data:
@@ -263,7 +266,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     norms = f"Infinity norm of activations by layer and place, {held_out}"
     add("norms", norms, plots.panels, layers("inf_norm"), "layer", "infinity norm")
 
-    emerging, watched = emergence_curves(runs)
+    emerging, watched = emergence_curves(everyone)
     growth = (
         f"Emergence: outliers during training, from before the first update on. {watched} texts evenly spread over the "
         "held-out split, unmasked, eval mode, padding left out, as in the analysis (mean of the layers; norms: the "
@@ -272,7 +275,9 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     add("emergence", growth, plots.panels, emerging, "step", dict(EMERGING.values()))
 
     curves = [
-        (run.arm, run.results["loss_history"], run.results["validation_loss_history"]) for run in runs if run.results
+        (run.arm + " (diverged)" * run.diverged, run.results["loss_history"], run.results["validation_loss_history"])
+        for run in everyone
+        if run.results
     ]
     add("loss", "Training and held-out loss, one curve a run", plots.loss, curves)
 
@@ -312,24 +317,38 @@ def emergence_curves(runs: list[Run]) -> tuple[dict[str, list[tuple]], str]:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def analysis(runs: list[Run], warned: list[str], compared: dict, sequences: int, data_dir: Path) -> dict:
+def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, data_dir: Path) -> dict:
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + [FFN, "output"])
+    compared = found[0].compared if found else {}
     return {
         "git": git_state(),
+        "record": is_record(runs),
         "versions": versions(),
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
         "notes": warned,
-        "answer": answer(runs, compared),
+        "answer": answer(runs, found),
         "primary_metric": PRIMARY,
-        "comparisons": {arm: {metric: asdict(one) for metric, one in found.items()} for arm, found in compared.items()},
+        "comparisons": {arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in compared.items()},
+        "other_sets": [
+            {
+                "runs": [run.name for run in other.group.runs],
+                "steps": other.group.steps,
+                "comparisons": {
+                    arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in other.compared.items()
+                },
+            }
+            for other in found[1:]
+        ],
         "published": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in WEIGHTS + ACTIVATIONS}
         | {FFN: dict(zip(PUBLISHED, PUBLISHED_FFN, strict=True))},
         "runs": {
             run.name: {
                 "model": run.model,
                 "arm": run.arm,
+                "diverged": run.diverged,
+                "weights_sha256": run.digest,
                 "held_out_tokens": run.tokens,
                 "weights": {suffix: layers(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
                 "activations_training": {suffix: layers(run.training, suffix) for suffix in modules},
@@ -342,6 +361,11 @@ def analysis(runs: list[Run], warned: list[str], compared: dict, sequences: int,
             for run in runs
         },
     }
+
+
+def is_record(runs: list[Run]) -> bool:
+    """Whether this analysis and all results it reads were made from unmodified checkouts, which can be looked up."""
+    return git_state()["dirty"] is False and not any(from_modified_tree(run) for run in runs)
 
 
 def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
@@ -395,18 +419,21 @@ def main(argv: list[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
 
     runs = find_runs(args.models, args.results_dir, args.models_dir)
+    refuse_duplicates(runs)
     texts = texts_of(args.data_dir, "validation", args.max_samples)
     calibration = texts_of(args.data_dir, "train", args.calibration_batches * CALIBRATION_SIZE)
-    for run in runs:
-        measure(run, texts, args.max_scored, calibration, args.batch_size)
+    for i, run in enumerate(runs):
+        if not run.diverged:
+            measure(run, texts, args.max_scored, calibration, args.batch_size)
+        refuse_copies(runs[: i + 1])
     warned = notes(runs, args.data_dir)
-    compared = comparisons(runs)
-    made = pictures(runs, len(texts))
+    found = findings(runs)
+    made = pictures(headline(runs), len(texts))
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, compared, len(texts), args.data_dir, args.calibration_batches, captions)
+    text = report(runs, warned, found, len(texts), args.data_dir, args.calibration_batches, captions, is_record(runs))
     print(text)
 
-    write_json(args.results_dir / "analysis.json", analysis(runs, warned, compared, len(texts), args.data_dir))
+    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts), args.data_dir))
     images = {name: picture for name, (_, picture) in made.items()}
     for name, picture in images.items():
         write(args.results_dir / name, picture)

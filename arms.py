@@ -7,15 +7,21 @@ from transformers.activations import ACT2FN
 
 from packing import keep_masked_positions
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
+from tables import shortest
 
 # The published architecture; with a vocabulary of 52,032 it has 84M parameters. 514 positions are 512 tokens, because
 # RoBERTa counts them from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
 
 
+def arm_name(softmax_n: float) -> str:
+    """softmax0, softmax1, softmax0.5: different n never share a name."""
+    return f"softmax{shortest(softmax_n)}"
+
+
 def run_name(softmax_n: float, seed: int) -> str:
     """esperberto-softmax1, with the seed behind it when it is not the published 42."""
-    return f"esperberto-softmax{softmax_n:g}" + ("" if seed == 42 else f"-seed{seed}")
+    return f"esperberto-{arm_name(softmax_n)}" + ("" if seed == 42 else f"-seed{seed}")
 
 
 # What --config_overrides may change of RobertaConfig, and how a value is read. The rest is fixed by the data

@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import record
+from tables import shortest
 
 ENV_FILE = Path(__file__).parent / ".env"
 DATASET = "esperanto"
@@ -406,7 +407,7 @@ def model_card(repo: str, config: dict, results: dict | None) -> str:
         library_name="transformers",
         pipeline_tag="fill-mask",
         mask_token="<mask>",
-        tags=[OUR_TAG, "roberta", f"softmax{n:g}", "attention-is-off-by-one", *([TEST_TAG] if test else [])],
+        tags=[OUR_TAG, "roberta", f"softmax{shortest(n)}", "attention-is-off-by-one", *([TEST_TAG] if test else [])],
         datasets=[f"{namespace}/{DATASET}"],
         widget=[{"text": text} for text in WIDGETS],
         model_name=run,
@@ -429,10 +430,10 @@ def model_card(repo: str, config: dict, results: dict | None) -> str:
         nature = "with ordinary softmax attention: the control arm of the experiment. It is a plain RoBERTa."
         trust = ""
     else:
-        name = "softmax1" if n == 1 else f"softmax_n, n = {n:g}"
+        name = "softmax1" if n == 1 else f"softmax_n, n = {shortest(n)}"
         nature = (
-            f"whose attention is {name}, exp(x_i) / ({n:g} + sum_j exp(x_j)) in place of softmax, so that an attention "
-            "head may attend to nothing."
+            f"whose attention is {name}, exp(x_i) / ({shortest(n)} + sum_j exp(x_j)) in place of softmax, so that an "
+            "attention head may attend to nothing."
         )
         trust = ", trust_remote_code=True"
     sections = [
@@ -487,7 +488,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
 
 transformers 5.0 or later. `softmax1.py`, one file of this repository that imports only torch and transformers, is the
 code that `trust_remote_code=True` runs: read it first. Without it loading fails, and so does loading with a stock
-RoBERTa class: the weights would silently attend with softmax. `model.config.softmax_n` is {n:g}.
+RoBERTa class: the weights would silently attend with softmax. `model.config.softmax_n` is {shortest(n)}.
 `AutoModel`, `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load it for fine-tuning in the
 same way, and what they save keeps n."""
 
@@ -526,7 +527,7 @@ def recipe(results: dict | None) -> str:
     machine = f"{shown(look_up(results, 'hardware.count'))} x {shown(look_up(results, 'hardware.name'))}"
     dirty = " with uncommitted changes" if look_up(results, "git.dirty") else ""
     rows = {
-        "n of softmax_n; seed": f"{results['softmax_n']:g}; {shown(results.get('seed'))}",
+        "n of softmax_n; seed": f"{shortest(results['softmax_n'])}; {shown(results.get('seed'))}",
         "objective": f"masked LM, {shown(settings.get('mlm_probability'), '.0%')} of the tokens (80/10/10)",
         "steps; effective batch": f"{shown(look_up(results, 'training.steps'), ',')}; "
         f"{shown(results.get('effective_batch_size'))}",

@@ -1,59 +1,170 @@
-"""Runs in pairs: what differs between two arms that share seed, text, tokenizer and steps, and how sure that is.
+"""Paired differences: how two arms that share seed, text, tokenizer and steps differ in a metric, and how sure that is.
 
 Paired by seed, because both arms of a seed start from the same weights and see the same batches and masks; what is left
-of the difference is the arm's own.
+of the difference is the arm's own. Which runs may be paired is decided in sets.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 
 CONFIDENCE = 0.95
+POWER = 0.8  # of the smallest effect that the pairs could have shown
 TEST = "paired two-sided t-test over seeds"
+SIGN_TEST = "exact two-sided sign test over seeds"
 
 
 @dataclass
 class Comparison:
-    """One metric in two arms. `std` is the sample standard deviation over seeds; None where there is one pair."""
+    """One metric in two arms, by pairs. What could not be computed is None.
+
+    A value that is NaN or infinite is worse than any finite one. Where there is one, `test` is the sign test, and
+    means, deviations and intervals that it would enter are None.
+    """
 
     pairs: int
-    baseline_mean: float
-    baseline_std: float | None
-    mean: float
+    seeds: list[int]  # of the pairs
+    confidence: float  # of every interval here but low90 and high90; above CONFIDENCE after a correction
+    baseline_mean: float | None
+    baseline_std: float | None  # sample standard deviation over seeds
+    mean: float | None
     std: float | None
-    difference: float  # mean of (arm - baseline) over the pairs
-    low: float | None  # of the interval of CONFIDENCE for it
-    high: float | None
-    p: float | None
+    difference: float | None  # mean of (arm - baseline) over the pairs
+    baseline_upper: float | None  # upper end of the interval of the baseline's own mean (one-sample t)
+    upper: float | None  # the same of the arm
+    baseline_not_finite: list[int]  # seeds whose value is NaN or infinite in the baseline
+    not_finite: list[int]  # and in the arm
+    lower: int  # pairs in which the arm is below the baseline
+    higher: int
+    ties: int  # equal, or not finite in both
+    low: float | None = None  # of the interval for the difference
+    high: float | None = None
+    low90: float | None = None  # of the interval of the equivalence test (two one-sided tests)
+    high90: float | None = None
+    p: float | None = None
+    test: str | None = None
+    detectable: float | None = None  # smallest |mean difference| that this many pairs of this spread show at POWER
+    texts_low: float | None = None  # of the bootstrap interval over texts, where answer.py has made one
+    texts_high: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        return not self.baseline_not_finite and not self.not_finite
 
 
-def compare(baseline: dict[int, float], arm: dict[int, float]) -> Comparison | None:
-    """Compare the seeds that both arms have; None where there is no such seed, or a value is missing or not finite.
+def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tests: int = 1) -> Comparison | None:
+    """Compare the seeds that both arms have; None where there is no such seed.
 
-    The interval is Student's, for the mean of the paired differences: it takes the differences for Gaussian, and with
-    two pairs (one degree of freedom, t = 12.7) says little.
+    All values finite: Student's interval for the mean of the paired differences. It takes the differences for Gaussian,
+    and with two pairs (one degree of freedom, t = 12.7) says little. With one pair, or where all differences are equal,
+    there is no interval and no test. A value that is not finite: exact two-sided sign test over the pairs without ties.
 
     Args:
-        baseline, arm: {seed: value of the metric}.
+        baseline, arm: {seed: value of the metric}, None where it was not measured, which leaves that seed out.
+        tests: number of comparisons that share the error of 5 % (Bonferroni): the level of each is 5 % / tests.
     """
-    seeds = sorted(baseline.keys() & arm.keys())
+    seeds = sorted(
+        seed for seed in baseline.keys() & arm.keys() if baseline[seed] is not None and arm[seed] is not None
+    )
+    if not seeds:
+        return None
     before = np.array([baseline[seed] for seed in seeds], dtype=float)
     after = np.array([arm[seed] for seed in seeds], dtype=float)
-    if not seeds or not np.isfinite([before, after]).all():
-        return None
-    difference = float((after - before).mean())
-    if len(seeds) == 1:
-        return Comparison(1, float(before[0]), None, float(after[0]), None, difference, None, None, None)
-    if np.ptp(after - before) == 0:  # scipy divides by the spread: no spread, no doubt
-        low, high, p = difference, difference, 1.0 if difference == 0 else 0.0
-    else:
-        test = scipy.stats.ttest_rel(after, before)
-        low, high = map(float, test.confidence_interval(CONFIDENCE))
-        p = float(test.pvalue)
-    spread = float(before.std(ddof=1)), float(after.std(ddof=1))
-    return Comparison(
-        len(seeds), float(before.mean()), spread[0], float(after.mean()), spread[1], difference, low, high, p
+    level = (1 - CONFIDENCE) / tests
+    ranks = np.sign(np.where(np.isfinite(after), 0, 1) - np.where(np.isfinite(before), 0, 1))
+    both = np.isfinite(before) & np.isfinite(after)
+    ranks[both] = np.sign(after[both] - before[both])
+    found = Comparison(
+        pairs=len(seeds),
+        seeds=seeds,
+        confidence=1 - level,
+        **dict(zip(("baseline_mean", "baseline_std", "baseline_upper"), _own(before, level), strict=True)),
+        **dict(zip(("mean", "std", "upper"), _own(after, level), strict=True)),
+        difference=float((after - before).mean()) if both.all() else None,
+        baseline_not_finite=[seed for seed, value in zip(seeds, before, strict=True) if not np.isfinite(value)],
+        not_finite=[seed for seed, value in zip(seeds, after, strict=True) if not np.isfinite(value)],
+        lower=int((ranks < 0).sum()),
+        higher=int((ranks > 0).sum()),
+        ties=int((ranks == 0).sum()),
     )
+    if len(seeds) > 1 and not both.all():
+        found.test = SIGN_TEST
+        decided = found.lower + found.higher
+        found.p = float(scipy.stats.binomtest(found.lower, decided).pvalue) if decided else 1.0
+    elif len(seeds) > 1 and _spread(after - before, max(np.abs(before).max(), np.abs(after).max())):
+        _student(found, after - before, level)
+    return found
+
+
+def _own(values: np.ndarray, level: float) -> tuple[float | None, float | None, float | None]:
+    """Mean, sample standard deviation, upper end of the two-sided interval of the mean; None where there is none."""
+    if not np.isfinite(values).all():
+        return None, None, None
+    if len(values) == 1:
+        return float(values[0]), None, None
+    mean, std = float(values.mean()), float(values.std(ddof=1))
+    if not _spread(values):
+        return mean, std, None
+    half = scipy.stats.t.ppf(1 - level / 2, len(values) - 1) * std / math.sqrt(len(values))
+    return mean, std, float(mean + half)
+
+
+def _spread(values: np.ndarray, size: float = 0.0) -> bool:
+    """Whether values differ by more than the rounding of float64 in numbers of that size, or of their own."""
+    rounding = 8 * np.finfo(float).eps * max(np.abs(values).max(), size)
+    return bool(np.ptp(values) > rounding)
+
+
+def _student(found: Comparison, differences: np.ndarray, level: float) -> None:
+    test = scipy.stats.ttest_1samp(differences, 0)  # which is the paired t-test
+    found.test, found.p = TEST, float(test.pvalue)
+    found.low, found.high = map(float, test.confidence_interval(1 - level))
+    # Two one-sided tests at `level` each: the difference is inside a margin where this interval is.
+    found.low90, found.high90 = map(float, test.confidence_interval(1 - 2 * level))
+    found.detectable = detectable_effect(len(differences), float(differences.std(ddof=1)), level)
+
+
+def detectable_effect(pairs: int, std: float, level: float = 1 - CONFIDENCE) -> float:
+    """The smallest mean difference that a two-sided paired t-test shows with a probability of POWER.
+
+    The power is that of the noncentral t distribution with noncentrality effect / (std / sqrt(pairs)) (Cohen 1988,
+    "Statistical Power Analysis for the Behavioral Sciences", chapter 2).
+
+    Args:
+        pairs: their number, >= 2.
+        std: sample standard deviation of the paired differences, in the metric's unit, as is the result.
+        level: of the test.
+    """
+    freedom = pairs - 1
+    critical = scipy.stats.t.ppf(1 - level / 2, freedom)
+    # A noncentral t is (Z + noncentrality) / s with s^2 chi-squared over its degrees of freedom. Integrated over the
+    # quantiles of s, because scipy's own distribution function gives NaN for few degrees of freedom.
+    quantiles = np.sqrt(scipy.stats.chi2.ppf((np.arange(4096) + 0.5) / 4096, freedom) / freedom)
+
+    def missing(noncentrality: float) -> float:
+        right = scipy.stats.norm.cdf(noncentrality - critical * quantiles)
+        wrong_sign = scipy.stats.norm.cdf(-noncentrality - critical * quantiles)
+        return float((right + wrong_sign).mean()) - POWER
+
+    return float(scipy.optimize.brentq(missing, 0, 10 * critical) * std / math.sqrt(pairs))
+
+
+def percent(confidence: float) -> str:
+    """95%, 97.5%, 98.3%."""
+    return f"{100 * confidence:.3g}%"
+
+
+def no_interval(one: Comparison) -> str | None:
+    """Why a comparison has no interval, in words; None where it has one."""
+    if one.low is not None:
+        return None
+    if not one.finite:
+        count = len({*one.not_finite, *one.baseline_not_finite})
+        said = f"not a number in {count} of {one.pairs} pairs"
+        return said if one.p is None else f"{said}; sign test, p = {one.p:.2g}"
+    return "one pair: no interval" if one.pairs == 1 else f"no spread over {one.pairs} pairs"

@@ -12,12 +12,13 @@ import re
 import markdown
 import numpy as np
 
-from answer import BASELINE, GLANCE, METRICS, PRIMARY, answer
+from answer import GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer
 from outliers import EMBEDDINGS, IDLE, LOGITS, OUTLIER, PLACES, SINK, TOKEN_CLASSES
-from pairs import CONFIDENCE, TEST, Comparison
+from pairs import TEST, Comparison, no_interval, percent
 from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import Run, arms, by_layer, look_up
-from tables import duration, figure, machine, number, plus_minus, spread, table
+from sets import BASELINE, comparison_sets, headline
+from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
 
 MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
 
@@ -76,8 +77,24 @@ def summary(runs: list[Run]) -> list[list[str]]:
     def ours(key: str, show=number) -> list[str]:
         return [show(look_up(run.results, key)) if run.results else "–" for run in runs]
 
+    extra = []
+    sets = comparison_sets(runs)
+    if len(sets) > 1:
+        names = {run: str(i) + " (headline)" * (i == 1) for i, one in enumerate(sets, start=1) for run in one.runs}
+        extra.append(["comparison set", "–", "–", *(names.get(run, "–") for run in runs)])
+    if any(run.diverged for run in runs):
+        state = [
+            f"diverged at step {run.results['diverged']['step']:,}"
+            if run.diverged
+            else "complete"
+            if run.results
+            else "–"
+            for run in runs
+        ]
+        extra.append(["training", "complete", "complete", *state])
     return [
-        ["softmax_n", "0", "1", *ours("softmax_n", "{:g}".format)],
+        *extra,
+        ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
         ["seed", "42", "42", *ours("seed", str)],
         ["steps", "285,899", "285,899", *ours("training.steps", "{:,}".format)],
         ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,}".format)],
@@ -98,21 +115,25 @@ def last(history: list[list]) -> str:
 
 
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
+    """A row a metric: both arms, the paired difference, its interval over seeds and, of gaps, that over texts."""
+
+    def own(mean: float | None, std: float | None, lost: list[int], pairs: int) -> str:
+        return f"not a number in {len(lost)} of {pairs}" if lost else spread(mean, std)
+
     rows = []
-    for key in keys:
-        if key in compared:
-            one = compared[key]
-            interval = "one pair: no interval" if one.low is None else f"{figure(one.low)} to {figure(one.high)}"
-            rows.append(
-                [
-                    f"**{METRICS[key][0]}**" if key == PRIMARY else METRICS[key][0],
-                    spread(one.baseline_mean, one.baseline_std),
-                    spread(one.mean, one.std),
-                    figure(one.difference),
-                    interval,
-                ]
-            )
-    return table(["", BASELINE, arm, "difference", f"{CONFIDENCE:.0%} interval"], rows)
+    for one, key in ((compared[key], key) for key in keys if key in compared):
+        rows.append(
+            [
+                f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
+                own(one.baseline_mean, one.baseline_std, one.baseline_not_finite, one.pairs),
+                own(one.mean, one.std, one.not_finite, one.pairs),
+                figure(one.difference),
+                no_interval(one) or f"{figure(one.low)} to {figure(one.high)}",
+                "–" if one.texts_low is None else f"{figure(one.texts_low)} to {figure(one.texts_high)}",
+            ]
+        )
+    level = percent(next(iter(compared.values())).confidence)
+    return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
 
 
 def damage_table(runs: list[Run]) -> str:
@@ -220,65 +241,207 @@ def weights_table(runs: list[Run]) -> str:
         "LayerNorm": r"layer\.\d+\..*LayerNorm\.weight$",
         "word embeddings": r"word_embeddings\.weight$",
     }
+    columns = (("kurtosis", np.mean), ("inf_norm", np.max), ("int8_error", np.max), ("int4_error", np.max))
     rows = []
     for label, pattern in kinds.items():
         for arm, found in arms(runs).items():
+            measured = [run for run in found if not run.diverged]
             row = [f"{label}, {arm}"]
-            for key, pick in (
-                ("kurtosis", np.mean),
-                ("inf_norm", np.max),
-                ("int8_error", np.max),
-                ("int4_error", np.max),
-            ):
+            for key, pick in columns:
                 values = [
                     [one[key] for name, one in run.weights.items() if re.search(pattern, name) and key in one]
-                    for run in found
+                    for run in measured
                 ]
                 scale = 100 if key.endswith("error") else 1
-                row.append(figure(float(np.mean([pick(one) for one in values])) * scale) if all(values) else "–")
+                mean = float(np.mean([pick(one) for one in values])) * scale if values and all(values) else None
+                row.append(figure(mean) if measured else "diverged")
             rows.append(row)
     return table(["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"], rows)
 
 
-# Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, table 2.
+# Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, clipped softmax with gamma = -0.03.
+# ± as they give it: over two trained models, each quantized three times.
 QUALCOMM = {
-    "BERT-base, softmax (published)": ("4.49", "735", "3,076", "1,294"),
-    "BERT-base, clipped softmax (published)": ("4.41", "20", "80", "4.55"),
+    "BERT-base, softmax (published)": ("4.49 ± 0.01", "735 ± 55", "3,076 ± 262", "1,294 ± 1,046"),
+    "BERT-base, clipped softmax (published)": ("4.41 ± 0.01", "20 ± 1", "80 ± 6", "4.55 ± 0.01"),
 }
 
 
-def scheme(run: Run, name: str, key: str) -> float:
-    """A figure of one quantization scheme; NaN where it was not measured."""
-    return run.damage["schemes"].get(name, {}).get(key, np.nan)
-
-
 def qualcomm_table(runs: list[Run]) -> str:
+    def over_runs(values: list[float]) -> str:
+        if not np.isfinite(values).all():
+            return f"not a number in {int((~np.isfinite(values)).sum())} of {len(values)}"
+        return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+    def perplexities(found: list[Run], name: str) -> str:
+        values = [run.damage["schemes"][name]["perplexity"] for run in found if name in run.damage["schemes"]]
+        return over_runs(values) if values else "–"
+
+    def places(found: list[Run], names: tuple[str, ...], statistic: str, pick=np.mean, shift: float = 0.0) -> str:
+        values = [np.mean([mean_of([run], place, statistic, pick) for place in names]) + shift for run in found]
+        return "–" if np.isnan(values).all() else over_runs(values)
+
     rows = [[name, *cells] for name, cells in QUALCOMM.items()]
     for arm, found in arms(runs).items():
-        kurtosis = np.mean([mean_of(found, place, "kurtosis_sequence") for place in ("ffn_output", "ffn_layernorm")])
-        rows.append(
-            [
-                arm,
-                figure(float(np.mean([run.damage["schemes"]["float32"]["perplexity"] for run in found]))),
-                figure(mean_of(found, "ffn_output", "inf_norm", np.max)),
-                figure(kurtosis + 3),
-                figure(float(np.mean([scheme(run, "w8a8_static", "perplexity") for run in found]))),
-            ]
-        )
+        measured = [run for run in found if not run.diverged]
+        cells = [
+            perplexities(measured, "float32"),
+            places(measured, ("ffn_output",), "inf_norm", np.max),
+            places(measured, ("ffn_output", "ffn_layernorm"), "kurtosis_sequence", shift=3.0),
+            perplexities(measured, "w8a8_static"),
+        ]
+        rows.append([arm, *(cells if measured else ["diverged"] * 4)])
     return table(["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity"], rows)
 
 
-def report(
-    runs: list[Run],
-    warned: list[str],
-    compared: dict,
-    sequences: int,
-    data_dir,
-    calibration_batches: int,
-    pictures: dict[str, str],
-) -> str:
-    """The whole report as Markdown; `pictures` is {file name: caption}, shown behind the answer."""
-    columns = [*PUBLISHED, *(run.name for run in runs)]
+# ----------------------------------------------------------------------------------------------- sections of the report
+
+
+def spread_said(runs: list[Run]) -> str:
+    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs if not run.diverged}))
+    return (
+        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
+        "seed a column, so ± is no interval over seeds."
+    )
+
+
+def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
+    tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs if not run.diverged}))
+    return (
+        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
+        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
+        f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
+        f"(evenly spread over the validation split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+    )
+
+
+def scored_said(runs: list[Run]) -> str:
+    return " / ".join(
+        sorted(
+            {f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs}
+        )
+    )
+
+
+def set_tables(finding: Finding, keys) -> list[str]:
+    """A table for every arm of a set, and under it what its intervals are."""
+    parts = []
+    for arm, one in finding.compared.items():
+        some = next(iter(one.values()))
+        over = (
+            "One pair of runs: no interval over seeds."
+            if some.pairs == 1
+            else f"Mean ± sample standard deviation over {some.pairs} seeds; interval: {TEST}."
+        )
+        if arm != PRIMARY_ARM:
+            over = f"Exploratory. {over}"
+            if (others := sum(name != PRIMARY_ARM for name in finding.compared)) > 1:
+                over += f" Corrected for {others} exploratory arms (Bonferroni)."
+        parts += [comparison_table(one, arm, keys), f"*{over}*"]
+    return parts
+
+
+def opening(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, record: bool) -> list[str]:
+    """Question, answer, the headline's comparison at a glance, notes."""
+    others = ", ".join(found[0].compared) if found else ""
+    glance = set_tables(found[0], GLANCE) if found else []
+    measured = [run for run in runs if not run.diverged]
+    if glance:
+        glance.append(
+            "*In bold the one metric that was named beforehand; the others explain it and are not corrected for their "
+            f"number. n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
+            "interval over texts is a bootstrap: how far the difference depends on which texts were scored.*"
+        )
+    return [
+        "# Does softmax_n remove outliers and rescue quantization?",
+        *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
+        f'**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
+        f"extremes, and that an attention that may attend to nothing ({others or 'softmax1'}) does not. Does 8-bit "
+        "quantization with static ranges, which extremes break, then cost less?",
+        f"**Answer.** {answer(runs, found)}",
+        *glance,
+        *(f"**Note.** {line}" for line in warned),
+    ]
+
+
+def summary_section(runs: list[Run]) -> list[str]:
+    return [
+        "## Summary of the runs",
+        table(["", *PUBLISHED, *(run.title for run in runs)], summary(runs)),
+        f"*n = 1 run a column. Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged one is the "
+        "mean over the last logging window; the held-out loss has the same masks in every run. Published: EsperBERTo "
+        "(2023), one seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.*",
+    ]
+
+
+def comparisons_section(found: list[Finding]) -> list[str]:
+    if not found:
+        return []
+    parts = ["## All comparisons"]
+    for i, finding in enumerate(found):
+        if i:
+            parts.append(f"### Another set of {len(finding.group.runs)} runs, {finding.group.steps:,} steps")
+        parts += set_tables(finding, METRICS)
+    return [
+        *parts,
+        "*Exploratory but for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better except "
+        "for the sink rates, the null mass and the idle heads, which are neither.*",
+    ]
+
+
+def damage_section(runs: list[Run], calibration_batches: int) -> list[str]:
+    return [
+        "## Quantization damage",
+        damage_table(runs),
+        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
+        f"{scored_said(runs)}. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
+        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} "
+        "batches), arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of "
+        f"weights. W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some "
+        "of the texts.*",
+    ]
+
+
+def arms_sections(runs: list[Run]) -> list[str]:
+    """The tables of arms, made of one set of runs that agree; a run that diverged was not measured."""
+    measured = [run for run in runs if not run.diverged]
+    parts = [
+        "## Beside others' figures",
+        qualcomm_table(runs),
+        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
+        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
+        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
+        "column does (Bondarenko et al., NeurIPS 2023; their ±: two models, each quantized three times). Ours: mean ± "
+        "sample standard deviation over the runs of an arm.*",
+    ]
+    if measured:
+        parts += [
+            "## Activations by place",
+            places_table(measured),
+            "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
+            "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
+            "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
+            "## First token, separators, punctuation",
+            classes_table(measured),
+            "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; "
+            "mean and maximum over the runs of an arm.*",
+            "## Attention",
+            attention_table(measured),
+            f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
+            "attention (Gu et al. 2025); idle: what goes to the first token, separators, punctuation or nowhere.*",
+        ]
+    return [
+        *parts,
+        "## Weights",
+        weights_table(runs),
+        "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
+        "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+    ]
+
+
+def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
+    """The published tables, ours beside them, a column a run."""
+    columns = ["excess kurtosis", *PUBLISHED, *(run.title for run in runs)]
     weights = [
         [label, *published, *(plus_minus(by_layer(run.weight_kurtosis, suffix)) for run in runs)]
         for label, suffix, *published in WEIGHTS
@@ -290,112 +453,62 @@ def report(
         [f"{label}, held-out", "–", "–", *(plus_minus(by_layer(run.held_out, suffix)) for run in runs)]
         for label, suffix, *_ in ACTIVATIONS
     ]
-    depth = max(6, *(len(by_layer(run.held_out, FFN)) for run in runs))
+    return [
+        "## Weights of attention.output, as published",
+        table(columns, weights),
+        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained_on(runs)}): "
+        f"{spread_said(runs)}*",
+        "## Activations of attention.output, as published",
+        table(columns, activations),
+        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs)} The dropout row carries no "
+        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the "
+        "identity.*",
+    ]
+
+
+def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
+    depth = max([6, *(len(by_layer(run.held_out, FFN)) for run in runs)])
     lead = [[f"{name}, training", *published] for name, published in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
     for run in runs:
         for when, kurtosis in (("training", run.training), ("held-out", run.held_out)):
             values = by_layer(kurtosis, FFN)
-            lead.append([f"{run.name}, {when}", *map(number, values), plus_minus(values)])
+            lead.append([f"{run.title}, {when}", *map(number, values), plus_minus(values)])
     for row in lead:
         row[-1:-1] = ["–"] * (depth + 2 - len(row))  # models of different depth
-
-    trained = trained_on(runs)
-    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs}))
-    tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs}))
-    scored = {
-        f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs
-    }
-    scored = " / ".join(sorted(scored))
-    spread_said = (
-        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
-        "seed a column, so ± is no interval over seeds."
-    )
-    definition = (
-        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
-        f"({trained}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences (evenly "
-        f"spread over the validation split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
-    )
-    others = ", ".join(arm for arm in arms(runs) if arm != BASELINE)
-    glance, everything = [], []
-    for arm, one in compared.items():
-        some = next(iter(one.values()))
-        glance.append(comparison_table(one, arm, GLANCE))
-        everything.append(comparison_table(one, arm, METRICS))
-        over = (
-            "One pair of runs: no interval."
-            if some.pairs == 1
-            else f"Mean ± sample standard deviation over {some.pairs} seeds; interval: {TEST}."
-        )
-        glance.append(
-            f"*{over} In bold the one metric that was named beforehand; the others explain it and are not corrected "
-            f"for their number. n = {sequences:,} held-out texts; losses: {scored}.*"
-        )
-    parts = [
-        "# Does softmax_n remove outliers and rescue quantization?",
-        f'**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
-        f"extremes, and that an attention that may attend to nothing ({others or 'softmax1'}) does not. Does 8-bit "
-        "quantization with static ranges, which extremes break, then cost less?",
-        f"**Answer.** {answer(runs, compared)}",
-        *glance,
-        *(f"**Note.** {line}" for line in warned),
-        *(f"![{caption}]({name})" for name, caption in pictures.items()),
-        "## Summary of the runs",
-        table(["", *columns], summary(runs)),
-        f"*n = 1 run a column. Ours: {trained}. Losses in nats per masked token; the last logged one is the mean over "
-        "the last logging window; the held-out loss has the same masks in every run. Published: EsperBERTo (2023), one "
-        "seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.*",
-    ]
-    if everything:
-        parts += [
-            "## All comparisons",
-            *everything,
-            f"*Exploratory but for the bold row: at {CONFIDENCE:.0%}, one in twenty intervals misses 0 by chance. "
-            "Lower is better except for the sink rates, the null mass and the idle heads, which are neither.*",
-        ]
-    parts += [
-        "## Quantization damage",
-        damage_table(runs),
-        f"*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; {scored}. "
-        "W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand "
-        f"on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} batches), "
-        "arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of weights. "
-        f"W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some of the "
-        "texts.*",
-        "## Beside others' figures",
-        qualcomm_table(runs),
-        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
-        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
-        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
-        "column does (Bondarenko et al., NeurIPS 2023). Ours: mean over the runs of an arm.*",
-        "## Activations by place",
-        places_table(runs),
-        "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
-        "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
-        "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
-        "## First token, separators, punctuation",
-        classes_table(runs),
-        "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; mean "
-        "and maximum over the runs of an arm.*",
-        "## Attention",
-        attention_table(runs),
-        f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
-        "attention (Gu et al. 2025); idle: what goes to the first token, separators, punctuation or nowhere.*",
-        "## Weights",
-        weights_table(runs),
-        "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
-        "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
-        "## Weights of attention.output, as published",
-        table(["excess kurtosis", *columns], weights),
-        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained}): {spread_said}*",
-        "## Activations of attention.output, as published",
-        table(["excess kurtosis", *columns], activations),
-        f"*{definition} Shown: {spread_said} The dropout row carries no information: with dropout 0.1 it is "
-        "(K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the identity.*",
+    return [
         "## A lead, not a result: the FFN output (output.dense), layer by layer",
         table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], lead),
-        f"*{definition} Last column: {spread_said} The published table leaves this module out, though the hypothesis "
-        "points at the residual stream and the FFN output; the published rows here come from its result files.*",
+        f"*{definition_said(runs, sequences, data_dir)} Last column: {spread_said(runs)} The published table leaves "
+        "this module out, though the hypothesis points at the residual stream and the FFN output; the published rows "
+        "here come from its result files.*",
+    ]
+
+
+def report(
+    runs: list[Run],
+    warned: list[str],
+    found: list[Finding],
+    sequences: int,
+    data_dir,
+    calibration_batches: int,
+    pictures: dict[str, str],
+    record: bool,
+) -> str:
+    """The whole report as Markdown; `pictures` is {file name: caption}, shown behind the answer.
+
+    `found` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
+    Tables with a column a run show all runs, tables of arms the headline's alone.
+    """
+    measured = [run for run in runs if not run.diverged]
+    parts = [
+        *opening(runs, warned, found, sequences, record),
+        *(f"![{caption}]({name})" for name, caption in pictures.items()),
+        *summary_section(runs),
+        *comparisons_section(found),
+        *(damage_section(measured, calibration_batches) if measured else []),
+        *arms_sections(headline(runs)),
+        *published_sections(runs, sequences, data_dir),
+        *lead_section(runs, sequences, data_dir),
     ]
     return "\n\n".join(parts) + "\n"
 

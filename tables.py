@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
+def shortest(n: float) -> str:
+    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001."""
+    return repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
+
+
 def figure(value: float | None) -> str:
     """A number with about three significant digits, and a dash for none."""
     if value is None or np.isnan(value):
@@ -12,6 +17,8 @@ def figure(value: float | None) -> str:
     size = abs(value)
     if size >= 1e6:
         return f"{value:.2e}"
+    if 0 < size < 5e-4:  # an end of an interval is not to look like 0
+        return f"{value:.1e}"
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4}f}"
 
 

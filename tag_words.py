@@ -40,7 +40,7 @@ from transformers import (
 )
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
-from pairs import CONFIDENCE, TEST, compare
+from pairs import CONFIDENCE, TEST, compare, no_interval
 from record import git_state, hardware, one_line, sha256, versions, write_json
 
 SPLIT_SEED = 0  # of training, development and test: the same for every model and seed
@@ -249,7 +249,7 @@ def report(found: list[dict]) -> str:
         baseline = next((name for name in arms if name.endswith("softmax0") and name != arm), None)
         if baseline and (one := compare(arms[baseline], scores)):
             interval = (
-                "one pair: no interval"
+                no_interval(one)
                 if one.low is None
                 else f"{CONFIDENCE:.0%} interval {one.low:+.2f} to {one.high:+.2f}, {TEST}, n = {one.pairs}"
             )

@@ -26,12 +26,13 @@ from transformers import (
 
 import analyze_kurtosis
 from analyze_kurtosis import EMERGING, pictures
-from answer import GLANCE, METRICS, PRIMARY, answer, comparisons
+from answer import GLANCE
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
 from outliers import weight_excess_kurtosis
 from packing import MaskedLMCollator
 from report import html_page
-from runs import Run, by_layer, find_runs, notes, paired
+from runs import Run, by_layer, find_runs
+from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, plus_minus, table
 
@@ -60,11 +61,11 @@ def results_of(model, name, softmax_n):
         "test_pipeline": False,
         "effective_batch_size": 16,
         "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
+        "emergence_texts": 64,
         "emergence": [
             {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING}}
             for step in (0, 1000, 3000)
         ],
-        "emergence_texts": 64,
         "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
         "dataset": {"sources": ["a", "b", "c", "d"], "train_samples": 1000, "sha256": "d" * 64},
         "tokenizer": {"entries": 300, "sha256": "e" * 64},
@@ -192,9 +193,11 @@ def test_report_of_two_runs(workplace, capsys):
     assert "a, b, c and 1 more (1,000 samples), 1 × NVIDIA H200" in text
 
     # One pair: figures, but no interval and no conclusion.
-    assert "**Answer.** Open: in one pair of runs" in text and "nothing can be concluded about softmax1" in text
+    assert (
+        "**Answer.** Open: one pair (seed 42), no test." in text and "Nothing can be concluded about softmax1" in text
+    )
     glance = rows(text.partition("![")[0])
-    assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval"]
+    assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval over seeds", "95% interval over texts"]
     assert glance["null mass, mean of heads, %"][3] == "one pair: no interval"
     assert len(glance) == 2 + len(GLANCE)  # header and rule
     assert text.index("**Answer.**") < text.index("![") < text.index("## Summary")
@@ -269,6 +272,63 @@ def test_results_without_emergence_are_analysed(workplace):
     assert "emergence.png" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
+def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
+    """Neither ends the analysis, neither is dropped: a picture, a table and a sentence for each."""
+    results = json.loads(results_file(workplace).read_text())
+    del results["activation_excess_kurtosis"], results["weight_excess_kurtosis"]
+    results |= {
+        "seed": 43,
+        "status": "diverged",
+        "diverged": {"step": 1200, "loss": None},
+        "emergence_texts": 64,
+        "emergence": [],
+    }
+    results |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}, "validation_loss_history": []}
+    results["training"] |= {"steps": 1200, "samples": 19200, "loss_mean": None}
+    results["validation"] |= {"loss": None, "perplexity": None}
+    results["loss_history"] = [[1, 10.9], [1000, 5.0], [1200, None]]
+    (workplace / "results" / "esperberto-softmax1-seed43.json").write_text(json.dumps(results))
+    measure_damage = analyze_kurtosis.measure_damage
+
+    def overflowing(model, *rest, **keywords):
+        found = measure_damage(model, *rest, **keywords)
+        if model.config.model_type == "roberta":
+            found["schemes"]["w8a8_static"] |= {"loss": math.nan, "perplexity": math.inf, "gap": math.nan}
+        return found
+
+    monkeypatch.setattr(analyze_kurtosis, "measure_damage", overflowing)
+    monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": "c", "dirty": False})
+    analyse(workplace)
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    assert "softmax0's loss after quantization is not a number in the one pair (seed 42)" in text
+    assert "seed 43: softmax1 diverged at step 1,200" in text and "not a record" not in text
+    assert rows(text, "Summary of the runs")["training"][2:] == ["complete", "complete", "diverged at step 1,200"]
+    found = strict_json(workplace / "results" / "analysis.json")
+    assert found["record"] is True and found["runs"]["esperberto-softmax1-seed43"]["diverged"] is True
+    primary = found["comparisons"]["softmax1"]["w8a8_static_gap"]
+    assert (primary["baseline_not_finite"], primary["lower"], primary["difference"]) == ([42], 1, None)
+
+
+def test_copies_of_a_model_are_refused(workplace):
+    shutil.copytree(model_folder(workplace), workplace / "models" / "esperberto-softmax1-seed43")
+    copied = {**json.loads(results_file(workplace).read_text()), "seed": 43}
+    (workplace / "results" / "esperberto-softmax1-seed43.json").write_text(json.dumps(copied))
+    with pytest.raises(
+        SystemExit, match=r"esperberto-softmax1 \(seed 42\) and .*-seed43 \(seed 43\) have the same weights"
+    ):
+        analyse(workplace)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [(False, False, True), (False, ..., True), (True, False, False), (None, False, False), (False, True, False)],
+)
+def test_what_a_modified_tree_made_is_no_record(monkeypatch, ours, theirs, expected):
+    monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": None, "dirty": ours})
+    results = {} if theirs is ... else {"git": {"commit": "c", "dirty": theirs}}
+    assert analyze_kurtosis.is_record([Run("a", "a", results), Run("b", "b", None)]) is expected
+
+
 def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     analyse(workplace)
     analysis = strict_json(workplace / "results" / "analysis.json")
@@ -334,12 +394,15 @@ def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplac
     here = workplace / "models" / "esperberto-softmax0"
     there = workplace / "other" / "esperberto-softmax0"
     shutil.copytree(here, there)
-    analyse(workplace, str(here), str(there))
-    header = rows(capsys.readouterr().out, "Summary of the runs")[""]
-    assert header[2:] == [str(here), str(there)]
     analyse(workplace, f"{here}/")
     table_rows = rows(capsys.readouterr().out, "Summary of the runs")
     assert table_rows[""][2:] == ["esperberto-softmax0"] and table_rows["held-out loss"][2:] == ["3.30"]
+    with pytest.raises(SystemExit, match="both softmax0 with seed 42"):  # one results file cannot be that of both
+        analyse(workplace, str(here), str(there))
+    (workplace / "results" / "esperberto-softmax0.json").unlink()
+    analyse(workplace, str(here), str(there))
+    header = rows(capsys.readouterr().out, "Summary of the runs")[""]
+    assert header[2:] == [str(here), str(there)]
 
 
 def test_an_earlier_report_survives_a_failed_write(workplace):
@@ -351,53 +414,13 @@ def test_an_earlier_report_survives_a_failed_write(workplace):
     assert report.read_text() == "earlier"
 
 
-# -------------------------------------------------------------------------------------------------------------- answer
-
-
-def measured(n, seed, gap, loss=3.0, **settings):
-    """A run as the answer needs it."""
-    results = {"softmax_n": n, "seed": seed, "test_pipeline": False, "dataset": {"sha256": "d"}, **settings}
-    results |= {"tokenizer": {"sha256": "t"}, "training": {"steps": 9}, "effective_batch_size": 16}
-    schemes = {"float32": {"loss": loss, "gap": 0.0}, "w8a8_static": {"loss": loss + gap, "gap": gap}}
-    return Run(f"softmax{n}-{seed}", "", results, damage={"schemes": schemes})
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
-        ([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], "Softmax1 makes quantization less harmful here: over 3 pairs"),
-        ([1.0, 1.2, 1.1], [2.0, 2.1, 2.2], "Softmax1 makes quantization more harmful here: over 3 pairs"),
-        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5], "No difference is shown: over 3 pairs"),
-        ([0.500, 0.601, 0.700], [0.495, 0.596, 0.695], "A difference is shown, but one too small to matter"),
-        ([0.002, 0.002, 0.001], [-0.001, -0.001, -0.002], "There is nothing to rescue, quantization harms neither arm"),
-        ([2.0], [1.0], "Open: in one pair of runs static W8A8 quantization costs softmax1 1.00 nats"),
-    ],
-)
-def test_the_answer_says_what_the_numbers_say(before, after, said):
-    runs = [measured(n, seed, gap) for n, gaps in ((0, before), (1, after)) for seed, gap in enumerate(gaps)]
-    compared = comparisons(runs)
-    text = answer(runs, compared)
-    assert text.startswith(said)
-    one = compared["softmax1"][PRIMARY]
-    assert one.difference == pytest.approx(np.mean(after) - np.mean(before))
-    if len(before) > 1:
-        assert f"interval from {figure(one.low)} to {figure(one.high)}" in text and "p = " in text
-    assert set(compared["softmax1"]) <= set(METRICS)
-    assert "ffn_output_kurtosis" not in compared["softmax1"]  # these models have no such place
-
-
-def test_only_runs_that_agree_are_paired():
-    runs = [measured(0, 1, 1.0), measured(1, 1, 2.0), measured(0, 2, 1.0), measured(1, 2, 5.0, dtype="bfloat16")]
-    assert {arm: list(found) for arm, found in paired(runs).items()} == {"softmax0": [1, 2], "softmax1": [1]}
-    assert comparisons(runs)["softmax1"][PRIMARY].pairs == 1
-    assert comparisons(runs[:1]) == {} and answer(runs[:1], {}).startswith("None: there is no pair here")
-    runs[0].results["test_pipeline"] = True
-    assert answer(runs, comparisons(runs)).startswith("None: --test_pipeline made these runs")
+# ------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_figures_have_three_digits():
     values = (math.nan, None, 0.0, 0.00123, 0.123, -1.5, 12.34, 1234.5, 2.5e7)
     assert [figure(value) for value in values] == "– – 0.00 0.0012 0.12 -1.50 12.3 1,234 2.50e+07".split()
+    assert [figure(value) for value in (4e-5, -0.00049, math.inf)] == ["4.0e-05", "-4.9e-04", "inf"]
 
 
 def test_the_page_holds_its_pictures():
@@ -461,33 +484,6 @@ def pair(finished):
         return Run(name, f"models/{name}", results, weights)
 
     return one("esperberto-softmax0"), one("esperberto-softmax1")
-
-
-@pytest.mark.parametrize(
-    ("keys", "value", "said"),
-    [
-        (("dataset", "sha256"), "f" * 64, "differ in training text (esperberto-softmax0: dddd"),
-        (("tokenizer", "sha256"), "f" * 64, "differ in tokenizer"),
-        (("training", "steps"), 7, "differ in steps (esperberto-softmax0: 3000, esperberto-softmax1: 7)"),
-        (("seed",), 43, "Not every arm has seed 42, 43"),
-        (("settings", "learning_rate"), 1e-4, "differ in learning rate (esperberto-softmax0: 5e-05"),
-        (("effective_batch_size",), 8, "differ in effective batch size"),
-        (("test_pipeline",), True, "differ in --test_pipeline"),
-    ],
-)
-def test_runs_that_do_not_belong_together_are_named(finished, tmp_path, keys, value, said):
-    runs = pair(finished)
-    assert notes(runs, tmp_path) == []
-    *parents, last = keys
-    place = runs[1].results
-    for key in parents:
-        place = place[key]
-    place[last] = value
-    lines = notes(runs, tmp_path)
-    assert any(said in line for line in lines)
-    arms = paired(runs)
-    assert len(arms) == 1 or not set(arms["softmax0"]) & set(arms["softmax1"])  # they are not compared
-    assert any("only that the pipeline works" in line for line in lines) == (keys == ("test_pipeline",))
 
 
 def test_results_of_another_model_are_named(finished, tmp_path):

@@ -1,4 +1,4 @@
-"""Paired comparisons: by hand, and honest about few pairs."""
+"""Paired comparisons: by hand, and honest about few pairs and about what is no number."""
 
 import math
 
@@ -6,19 +6,26 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pairs import compare
+from pairs import SIGN_TEST, TEST, compare, detectable_effect, no_interval, percent
 
 
 def test_three_pairs_by_hand():
     found = compare({42: 1.0, 43: 2.0, 44: 4.0, 45: 9.0}, {44: 3.0, 43: 1.5, 42: 0.0, 99: 5.0})
     differences = np.array([-1.0, -0.5, -1.0])
-    assert found.pairs == 3 and found.difference == pytest.approx(differences.mean())
+    assert (found.pairs, found.seeds, found.test) == (3, [42, 43, 44], TEST)
+    assert found.difference == pytest.approx(differences.mean())
     assert found.baseline_mean == pytest.approx(7 / 3) and found.mean == pytest.approx(1.5)
     assert found.std == pytest.approx(1.5) and found.baseline_std == pytest.approx(np.std([1, 2, 4], ddof=1))
-    half = scipy.stats.t.ppf(0.975, 2) * differences.std(ddof=1) / math.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((differences.mean() - half, differences.mean() + half))
+    for share, low, high in ((0.975, found.low, found.high), (0.95, found.low90, found.high90)):
+        half = scipy.stats.t.ppf(share, 2) * differences.std(ddof=1) / math.sqrt(3)
+        assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half))
     t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
     assert found.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 2))
+    assert (found.lower, found.higher, found.ties) == (3, 0, 0)
+    # The upper ends of the arms' own intervals: a one-sample t-test of each.
+    own = scipy.stats.ttest_1samp([1, 2, 4], 0).confidence_interval(0.95)
+    assert found.baseline_upper == pytest.approx(own.high)
+    assert found.upper == pytest.approx(scipy.stats.ttest_1samp([0, 1.5, 3], 0).confidence_interval(0.95).high)
 
 
 def test_the_pairing_is_what_gives_power():
@@ -31,16 +38,60 @@ def test_one_pair_has_no_interval():
     found = compare({42: 1.0, 43: 7.0}, {42: 3.0})
     assert (found.pairs, found.difference) == (1, 2.0)
     assert found.low is found.high is found.p is found.std is found.baseline_std is None
+    assert found.upper is found.baseline_upper is found.detectable is found.test is None
+    assert no_interval(found) == "one pair: no interval"
 
 
-def test_no_pair_and_no_number_are_none():
+def test_no_pair_is_none_and_an_unmeasured_seed_is_no_pair():
     assert compare({42: 1.0}, {43: 1.0}) is None
-    assert compare({42: 1.0, 43: math.nan}, {42: 1.0, 43: 1.0}) is None
-    assert compare({42: math.inf}, {42: 1.0}) is None
+    assert compare({42: None}, {42: 1.0}) is None
+    assert compare({42: None, 43: 1.0}, {42: 1.0, 43: 2.0}).seeds == [43]
 
 
-def test_equal_differences_leave_no_doubt():
-    found = compare({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0})
-    assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
-    found = compare({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0})
-    assert (found.low, found.high, found.p) == (1.0, 1.0, 0.0)
+def test_what_is_no_number_is_ranked_and_never_dropped():
+    found = compare(
+        {1: math.nan, 2: math.inf, 3: 1.0, 4: math.nan, 5: 2.0, 6: 2.0}, {1: 1, 2: 9, 3: 2, 4: math.inf, 5: 1, 6: 2}
+    )
+    assert (found.lower, found.higher, found.ties) == (3, 1, 2)
+    assert found.baseline_not_finite == [1, 2, 4] and found.not_finite == [4]
+    assert found.test == SIGN_TEST and found.p == pytest.approx(2 * (1 + 4) / 16)  # 3 of 4, by hand
+    assert found.difference is found.low is found.low90 is found.mean is found.baseline_upper is None
+    assert no_interval(found) == "not a number in 3 of 6 pairs; sign test, p = 0.62"
+    one = compare({1: math.nan}, {1: 1.0})
+    assert (one.pairs, one.lower, one.p, one.test) == (1, 1, None, None)
+    both = compare({1: math.nan, 2: math.nan}, {1: math.nan, 2: math.nan})
+    assert (both.ties, both.p, both.baseline_upper) == (2, 1.0, None)
+
+
+def test_equal_differences_have_no_interval():
+    for after in ({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0}, {1: 1.1, 2: 2.1}):  # 1.1 - 1 and 2.1 - 2 differ by rounding
+        found = compare({1: 1.0, 2: 2.0}, after)
+        assert found.low is found.high is found.low90 is found.p is found.detectable is None
+        assert no_interval(found) == "no spread over 2 pairs"
+
+
+def test_bonferroni_widens_every_interval():
+    before, after = {1: 1.0, 2: 2.0, 3: 4.0}, {1: 0.0, 2: 1.5, 3: 3.0}
+    one, two = compare(before, after), compare(before, after, tests=2)
+    differences = [-1, -0.5, -1]
+    expected = scipy.stats.ttest_1samp(differences, 0)
+    assert (two.low, two.high) == pytest.approx(tuple(expected.confidence_interval(0.975)))
+    assert (two.low90, two.high90) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert two.upper > one.upper and two.detectable > one.detectable and two.p == one.p
+    assert percent(two.confidence) == "97.5%" and percent(one.confidence) == "95%"
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 12])
+def test_the_detectable_effect_is_shown_in_four_of_five_experiments(pairs):
+    """Against simulation: the test is run on random differences of that mean."""
+    effect = detectable_effect(pairs, 0.3)
+    draws = np.random.default_rng(0).normal(effect, 0.3, (40_000, pairs))
+    shown = scipy.stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert shown.mean() == pytest.approx(0.8, abs=0.01)  # five standard errors
+
+
+def test_the_detectable_effect_is_that_of_the_noncentral_t():
+    """Where scipy can compute it."""
+    effect = detectable_effect(20, 1.0)
+    critical = scipy.stats.t.ppf(0.975, 19)
+    assert scipy.stats.nct.sf(critical, 19, effect * math.sqrt(20)) == pytest.approx(0.8, abs=1e-5)

@@ -1,0 +1,289 @@
+"""Which runs may be compared: sets of runs that agree in everything that shapes the weights, and the pairs in a set.
+
+A pair is a run of softmax0 and one of another arm with the same seed, in one set. Every table of arms is made of one
+set, the headline's. DEFINITIONS.md ("Pairs of runs") says the rules in words.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from runs import Run, arms, look_up
+
+BASELINE = "softmax0"
+
+# What shapes the weights, besides n and the seed: key in the results file -> name.
+SHAPING = {
+    "dataset.sha256": "training text",
+    "dataset.train_samples": "samples of the training text",
+    "tokenizer.sha256": "tokenizer",
+    "training.steps": "steps",
+    "training.samples": "samples seen",
+    "effective_batch_size": "effective batch size",
+    "settings.gradient_accumulation_steps": "gradient accumulation",
+    "settings.num_train_epochs": "epochs",
+    "settings.max_steps": "--max_steps",
+    "settings.max_length": "maximum length",
+    "settings.mlm_probability": "masking share",
+    "settings.vocab_size": "vocabulary size",
+    "settings.learning_rate": "learning rate",
+    "settings.lr_scheduler_type": "schedule",
+    "settings.lr_scheduler_kwargs": "settings of the schedule",
+    "settings.warmup_steps": "warm-up steps",
+    "settings.warmup_ratio": "warm-up ratio",
+    "settings.weight_decay": "weight decay",
+    "settings.adam_beta1": "Adam's beta1",
+    "settings.adam_beta2": "Adam's beta2",
+    "settings.adam_epsilon": "Adam's epsilon",
+    "settings.optim": "optimizer",
+    "settings.optim_args": "settings of the optimizer",
+    "settings.max_grad_norm": "clipping",
+    "settings.label_smoothing_factor": "label smoothing",
+    "settings.neftune_noise_alpha": "embedding noise",
+    "settings.dataloader_drop_last": "dropping of the last batch",
+    "dtype": "number format",
+    "settings.bf16": "bf16",
+    "settings.fp16": "fp16",
+    "settings.tf32": "tf32",
+    "settings.padded": "--padded",
+    "settings.attention": "attention kernel",
+    "settings.torch_compile": "torch_compile",
+    "settings.config_overrides": "changes of the model's config",
+    "model.parameters": "number of parameters",
+    "test_pipeline": "--test_pipeline",
+}
+PROCESSES = "processes"  # is computed from the batch sizes, which is all that a results file tells of it
+REACHED = ("steps", "samples seen")  # a run that diverged did not get as far as it was to
+# What has to agree within a pair, but may differ from one pair of a set to the next.
+OF_A_PAIR = {"settings.data_seed": "data seed", "model.initial_weights": "initial weights"}
+# What may change a result without being meant to: said, and compared all the same.
+CIRCUMSTANCES = {"git.commit": "commit", "hardware.device": "device", "hardware.name": "hardware"}
+NOT_RECORDED = "not recorded"
+
+
+@dataclass
+class ComparisonSet:
+    """Runs that agree in everything that shapes the weights but n and seed.
+
+    `pairs` is {arm: {seed: (run of softmax0, run of the arm)}}; `refused` says, by name, which pairs are none.
+    """
+
+    runs: list[Run]
+    pairs: dict[str, dict[int, tuple[Run, Run]]] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return max(run.results["training"]["steps"] for run in self.runs)
+
+    @property
+    def samples(self) -> int:
+        """Sequences that a run is trained on: steps x effective batch."""
+        return self.steps * self.runs[0].results["effective_batch_size"]
+
+    @property
+    def test_pipeline(self) -> bool:
+        return self.runs[0].results["test_pipeline"]
+
+
+def recorded(run: Run, key: str) -> str:
+    """The value at a dotted key of the results, as text that agrees where the values do; a lacking key is a value."""
+    try:
+        value = look_up(run.results, key)
+    except KeyError:
+        return NOT_RECORDED
+    if key == "settings.data_seed" and value is None:
+        value = run.results["seed"]  # which the batches then depend on
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return repr(value).removesuffix(".0")
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def shaping(run: Run) -> dict[str, str]:
+    """{name: value as text} of what shapes the weights."""
+    found = {label: recorded(run, key) for key, label in SHAPING.items()}
+    settings = run.results.get("settings", {})
+    shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
+    known = all(isinstance(share, int) and share > 0 for share in shares)
+    found[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
+    if run.diverged:
+        found = {label: value for label, value in found.items() if label not in REACHED}
+    return found
+
+
+def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
+    """The sets of the runs that have results, the headline's first.
+
+    First come those that --test_pipeline did not make, among them those with a pair, then those trained on most.
+    A run that diverged belongs to the set it agrees with in all but how far it got; where there are several, to the
+    one trained on most.
+    """
+    trained = [run for run in runs if run.results]
+    found: dict[tuple, list[Run]] = {}
+    for run in sorted(trained, key=lambda run: run.diverged):  # keeps the order otherwise
+        own = shaping(run)
+        key = tuple(own.items())
+        if run.diverged:
+            like = [other for other in found if {**dict(other), **own} == dict(other)]
+            key = max(like, key=lambda other: ComparisonSet(found[other]).samples, default=key)
+        found.setdefault(key, []).append(run)
+    sets = [paired(ComparisonSet([run for run in trained if run in members])) for members in found.values()]
+
+    def rank(one: ComparisonSet) -> tuple:
+        return not one.test_pipeline, bool(one.pairs), one.samples, len(one.runs)
+
+    return sorted(sets, key=rank, reverse=True)
+
+
+def paired(group: ComparisonSet) -> ComparisonSet:
+    """The set with its pairs filled in. A run with the same arm and seed as another: see `refuse_duplicates`."""
+    by_arm = {arm: {run.results["seed"]: run for run in found} for arm, found in arms(group.runs).items()}
+    baseline = by_arm.pop(BASELINE, {})
+    for arm, found in by_arm.items():
+        for seed in sorted(baseline.keys() & found.keys()):
+            pair = baseline[seed], found[seed]
+            differ = [label for key, label in OF_A_PAIR.items() if len({recorded(run, key) for run in pair}) > 1]
+            if differ:
+                group.refused.append(
+                    f"{pair[0].name} and {pair[1].name} are no pair: they differ in {' and '.join(differ)}."
+                )
+            else:
+                group.pairs.setdefault(arm, {})[seed] = pair
+    return group
+
+
+def headline(runs: list[Run]) -> list[Run]:
+    """The runs that tables of arms are made of: the first set's, and models without results, each its own arm."""
+    first = [run for one in comparison_sets(runs)[:1] for run in one.runs]
+    return [run for run in runs if run in first or not run.results]
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def refuse_duplicates(runs: list[Run]) -> None:
+    """Exit with one line where two runs of one set have the same arm and seed: either could stand for that pair."""
+    for one in comparison_sets(runs):
+        for arm, found in arms(one.runs).items():
+            seen: dict[int, Run] = {}
+            for run in found:
+                seed = run.results["seed"]
+                if seed in seen:
+                    files = " and ".join(
+                        str(each.file or each.name) + f" (model {each.model})" for each in (seen[seed], run)
+                    )
+                    sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
+                seen[seed] = run
+
+
+def refuse_copies(runs: list[Run]) -> None:
+    """Exit with one line where runs of different seeds have the same weights: copies of one model are no replicates."""
+    for what, digest in (
+        ("weights", lambda run: run.digest),
+        ("initial weights", lambda run: recorded(run, "model.initial_weights")),
+    ):
+        seen: dict[str, Run] = {}
+        for run in (run for run in runs if run.results):
+            found = digest(run)
+            if found in (None, "null", NOT_RECORDED):
+                continue
+            other = seen.setdefault(found, run)
+            if other.results["seed"] != run.results["seed"]:
+                sys.exit(
+                    f"error: {other.name} (seed {other.results['seed']}) and {run.name} (seed {run.results['seed']}) "
+                    f"have the same {what}: copies of one model are not pairs of runs, move one of them away"
+                )
+
+
+# -------------------------------------------------------------------------------------------------------------- notes
+
+
+def notes(runs: list[Run], data_dir: Path) -> list[str]:
+    """What a reader has to know before comparing the columns."""
+    return [*_of_the_sets(runs), *_of_the_circumstances(runs), *_of_the_models(runs, data_dir)]
+
+
+def _of_the_sets(runs: list[Run]) -> list[str]:
+    lines = []
+    trained = [run for run in runs if run.results]
+    sets = comparison_sets(runs)
+    if smoke := [run.name for run in trained if run.results["test_pipeline"]]:
+        real = len(smoke) < len(trained)
+        lines.append(
+            f"--test_pipeline made {', '.join(smoke)}: left out of every comparison."
+            if real
+            else f"These tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}."
+        )
+    values = {run.name: shaping(run) for run in trained}
+    for label in dict.fromkeys(label for found in values.values() for label in found):
+        told = {name: found[label][:12] for name, found in values.items() if label in found}
+        if len({found[label] for found in values.values() if label in found}) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in told.items())
+            lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
+    lines += [line for one in sets for line in one.refused]
+    for run in trained:
+        if run.diverged:
+            lines.append(f"{run.name} diverged at step {run.results['diverged']['step']:,}: it left no model.")
+    pairs = sets[0].pairs if sets else {}
+    seeds = [{run.results["seed"] for run in found} for found in arms(sets[0].runs).values()] if sets else []
+    if len(seeds) > 1 and (alone := set.union(*seeds) - set.intersection(*seeds)):
+        listed = ", ".join(map(str, sorted(alone)))
+        lines.append(f"Not every arm has seed {listed}: only seeds that two arms share are compared.")
+    in_pair = [run for one in sets for found in one.pairs.values() for pair in found.values() for run in pair]
+    lonely = [run.name for run in trained if run not in in_pair and not run.results["test_pipeline"]]
+    if pairs and lonely:
+        lines.append(f"Without a pair, so in no comparison: {', '.join(lonely)}.")
+    return lines
+
+
+def _of_the_circumstances(runs: list[Run]) -> list[str]:
+    """Differences inside a set that are not meant to matter."""
+    lines = []
+    for one in comparison_sets(runs):
+        packages = {package for run in one.runs for package in _dict(run.results.get("versions"))}
+        keys = CIRCUMSTANCES | {f"versions.{package}": package for package in sorted(packages)}
+        for key, label in keys.items():
+            values = {run.name: recorded(run, key) for run in one.runs}
+            if len(set(values.values())) > 1:
+                listed = ", ".join(f"{name}: {value[:40]}" for name, value in values.items())
+                lines.append(f"The runs differ in {label} ({listed}): compared all the same.")
+    if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
+        lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")
+    return lines
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def from_modified_tree(run: Run) -> bool:
+    return run.results is not None and _dict(run.results.get("git")).get("dirty") is True
+
+
+def _of_the_models(runs: list[Run], data_dir: Path) -> list[str]:
+    lines = []
+    train_sha = train_text(data_dir)
+    for run in (run for run in runs if run.results and not run.diverged):
+        if train_sha and train_sha != run.results["dataset"]["sha256"]:
+            lines.append(f"{run.name} was not trained on {data_dir}, whose held-out text it may have seen in training.")
+        theirs = run.results["weight_excess_kurtosis"]
+        pairs = np.array([(value["kurtosis"], theirs.get(name)) for name, value in run.weights.items()], dtype=float)
+        # Both are float64 sums over the same float32 numbers: 1e-6 is far above rounding, far below another model.
+        if theirs.keys() != run.weights.keys() or not np.allclose(*pairs.T, rtol=1e-6, atol=1e-6, equal_nan=True):
+            lines.append(
+                f"{run.name}: results file and {run.model} do not belong together: their weight kurtosis differs."
+            )
+    return lines
+
+
+def train_text(data_dir: Path) -> str | None:
+    """SHA-256 of the training split that build_dataset.py wrote down; None where there is no manifest."""
+    try:
+        return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -837,7 +837,7 @@ class HeadVectors:
 LOGIT_STRIDE = 8  # every 8th real token's logits are measured: they are 70 times as many numbers as its hidden state
 
 
-def _watched(
+def watched(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
@@ -875,7 +875,7 @@ def measure_model(
         AttentionSinks(model) as sinks,
         HeadVectors(model) as vectors,
     ):
-        for batch, mask, classes in _watched(model, batches, tokenizer, outliers, sinks, vectors):
+        for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
             outliers.batch(mask, classes, batch["input_ids"])
             sequence, position = mask.nonzero().unbind(1)
             # Counted over all batches, so that the choice does not depend on how the texts are batched.
@@ -929,7 +929,7 @@ class Emergence:
             ActivationOutliers(model, self.PLACES, embeddings=False) as outliers,
             AttentionSinks(model) as sinks,
         ):
-            for batch, *_ in _watched(model, self.batches, self.tokenizer, outliers, sinks):
+            for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
                 model.base_model(**batch)
         model.train(training)
         found = {

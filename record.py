@@ -91,6 +91,14 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hex SHA-256 of a model's weights: the float32 bytes of its state dict, sorted by name; on any device."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_json(path: str | Path, value) -> None:
     """Write strict JSON, NaN and infinities as null, beside `path` first, so that `path` is always whole."""
     path = Path(path)

@@ -812,7 +812,7 @@ class HeadVectors:
             sequences, heads, _ = moments.shape
             kurtosis = Moments(moments.flatten(0, 1)).excess_kurtosis.view(sequences, heads)
             one["context_kurtosis"] = kurtosis.nanmean(0).tolist()
-            active = torch.tensor(idle[layer], device=moments.device) <= IDLE[0]
+            active = torch.tensor(idle[layer], dtype=torch.float64, device=moments.device) <= IDLE[0]
             chosen = moments[:, active].flatten(0, 1)
             group = torch.arange(sequences, device=moments.device).repeat_interleave(int(active.sum()))
             merged = Moments(chosen).merged(group, sequences)

@@ -339,17 +339,17 @@ def test_attention_statistics_by_hand():
 
 
 def test_renormalised_sink_rates_by_hand():
-    """Every query sends 0.1 to the first token and 0.1 to the second but the last, which sends nothing anywhere."""
+    """Small weights are large shares; who attends to nothing has none."""
     weights = torch.zeros(2, 1, 17, 17)
     weights[0, :, :16, 0] = 0.1
     weights[0, :, :15, 1] = 0.1  # 16 real tokens: a long sequence; its last real query attends to the first only
-    weights[1, :, :3, 2] = 0.01  # 4 real tokens, whose last query attends to nothing
+    weights[1, :, :1, 2] = 0.01  # 4 real tokens, of which the first query alone attends to anything
     mask = torch.arange(17) < torch.tensor([[16], [4]])
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask)
     sinks.add("layer.0", weights)
     found = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
-    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 * 3 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 3 / 3.
+    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
     assert [found[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
     assert found["sink_rate_first_renormalised"] == 1 and found["sink_rate_any_renormalised"] == 1
     assert found["sink_rate_first_renormalised_short"] == 0 and found["sink_rate_any_renormalised_short"] == 1

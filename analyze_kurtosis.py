@@ -13,6 +13,7 @@ left out. Quantization: calibrated on training text, scored on the same held-out
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import re
 import sys
@@ -34,7 +35,8 @@ import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from answer import PRIMARY, Finding, answer, findings
 from held_out import HELD_OUT_SEED, held_out_batches, padded_batches
-from outliers import PLACES, eager_attention, measure_model
+from interventions import interventions
+from outliers import PLACES, eager_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import CALIBRATION_BATCHES, SCHEMES, measure_damage, weight_errors
 from record import git_state, one_line, versions, weights_sha256, write_json
@@ -55,6 +57,7 @@ from sets import from_modified_tree, headline, notes, refuse_copies, refuse_dupl
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
 MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
 HISTOGRAM_TEXTS = 32  # are held in memory at once, for the histograms
+INTERVENTION_TEXTS = 100  # of those that are scored under each quantization, evenly spread
 MAPPED_TEXTS = 2
 MAPPED_LENGTH = range(8, 17)  # tokens: a map that can be read
 
@@ -147,6 +150,11 @@ def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str],
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
     run.places, run.attention, seen = measure_model(model, batches, tokenizer)
     run.tokens = seen["tokens"]
+    run.attention_uniform = uniform_attention(seen["lengths"], getattr(model.config, "softmax_n", 0.0))
+    if (before := untrained_model(model, run.results)) is not None:
+        batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
+        run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
+        del before
     run.histograms = ffn_histograms(
         model, padded_batches(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size)
     )
@@ -155,10 +163,26 @@ def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str],
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
     some = [ids[i] for i in np.linspace(0, len(ids) - 1, min(max_scored, len(ids))).astype(int)]
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
+    few = [some[i] for i in np.linspace(0, len(some) - 1, min(INTERVENTION_TEXTS, len(some))).astype(int)]
+    run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
     known = held_out_batches({"input_ids": token_ids(tokenizer, calibration)}, masks, CALIBRATION_SIZE)
     # The running range forgets: in the order of length, the longest texts would have the last word.
     random.Random(0).shuffle(known)
     run.damage = {"sequences": len(some), **measure_damage(model, scored, known, run.name)}
+
+
+def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedModel | None:
+    """The model as it was before its first update, on the same device; None where that is not known for sure.
+
+    Training starts from a seed, so the model is built again from class, config and seed. It must have the digest of the
+    initial weights that training wrote down: another release of a package may draw other random numbers.
+    """
+    expected = ((results or {}).get("model") or {}).get("initial_weights")
+    if expected is None:
+        return None
+    transformers.set_seed(results["seed"])
+    before = type(model)(copy.deepcopy(model.config))
+    return before.eval().to(model.device) if weights_sha256(before) == expected else None
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
@@ -356,6 +380,9 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
                 "parameters": run.weights,
                 "places": run.places,
                 "attention": run.attention,
+                "attention_uniform": run.attention_uniform,
+                "untrained": run.untrained or None,
+                "interventions": run.interventions,
                 "quantization": run.damage,
             }
             for run in runs

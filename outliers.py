@@ -11,6 +11,8 @@ with a mask, or in packed batches, padding is left out.
     ActivationKurtosis      the published statistic of every module, during training
     ActivationOutliers      all statistics of the named places, streaming over any amount of text, padding left out
     AttentionSinks          where the attention of every head goes, and how much of it goes nowhere
+    HeadVectors             norms of keys and values, range of the logits, context of every head
+    uniform_attention       what AttentionSinks gives where no key differs from another
     Emergence               a few cheap ones at logging steps
     weight_statistics       every parameter
 
@@ -312,7 +314,12 @@ EMBEDDINGS = {"embeddings_sum": "input", "embeddings": "output"}
 LOGITS = "logits"
 
 OUTLIER = 6.0  # |x| at or above it counts as an outlier (Dettmers et al., "LLM.int8()", NeurIPS 2022)
-MEDIAN_CHANNELS = 64  # a median sorts; that many channels, evenly spread, stand for all
+
+# Massive activations (Sun et al., "Massive Activations in Large Language Models", 2024): |x| over 100 and about 1,000
+# times the median |x| of the sequence or more. They look at what leaves a layer; so do we, and at what goes into it.
+MASSIVE_PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
+MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
+TOP = 8  # of the largest |x| are kept with their token
 
 
 class ActivationOutliers:
@@ -332,6 +339,7 @@ class ActivationOutliers:
         self._mask: Tensor | None = None
         self._sequence: Tensor | None = None
         self._classes: Tensor | None = None
+        self._tokens: tuple[Tensor, Tensor] | None = None
         self._handles = []
         modules = dict(model.named_modules())
         for name, module in modules.items():
@@ -348,28 +356,45 @@ class ActivationOutliers:
         def add(module: nn.Module, inputs, output) -> None:
             values = inputs[0] if side == "input" else output
             if self._mask is not None and values.shape[:2] == self._mask.shape:
-                self.add(name, values[self._mask], self._sequence, self._classes)
+                tokens = self._tokens if name.rpartition(".")[2] in MASSIVE_PLACES else None
+                self.add(name, values[self._mask], self._sequence, self._classes, tokens)
 
         self._handles.append(module.register_forward_hook(add))
 
-    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
+    def batch(self, mask: Tensor | None, classes: Tensor | None = None, input_ids: Tensor | None = None) -> None:
         """What the next forward pass holds.
 
         Args:
             mask: (B, T), non-zero where a token is real; None switches the hooks off.
             classes: (B, T), of `token_classes`; None knows the first token from the others only.
+            input_ids: (B, T), for the tokens of massive activations; None leaves these out.
         """
         self._mask = None if mask is None else mask.bool()
         if mask is not None:
-            self._sequence = self._mask.nonzero()[:, 0]
+            self._sequence, positions = self._mask.nonzero().unbind(1)
             self._classes = (_positions_only(mask) if classes is None else classes)[self._mask]
+            self._tokens = None if input_ids is None else (input_ids[self._mask], positions)
 
     @torch.no_grad()
-    def add(self, name: str, values: Tensor, sequence: Tensor, classes: Tensor) -> None:
-        """Count `values` (R, C) in at a place; `sequence` and `classes` (R,) say whose tokens the rows are."""
+    def add(
+        self,
+        name: str,
+        values: Tensor,
+        sequence: Tensor,
+        classes: Tensor,
+        tokens: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Count `values` (R, C) in at a place.
+
+        Args:
+            name: of the place.
+            values: (R, C), any float dtype.
+            sequence, classes: (R,), whose tokens the rows are and of which class.
+            tokens: (R,) each, token ids and positions; None counts no massive activations.
+        """
         if name not in self._sums:
             self._sums[name] = _Place(values.shape[1], values.device)
-        self._sums[name].add(values, sequence, classes)
+        self._sums[name].add(values, sequence, classes, tokens)
 
     def result(self) -> dict[str, dict]:
         """Statistics by place, `layer.<i>.<place>` or `<place>`; DEFINITIONS.md explains the keys."""
@@ -404,8 +429,12 @@ class _Place:
         self.largest = zeros(kinds)
         self.outliers = zeros(kinds)
         self.channel_squares = zeros(channels)
+        self.massive: dict[str, Tensor] = {}
+        self.top = zeros(0, 5)  # the largest: value, ratio to the median, token id, position, channel
 
-    def add(self, values: Tensor, sequence: Tensor, classes: Tensor) -> None:
+    def add(
+        self, values: Tensor, sequence: Tensor, classes: Tensor, tokens: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         if not len(values):
             return
         values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
@@ -430,18 +459,39 @@ class _Place:
         norms = top.new_zeros(sequences).scatter_reduce_(0, sequence, top, "amax")
         self.norm_sum += norms.sum()
         self.norms += sequences
-        self.ratio_sum += (norms / self._medians(magnitudes, sequence, sequences)).sum()
+        medians = self._medians(magnitudes, sequence, sequences)
+        self.ratio_sum += (norms / medians.double()).sum()
+        if tokens is not None:
+            self._add_massive(values, medians, sequence, tokens)
         self.channel_squares += magnitudes.square_().sum(0, dtype=torch.float64)
+
+    def _add_massive(self, values: Tensor, medians: Tensor, sequence: Tensor, tokens: tuple[Tensor, Tensor]) -> None:
+        magnitudes = values.abs()
+        ratios = magnitudes / medians[sequence][:, None]
+        large, many = magnitudes > MASSIVE, ratios > MASSIVE_RATIO
+        counts = {"count": large & many, "above_100": large, "above_1000_medians": many}
+        for name, chosen in counts.items():
+            self.massive[name] = self.massive.get(name, 0) + chosen.sum()
+        channels = magnitudes.shape[1]
+        found = magnitudes.flatten().topk(min(TOP, magnitudes.numel())).indices
+        row = found // channels
+        ids, positions = (one[row].double() for one in tokens)
+        new = [
+            values.flatten()[found].double(),
+            ratios.flatten()[found].double(),
+            ids,
+            positions,
+            (found % channels).double(),
+        ]
+        top = torch.cat([self.top, torch.stack(new, 1)])
+        self.top = top[top[:, 0].abs().argsort(descending=True, stable=True)[:TOP]]
 
     @staticmethod
     def _medians(magnitudes: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-        """Median of |x| of every sequence (of the lower two where their number is even)."""
-        step = math.ceil(magnitudes.shape[1] / MEDIAN_CHANNELS)
-        some = magnitudes[:, ::step]
+        """(sequences,) median of |x| of every sequence (of the lower two where their number is even)."""
         lengths = torch.bincount(sequence, minlength=sequences)
         order = torch.argsort(sequence, stable=True)
-        padded = torch.nn.utils.rnn.pad_sequence(some[order].split(lengths.tolist()), True, torch.nan)
-        return padded.flatten(1).nanmedian(1).values.double()
+        return torch.stack([one.median() for one in magnitudes[order].split(lengths.tolist())])
 
     def result(self) -> dict:
         every = self.pooled.pooled()
@@ -473,7 +523,23 @@ class _Place:
             "largest_channel_share": (squares.max() / squares.sum()).item(),
             "top1_to_median": (self.ratio_sum / self.norms).item(),
             "classes": classes,
+            **self._massive(),
         }
+
+    def _massive(self) -> dict:
+        if not self.massive:
+            return {}
+        top = [
+            {
+                "value": value,
+                "ratio": ratio,
+                "token_id": int(token_id),
+                "position": int(position),
+                "channel": int(channel),
+            }
+            for value, ratio, token_id, position, channel in self.top.tolist()
+        ]
+        return {"massive": {**{name: int(count) for name, count in self.massive.items()}, "top": top}}
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -484,10 +550,9 @@ SINK = 0.3  # a token is a sink of a head when it gets more than this of the mea
 SHORT = 16
 NO_MASS = 1e-12  # a query whose weights sum to less attends to nothing: it has no shares that could be renormalised
 SINK_RATES = tuple(
-    f"sink_rate_{which}{kind}{length}"
+    f"sink_rate_{kind}{length}"
     for length in ("", "_short")
-    for kind in ("", "_renormalised")
-    for which in ("first", "any")
+    for kind in ("first", "any", "first_renormalised", "any_renormalised", "any_or_null")
 )
 # A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
 IDLE = (0.5, 0.9)
@@ -562,6 +627,7 @@ class AttentionSinks:
         received = {"": (weights * query[..., None]).sum(2, dtype=torch.float64) / query.sum(-1, keepdim=True)}
         total = weights.sum(-1, dtype=torch.float64)  # (B, H, T)
         attending = query * (total > NO_MASS)
+        nowhere = (null * query).sum(-1) / query.sum(-1)  # (B, H)
         shares = weights * (attending / total.clamp_min(NO_MASS))[..., None]
         received["_renormalised"] = shares.sum(2) / attending.sum(-1, keepdim=True).clamp_min(1)
         new = {
@@ -580,6 +646,8 @@ class AttentionSinks:
                 for which, most in (("first", mean[..., 0]), ("any", mean.amax(-1))):
                     sinks = (most > SINK) & chosen[:, None]
                     new[f"sink_rate_{which}{kind}{length}"] = sinks.sum(0).double()
+            most = torch.maximum(received[""].amax(-1), nowhere)
+            new[f"sink_rate_any_or_null{length}"] = ((most > SINK) & chosen[:, None]).sum(0).double()
         sums = self._sums.setdefault(name, {key: torch.zeros_like(value) for key, value in new.items()})
         for key, value in new.items():
             sums[key] = sums[key] + value
@@ -613,16 +681,167 @@ class AttentionSinks:
         self.remove()
 
 
+def uniform_attention(lengths: Iterable[int], n: float) -> dict[str, float | int]:
+    """What attention that tells no key from another gives on sequences of these lengths: every weight 1 / (n + T).
+
+    Sink rates and null mass differ by construction between values of n; this is what a model has to differ from.
+
+    Args:
+        lengths: tokens of each sequence, > 0.
+        n: of softmax_n, >= 0.
+
+    Returns:
+        {"sequences", "sequences_short" (fewer than SHORT tokens), "null_mass" and every key of SINK_RATES}; NaN where
+        there is no sequence of that length.
+    """
+    length = torch.tensor(list(lengths), dtype=torch.float64)
+    key, null, share = 1 / (n + length), n / (n + length), 1 / length
+    found: dict[str, float | int] = {"null_mass": ((null * length).sum() / length.sum()).item()}
+    most = {"": key, "_renormalised": share}
+    for suffix, chosen in (("", length >= SHORT), ("_short", length < SHORT)):
+        found[f"sequences{suffix}"] = int(chosen.sum())
+        rates = {f"{which}{kind}": mean for kind, mean in most.items() for which in ("first", "any")}
+        for kind, mean in {**rates, "any_or_null": torch.maximum(key, null)}.items():
+            found[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
+    return found
+
+
+NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
+
+
+class HeadVectors:
+    """Streaming statistics of the query, key, value and context vectors of every head, real tokens only.
+
+    Hooks the self-attention modules and their projections, under `eager_attention`; before every forward pass call
+    `batch`. Holds the moments of the context of every sequence and head (40 bytes each), because only in the end it is
+    known which heads do nothing. Use as a context manager or call `remove()`.
+
+    Args:
+        model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._moments: dict[str, list[Tensor]] = {}  # by layer: (B, H, 5) of every batch
+        self._vectors: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self._classes: Tensor | None = None
+        self._handles = []
+        for name, module in model.named_modules():
+            parts = [getattr(module, part, None) for part in ("query", "key", "value")]
+            if (match := re.search(r"\blayer\.(\d+)\.attention\.self$", name)) and None not in parts:
+                for part, projection in zip(("query", "key", "value"), parts, strict=True):
+                    self._handles.append(projection.register_forward_hook(self._keep(part)))
+                self._handles.append(module.register_forward_hook(self._hook(f"layer.{match[1]}")))
+
+    def _keep(self, part: str):
+        def keep(module: nn.Module, inputs, output: Tensor) -> None:
+            if self._mask is not None:
+                self._vectors[part] = output
+
+        return keep
+
+    def _hook(self, name: str):
+        def add(module: nn.Module, inputs, output) -> None:
+            if self._mask is not None:
+                self.add(name, output[1], **self._vectors, context=output[0])
+                self._vectors = {}
+
+        return add
+
+    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
+        """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
+        self._mask = None if mask is None else mask.bool()
+        if mask is not None:
+            self._classes = _positions_only(mask) if classes is None else classes
+
+    @torch.no_grad()
+    def add(self, name: str, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+        """Count in one layer: weights (B, H, T, T), the others (B, T, C) with the heads side by side in C."""
+        heads, real = weights.shape[1], self._mask
+        query, key, value, context = (
+            vectors.detach().float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            for vectors in (query, key, value, context)
+        )  # (B, H, T, E)
+        queries = real[:, None].double()  # (B, 1, T)
+        kinds = nn.functional.one_hot(self._classes, len(TOKEN_CLASSES)).double() * real[..., None]  # (B, T, 4)
+        norms = {"key": key.norm(dim=-1).double(), "value": value.norm(dim=-1).double()}
+        contributed = weights.double() @ (norms["value"][..., None] * kinds[:, None])  # (B, H, T, 4)
+        logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        high = logits.masked_fill(~real[:, None, None], -math.inf).amax(-1)
+        low = logits.masked_fill(~real[:, None, None], math.inf).amin(-1)
+        squares = (context.square().double() * queries[..., None]).sum((1, 2, 3))
+        size = squares.new_tensor(float(heads * context.shape[-1])) * queries.sum((1, 2))
+        zero = context.abs().double() <= NEAR_ZERO * (squares / size).sqrt()[:, None, None, None]
+        near_zero = (zero.double().mean(-1) * queries).sum(-1) / queries.sum(-1)  # (B, H)
+        every = {
+            "tokens": kinds.sum((0, 1)).expand(heads, -1),
+            "queries": queries.sum().expand(heads),
+            "sequences": queries.new_tensor(float(len(real))).expand(heads),
+            "contribution": (contributed * queries[..., None]).sum((0, 2)),
+            "logit_range": ((high - low) * queries).sum((0, 2)),
+            "context_near_zero": near_zero.sum(0),
+            **{f"{part}_norm": torch.einsum("bht,btk->hk", norm, kinds) for part, norm in norms.items()},
+        }
+        largest = torch.maximum(high.abs(), low.abs()).masked_fill(~real[:, None], 0).amax((0, 2)).double()
+        sums = self._sums.setdefault(name, {"logit_max": torch.zeros_like(largest)})
+        sums["logit_max"] = torch.maximum(sums["logit_max"], largest)
+        for what, total in every.items():
+            sums[what] = sums[what] + total if what in sums else total
+        rows = context.transpose(1, 2)[real].flatten(0, 1)  # tokens x heads
+        group = real.nonzero()[:, :1] * heads + torch.arange(heads, device=real.device)
+        moments = Moments.of_rows(rows).merged(group.flatten(), len(real) * heads).sums
+        self._moments.setdefault(name, []).append(moments.view(-1, heads, 5))
+
+    def result(self, idle: dict[str, list[float]]) -> dict[str, dict]:
+        """By layer, a list over its heads for every key, and one number for `context_kurtosis_active`.
+
+        Args:
+            idle: {layer: idle mass of its heads}, of AttentionSinks.
+        """
+        found = {}
+        for layer, sums in self._sums.items():
+            found[layer] = one = {"logit_max": sums["logit_max"].tolist()}
+            one["logit_range"] = (sums["logit_range"] / sums["queries"]).tolist()
+            one["context_near_zero"] = (sums["context_near_zero"] / sums["sequences"]).tolist()
+            for i, kind in enumerate(TOKEN_CLASSES):
+                for part in ("key", "value"):
+                    one[f"{part}_norm_{kind}"] = (sums[f"{part}_norm"][:, i] / sums["tokens"][:, i]).tolist()
+                one[f"contribution_{kind}"] = (sums["contribution"][:, i] / sums["queries"]).tolist()
+            moments = torch.cat(self._moments[layer])  # (sequences, H, 5)
+            sequences, heads, _ = moments.shape
+            kurtosis = Moments(moments.flatten(0, 1)).excess_kurtosis.view(sequences, heads)
+            one["context_kurtosis"] = kurtosis.nanmean(0).tolist()
+            active = torch.tensor(idle[layer], dtype=torch.float64, device=moments.device) <= IDLE[0]
+            chosen = moments[:, active].flatten(0, 1)
+            group = torch.arange(sequences, device=moments.device).repeat_interleave(int(active.sum()))
+            merged = Moments(chosen).merged(group, sequences)
+            one["context_kurtosis_active"] = merged.excess_kurtosis.nanmean().item()
+        return found
+
+    def remove(self) -> None:
+        """Take the hooks out of the model. The sums stay readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> HeadVectors:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
 # ------------------------------------------------------------------------------------------- the whole model, on texts
 
 LOGIT_STRIDE = 8  # every 8th real token's logits are measured: they are 70 times as many numbers as its hidden state
 
 
-def _watched(
+def watched(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
-    *statistics: ActivationOutliers | AttentionSinks,
+    *statistics: ActivationOutliers | AttentionSinks | HeadVectors,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
     """Each batch on the model's device with its mask and token classes, once `statistics` have been told of it."""
     for batch in batches:
@@ -646,12 +865,18 @@ def measure_model(
         tokenizer: the one that made them.
 
     Returns:
-        (statistics by place, attention by layer, {"sequences", "tokens"}).
+        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}).
     """
     model.eval()
-    seen = {"sequences": 0, "tokens": 0}
-    with eager_attention(model), ActivationOutliers(model) as outliers, AttentionSinks(model) as sinks:
-        for batch, mask, classes in _watched(model, batches, tokenizer, outliers, sinks):
+    seen = {"sequences": 0, "tokens": 0, "lengths": []}
+    with (
+        eager_attention(model),
+        ActivationOutliers(model) as outliers,
+        AttentionSinks(model) as sinks,
+        HeadVectors(model) as vectors,
+    ):
+        for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
+            outliers.batch(mask, classes, batch["input_ids"])
             sequence, position = mask.nonzero().unbind(1)
             # Counted over all batches, so that the choice does not depend on how the texts are batched.
             chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
@@ -662,7 +887,14 @@ def measure_model(
             outliers.add(LOGITS, logits, sequence[chosen], classes[keep])
             seen["sequences"] += len(mask)
             seen["tokens"] += len(sequence)
-    return outliers.result(), sinks.result(), seen
+            seen["lengths"] += mask.sum(1).tolist()
+    places, attention = outliers.result(), sinks.result()
+    for place in places.values():
+        for one in place.get("massive", {}).get("top", []):
+            one["token"] = tokenizer.decode([one.pop("token_id")])
+    for layer, found in vectors.result({layer: one["idle_mass"] for layer, one in attention.items()}).items():
+        attention[layer] |= found
+    return places, attention, seen
 
 
 # ----------------------------------------------------------------------------------------------------------- emergence
@@ -697,7 +929,7 @@ class Emergence:
             ActivationOutliers(model, self.PLACES, embeddings=False) as outliers,
             AttentionSinks(model) as sinks,
         ):
-            for batch, *_ in _watched(model, self.batches, self.tokenizer, outliers, sinks):
+            for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
                 model.base_model(**batch)
         model.train(training)
         found = {

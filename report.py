@@ -13,7 +13,22 @@ import markdown
 import numpy as np
 
 from answer import GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer
-from outliers import EMBEDDINGS, IDLE, LOGITS, OUTLIER, PLACES, SINK, TOKEN_CLASSES
+from interventions import DRAWS, INTERVENTIONS
+from outliers import (
+    EMBEDDINGS,
+    IDLE,
+    LOGITS,
+    MASSIVE,
+    MASSIVE_PLACES,
+    MASSIVE_RATIO,
+    NEAR_ZERO,
+    OUTLIER,
+    PLACES,
+    SHORT,
+    SINK,
+    SINK_RATES,
+    TOKEN_CLASSES,
+)
 from pairs import TEST, Comparison, no_interval, percent
 from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import Run, arms, by_layer, look_up
@@ -42,6 +57,13 @@ PUBLISHED_FFN = [
     ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
     ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
 ]
+
+
+# "sink rate, first token, renormalised, short" for sink_rate_first_renormalised_short
+SINKS = {
+    key: ("sink rate, " + key.removeprefix("sink_rate_").replace("any_or_null", "any or nowhere").replace("_", ", "))
+    for key in SINK_RATES
+}
 
 
 def trained_on(runs: list[Run]) -> str:
@@ -197,27 +219,65 @@ def classes_table(runs: list[Run]) -> str:
     return table(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], rows)
 
 
-def attention_table(runs: list[Run]) -> str:
-    labels = {
-        "mass_first": "% on the first token",
-        "mass_separator": "% on separators",
-        "mass_punctuation": "% on punctuation",
-        "mass_self": "% on itself",
-        "null_mass": "% null",
-        "idle_mass": "% idle (of other tokens)",
-        "sink_rate_first": "sink rate, first, %",
-        "sink_rate_any": "sink rate, any, %",
-        "entropy": "entropy, nats",
-    }
+def massive_table(runs: list[Run]) -> str:
+    """Sun et al.'s massive activations: how many there are in all layers, and the largest of every arm."""
     rows = []
+    for place in MASSIVE_PLACES:
+        for arm, found in arms(runs).items():
+            layers = [
+                (name.partition(f".{place}")[0], one["massive"])
+                for run in found
+                for name, one in run.places.items()
+                if name.endswith(f".{place}")
+            ]
+            counts = [
+                figure(sum(one[key] for _, one in layers) / len(found))
+                for key in ("count", "above_100", "above_1000_medians")
+            ]
+            top = [(one, layer) for layer, massive in layers for one in massive["top"]]
+            top.sort(key=lambda entry: -abs(entry[0]["value"]))
+            cells = [entry_cell(*entry) for entry in top[:3]]
+            rows.append([f"{place}, {arm}", *counts, *cells, *["–"] * (3 - len(cells))])
+    header = ["", "massive", "over 100", "over 1,000 medians", "largest", "second", "third"]
+    return table(header, rows)
+
+
+def entry_cell(one: dict, layer: str) -> str:
+    # In Markdown a token may be a tag, emphasis or the border of a cell.
+    token = one["token"].strip().replace("`", "'").replace("|", "¦").replace("\ufffd", "·") or "_"
+    return (
+        f"{figure(one['value'])} ({figure(one['ratio'])} medians): `{token}` at {one['position']}, "
+        f"channel {one['channel']}, {layer.replace('.', ' ')}"
+    )
+
+
+def layer_rows(runs: list[Run], labels: dict[str, tuple]) -> list[list[str]]:
+    """Rows of attention statistics by layer; `labels` is {key: (label, what to do over the heads, factor)}."""
     depth = max(len(run.attention) for run in runs)
-    for key, label in labels.items():
+    rows = []
+    for key, (label, pick, factor) in labels.items():
         for arm, found in arms(runs).items():
             row = [f"{label}, {arm}"]
             for layer in range(depth):
-                values = [np.mean(run.attention.get(f"layer.{layer}", {}).get(key, [np.nan])) for run in found]
-                row.append(figure(float(np.mean(values)) * (1 if key == "entropy" else 100)))
+                values = [pick(run.attention.get(f"layer.{layer}", {}).get(key, [np.nan])) for run in found]
+                row.append(figure(factor * float(np.mean(values))))
             rows.append(row)
+    return rows
+
+
+def attention_table(runs: list[Run]) -> str:
+    labels = {
+        "mass_first": ("% on the first token", np.mean, 100),
+        "mass_separator": ("% on separators", np.mean, 100),
+        "mass_punctuation": ("% on punctuation", np.mean, 100),
+        "mass_self": ("% on itself", np.mean, 100),
+        "null_mass": ("% null", np.mean, 100),
+        "idle_mass": ("% idle (of other tokens)", np.mean, 100),
+        **{key: (f"{label}, %", np.mean, 100) for key, label in SINKS.items() if not key.endswith("_short")},
+        "entropy": ("entropy, nats", np.mean, 1),
+    }
+    depth = max(len(run.attention) for run in runs)
+    rows = layer_rows(runs, labels)
     for bound in IDLE:
         for arm, found in arms(runs).items():
             row = [f"heads with idle mass > {bound:.0%}, {arm}"]
@@ -230,6 +290,59 @@ def attention_table(runs: list[Run]) -> str:
                 row.append(figure(float(np.mean(values))) if values else "–")
             rows.append(row)
     return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], rows)
+
+
+def sinks_table(runs: list[Run]) -> str:
+    """Sink rates and null mass beside what they were before training and what uniform attention gives."""
+    rows = []
+    for key, label in {"null_mass": "null mass", **SINKS}.items():
+        for arm, found in arms(runs).items():
+            columns = []
+            for attentions in ([run.attention for run in found], [run.untrained.get("attention") for run in found]):
+                known = [np.mean([layer[key] for layer in one.values()]) for one in attentions if one]
+                columns.append(float(np.mean(known)) if len(known) == len(found) else np.nan)
+            columns.append(float(np.mean([run.attention_uniform[key] for run in found])))
+            rows.append([f"{label}, {arm}", *(figure(100 * value) for value in columns)])
+    return table(["%, mean over layers and heads", "trained", "at step 0", "uniform attention"], rows)
+
+
+def vectors_table(runs: list[Run]) -> str:
+    labels = {
+        **{
+            f"{part}_norm_{kind}": (f"{part} norm, {kind}", np.mean, 1)
+            for part in ("value", "key")
+            for kind in TOKEN_CLASSES
+        },
+        "contribution_first": ("from the first token into the context", np.mean, 1),
+        "logit_range": ("logit range", np.mean, 1),
+        "logit_max": ("largest logit", np.max, 1),
+        "context_near_zero": ("% of context near zero", np.mean, 100),
+        "context_kurtosis": ("context kurtosis of a head", np.mean, 1),
+        "context_kurtosis_active": ("context kurtosis, active heads", np.mean, 1),
+    }
+    depth = max(len(run.attention) for run in runs)
+    return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], layer_rows(runs, labels))
+
+
+def interventions_table(runs: list[Run]) -> str:
+    columns = {
+        "loss": ("loss", 1),
+        "ffn_output_kurtosis": ("FFN output kurtosis", 1),
+        "residual_inf_norm": ("residual infinity norm", 1),
+        "sink_rate_first": ("sink rate, first, %", 100),
+        "null_mass": ("null mass, %", 100),
+        "heads": ("heads set to zero", 1),
+    }
+    rows = []
+    for name, label in INTERVENTIONS.items():
+        for arm, found in arms(runs).items():
+            measured = [run.interventions[name] for run in found if name in run.interventions]
+            cells = ["–"] * len(columns)
+            if len(measured) == len(found):
+                means = {key: float(np.mean([one[key] for one in measured])) for key in columns}
+                cells = [f"{means['loss']:.4f}", *(figure(means[key] * columns[key][1]) for key in [*columns][1:])]
+            rows.append([f"{label}, {arm}", *cells])
+    return table(["", *(label for label, _ in columns.values())], rows)
 
 
 def weights_table(runs: list[Run]) -> str:
@@ -385,7 +498,8 @@ def comparisons_section(found: list[Finding]) -> list[str]:
     return [
         *parts,
         "*Exploratory but for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better except "
-        "for the sink rates, the null mass and the idle heads, which are neither.*",
+        "for the sink rates, the null mass and the idle heads, which are neither: they differ between arms by "
+        "construction, and stand beside step 0 and uniform attention further down.*",
     ]
 
 
@@ -402,10 +516,10 @@ def damage_section(runs: list[Run], calibration_batches: int) -> list[str]:
     ]
 
 
-def arms_sections(runs: list[Run]) -> list[str]:
+def arms_sections(runs: list[Run], sequences: int) -> list[str]:
     """The tables of arms, made of one set of runs that agree; a run that diverged was not measured."""
     measured = [run for run in runs if not run.diverged]
-    parts = [
+    return [
         "## Beside others' figures",
         qualcomm_table(runs),
         "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
@@ -413,29 +527,57 @@ def arms_sections(runs: list[Run]) -> list[str]:
         "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
         "column does (Bondarenko et al., NeurIPS 2023; their ±: two models, each quantized three times). Ours: mean ± "
         "sample standard deviation over the runs of an arm.*",
-    ]
-    if measured:
-        parts += [
-            "## Activations by place",
-            places_table(measured),
-            "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
-            "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
-            "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
-            "## First token, separators, punctuation",
-            classes_table(measured),
-            "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; "
-            "mean and maximum over the runs of an arm.*",
-            "## Attention",
-            attention_table(measured),
-            f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
-            "attention (Gu et al. 2025); idle: what goes to the first token, separators, punctuation or nowhere.*",
-        ]
-    return [
-        *parts,
+        *(activation_sections(measured) if measured else []),
+        *(attention_sections(measured, sequences) if measured else []),
         "## Weights",
         weights_table(runs),
         "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
         "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+    ]
+
+
+def activation_sections(runs: list[Run]) -> list[str]:
+    return [
+        "## Activations by place",
+        places_table(runs),
+        "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
+        "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
+        "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
+        "## First token, separators, punctuation",
+        classes_table(runs),
+        "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; mean "
+        "and maximum over the runs of an arm.*",
+        "## Massive activations",
+        massive_table(runs),
+        f"*Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times the median |x| of its "
+        "text. Numbers of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
+    ]
+
+
+def attention_sections(runs: list[Run], sequences: int) -> list[str]:
+    return [
+        "## Attention",
+        attention_table(runs),
+        f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
+        f"attention (Gu et al. 2025), in texts of at least {SHORT} tokens; renormalised: every query's weights divided "
+        "by their sum; idle: what goes to the first token, separators, punctuation or nowhere.*",
+        "## Sinks and null mass, beside step 0 and uniform attention",
+        sinks_table(runs),
+        "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
+        f"first update and beside attention that gives every key 1 / (n + T) on the same {sequences:,} texts. Short: "
+        f"texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
+        "## Vectors of the heads",
+        vectors_table(runs),
+        "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
+        "norm of the value; largest minus smallest logit of a query; share of a head's context entries of at most "
+        f"{NEAR_ZERO:.0%} of the layer's root mean square; excess kurtosis of the context of one head, and of heads "
+        f"with an idle mass of at most {IDLE[0]:.0%}. Mean over heads and runs; largest logit: of all heads.*",
+        "## Interventions",
+        interventions_table(runs),
+        "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "
+        f"{SINK:.0%} of the texts one token, or nowhere, gets more than {SINK:.0%} of the attention; its context is "
+        f"set to zero. As many other heads: mean of {DRAWS} random draws. Absent where there is no such head, or too "
+        "few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
     ]
 
 
@@ -506,7 +648,7 @@ def report(
         *summary_section(runs),
         *comparisons_section(found),
         *(damage_section(measured, calibration_batches) if measured else []),
-        *arms_sections(headline(runs)),
+        *arms_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
     ]

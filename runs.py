@@ -60,6 +60,9 @@ class Run:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)  # by parameter
     places: dict[str, dict] = field(default_factory=dict)  # of the activations, on held-out text
     attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by layer: a list over its heads
+    attention_uniform: dict = field(default_factory=dict)  # of attention that tells no key from another
+    untrained: dict = field(default_factory=dict)  # {"places", "attention"} before the first update, where known
+    interventions: dict = field(default_factory=dict)  # by intervention
     damage: dict = field(default_factory=dict)  # by quantization
     maps: list = field(default_factory=list)  # attention maps, for the picture
     histograms: dict = field(default_factory=dict)  # of the FFN output by layer, for the picture

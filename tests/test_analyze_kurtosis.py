@@ -1,6 +1,7 @@
 """analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import transformers
 from conftest import TEXTS, save_tokenizer
 from safetensors.torch import load_file
 from transformers import (
@@ -25,12 +27,14 @@ from transformers import (
 )
 
 import analyze_kurtosis
+import arms
 from analyze_kurtosis import EMERGING, pictures
 from answer import GLANCE
-from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
-from outliers import weight_excess_kurtosis
+from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
+from outliers import measure_model, weight_excess_kurtosis
 from packing import MaskedLMCollator
-from report import html_page
+from record import weights_sha256
+from report import entry_cell, html_page
 from runs import Run, by_layer, find_runs
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
@@ -224,6 +228,108 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
         for place in ("ffn_output", "ffn_layernorm")
     ]
     assert rows(text, "Beside others' figures")["softmax1"][2] == figure(np.mean(places))
+
+
+def test_tables_of_sinks_heads_and_interventions_are_what_the_json_says(workplace):
+    analyse(workplace, "--batch_size", "2")
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    one = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]
+    layers = [one["attention"][f"layer.{layer}"] for layer in range(2)]
+    table = rows(text, "Sinks and null mass")
+    null = figure(100 * np.mean([layer["null_mass"] for layer in layers]))
+    uniform = figure(100 * one["attention_uniform"]["null_mass"])
+    assert table["null mass, softmax1"] == [null, "–", uniform] and one["untrained"] is None
+    assert table["null mass, softmax0"][2] == "0.00" and 0 < one["attention_uniform"]["null_mass"] < 0.2
+    assert one["attention_uniform"]["sequences"] + one["attention_uniform"]["sequences_short"] == len(TEXTS)
+    short = figure(100 * np.mean([layer["sink_rate_any_renormalised_short"] for layer in layers]))
+    assert table["sink rate, any, renormalised, short, softmax1"][0] == short
+    assert rows(text, "Vectors of the heads")["largest logit, softmax1"] == [
+        figure(max(x["logit_max"])) for x in layers
+    ]
+    top = [one["places"][f"layer.{layer}.ffn_residual"]["massive"]["top"][0] for layer in range(2)]
+    largest = max(top, key=lambda entry: abs(entry["value"]))
+    cell = rows(text, "Massive activations")["ffn_residual, softmax1"][3]
+    assert cell.startswith(f"{figure(largest['value'])} ({figure(largest['ratio'])} medians): `")
+    found = one["interventions"]["as_softmax0"]
+    cells = rows(text, "Interventions")["attends with n = 0, softmax1"]
+    assert cells[:3] == [
+        f"{found['loss']:.4f}",
+        figure(found["ffn_output_kurtosis"]),
+        figure(found["residual_inf_norm"]),
+    ]
+    assert cells[4] == figure(100 * found["null_mass"]) and found["null_mass"] < 1e-6
+
+
+def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch):
+    """Only where its weights are those that training wrote down."""
+    monkeypatch.setattr(arms, "ARCHITECTURE", ARCHITECTURE)
+    for n in (0.0, 1.0):
+        tokenizer = save_tokenizer(tmp_path / "model")
+        first = arms.build_model(n, len(tokenizer), tokenizer, 43)
+        results = {"seed": 43, "model": {"initial_weights": weights_sha256(first)}}
+        before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.add_(1)
+        first.save_pretrained(tmp_path / "model")
+        model, _ = analyze_kurtosis.load(str(tmp_path / "model"))
+        found = analyze_kurtosis.untrained_model(model, results)
+        assert type(found) is type(first) and not found.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in found.state_dict().items())
+        assert analyze_kurtosis.untrained_model(model, {**results, "seed": 42}) is None
+        assert analyze_kurtosis.untrained_model(model, {"seed": 43, "model": {"path": "models"}}) is None
+        assert analyze_kurtosis.untrained_model(model, None) is None
+
+
+def test_step_0_stands_beside_the_trained_model(workplace, monkeypatch):
+    model, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax1"))
+    transformers.set_seed(42)
+    before = type(model)(model.config).eval()
+    edit_results(workplace, lambda results: results.update(model={"initial_weights": weights_sha256(before)}))
+    analyse(workplace)
+    runs = strict_json(workplace / "results" / "analysis.json")["runs"]
+    assert runs["esperberto-softmax1"]["untrained"].keys() == {"places", "attention"}
+    assert all(run["untrained"] is None or run["arm"] == "softmax1" for run in runs.values())
+    ids = tokenizer(TEXTS)["input_ids"]
+    _, attention, _ = measure_model(before, padded_batches(tokenizer, ids, 4), tokenizer)
+    found = runs["esperberto-softmax1"]["untrained"]["attention"]["layer.1"]["null_mass"]
+    assert found == pytest.approx(attention["layer.1"]["null_mass"], rel=1e-4)
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    expected = figure(100 * np.mean([layer["null_mass"] for layer in attention.values()]))
+    assert rows(text, "Sinks and null mass")["null mass, softmax1"][1] == expected
+
+
+def test_the_digest_of_weights_sees_every_tensor_and_not_their_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    digest = weights_sha256(model)
+    names = sorted(model.state_dict())
+    by_hand = hashlib.sha256(b"".join(model.state_dict()[name].numpy().tobytes() for name in names)).hexdigest()
+    assert digest == by_hand == weights_sha256(model.double())
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1].add_(1)
+        assert weights_sha256(model) not in (digest, by_hand)
+        digest = weights_sha256(model)
+
+
+def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
+    stock, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax0"))
+    ours = RobertaSoftmaxNForMaskedLM(
+        RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=len(tokenizer), softmax_n=1e-30)
+    ).eval()
+    ours.load_state_dict(stock.state_dict())
+    batches = padded_batches(tokenizer, tokenizer(TEXTS)["input_ids"], 2)
+    found = [analyze_kurtosis.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
+    assert found[0].keys() == found[1].keys() == {"layer 0", "layer 1"}
+    for name, counts in found[0].items():  # a rounding error may move an entry over a border
+        assert np.abs(counts - found[1][name]).sum() <= 4 < counts.sum()
+
+
+def test_a_token_that_markdown_would_read_stays_a_token():
+    one = {"value": -412.3, "ratio": 1830.0, "position": 0, "channel": 77}
+    cells = [entry_cell({**one, "token": token}, "layer.3") for token in ("<s>", " |", "`", "\ufffd", " ")]
+    assert cells[0] == "-412 (1,830 medians): `<s>` at 0, channel 77, layer 3"
+    assert [cell.split("`")[1] for cell in cells] == ["<s>", "¦", "'", "·", "_"] and "|" not in "".join(cells)
 
 
 def test_the_held_out_loss_is_training_s(workplace):

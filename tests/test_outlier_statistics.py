@@ -134,6 +134,59 @@ def test_every_statistic_by_hand():
     assert first["kurtosis_pooled"] == pytest.approx(scipy.stats.kurtosis(numbers[[0, 2]].ravel()), rel=1e-6)
 
 
+def test_the_median_is_of_all_channels():
+    values = random_values(9, 200) * torch.linspace(0.1, 3, 200)  # of more channels than were once looked at
+    found = ActivationOutliers(torch.nn.Identity())
+    found.add("place", values, torch.tensor([0] * 4 + [1] * 5), torch.zeros(9, dtype=torch.long))
+    magnitudes = values.abs().numpy()
+    expected = [part.max() / np.sort(part.ravel())[(part.size - 1) // 2] for part in (magnitudes[:4], magnitudes[4:])]
+    assert found.result()["place"]["top1_to_median"] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_massive_activations_by_hand():
+    """The largest with their tokens, and how many pass the bounds of Sun et al., over two batches."""
+    found = ActivationOutliers(torch.nn.Identity())
+    for first, scale in ((1.0, 1.0), (-1500.0, 0.5)):
+        values = torch.full((5, 7), scale)  # two sequences, of three and of two tokens
+        values[2, 4] = 300 * first
+        values[3, 1] = 50 * first
+        ids, positions = torch.tensor([0, 11, 12, 0, 13]), torch.tensor([0, 1, 2, 0, 1])
+        found.add("place", values, torch.tensor([0, 0, 0, 1, 1]), torch.zeros(5, dtype=torch.long), (ids, positions))
+    massive = found.result()["place"]["massive"]
+    # 300, 50; then -450,000 (900,000 medians) and -75,000 (150,000 medians).
+    assert massive["above_100"] == 3 and massive["above_1000_medians"] == 2 and massive["count"] == 2
+    assert len(massive["top"]) == outliers.TOP
+    keys = ("value", "ratio", "token_id", "position", "channel")
+    assert [tuple(one[key] for key in keys) for one in massive["top"][:4]] == [
+        (-450_000, 900_000, 12, 2, 4),
+        (-75_000, 150_000, 0, 0, 1),
+        (300, 300, 12, 2, 4),
+        (50, 50, 0, 0, 1),
+    ]
+
+
+def test_massive_activations_are_found_in_a_model():
+    model = model_with(1)
+    with torch.no_grad():
+        model.roberta.encoder.layer[1].output.LayerNorm.bias[5] = 4000.0
+    batch = batch_of([11, 6], 14)
+    batch["input_ids"][0, 3] = 5  # decodes to a full stop
+    places, _, _ = measure_model(model, [batch], Tokenizer())
+    massive = places["layer.1.ffn_layernorm"]["massive"]
+    with torch.no_grad():
+        hidden = model.roberta(**batch).last_hidden_state
+    expected = sorted(hidden[batch["attention_mask"].bool()].abs()[:, 5].tolist(), reverse=True)
+    assert [one["value"] for one in massive["top"]] == pytest.approx(expected[: outliers.TOP], rel=1e-4)
+    assert {one["channel"] for one in massive["top"]} == {5}
+    one = massive["top"][0]
+    values = [abs(hidden[row, one["position"], 5].item()) for row in range(2)]
+    row = int(np.argmin(np.abs(np.array(values) - one["value"])))
+    assert one["token"] == Tokenizer().decode([batch["input_ids"][row, one["position"]].item()])
+    length = [11, 6][row]
+    assert one["ratio"] == pytest.approx(one["value"] / hidden[row, :length].abs().median().item(), rel=1e-3)
+    assert massive["above_100"] == 17 and "massive" not in places["layer.1.query"]
+
+
 def test_streaming_equals_all_at_once():
     values = random_values(40, 10) ** 3
     sequence, classes = torch.arange(40) // 5, torch.arange(40) % 4
@@ -206,7 +259,7 @@ def test_padding_and_hooks_leave_no_trace():
         batch = batch_of([11, 6], width)
         places, attention, seen = measure_model(model, [batch], Tokenizer())
         found.append((places["layer.1.ffn_residual"], attention["layer.1"], seen))
-    assert found[0][2] == found[1][2] == {"sequences": 2, "tokens": 17}
+    assert found[0][2] == found[1][2] == {"sequences": 2, "tokens": 17, "lengths": [11, 6]}
     for key in ("kurtosis_sequence", "kurtosis_token", "inf_norm", "top1_to_median"):
         assert found[0][0][key] == pytest.approx(found[1][0][key], rel=1e-4)
     for key, values in found[0][1].items():
@@ -286,17 +339,17 @@ def test_attention_statistics_by_hand():
 
 
 def test_renormalised_sink_rates_by_hand():
-    """Every query sends 0.1 to the first token and 0.1 to the second but the last, which sends nothing anywhere."""
+    """Small weights are large shares; who attends to nothing has none."""
     weights = torch.zeros(2, 1, 17, 17)
     weights[0, :, :16, 0] = 0.1
     weights[0, :, :15, 1] = 0.1  # 16 real tokens: a long sequence; its last real query attends to the first only
-    weights[1, :, :3, 2] = 0.01  # 4 real tokens, whose last query attends to nothing
+    weights[1, :, :1, 2] = 0.01  # 4 real tokens, of which the first query alone attends to anything
     mask = torch.arange(17) < torch.tensor([[16], [4]])
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask)
     sinks.add("layer.0", weights)
     found = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
-    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 * 3 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 3 / 3.
+    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
     assert [found[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
     assert found["sink_rate_first_renormalised"] == 1 and found["sink_rate_any_renormalised"] == 1
     assert found["sink_rate_first_renormalised_short"] == 0 and found["sink_rate_any_renormalised_short"] == 1
@@ -306,7 +359,118 @@ def test_renormalised_sink_rates_by_hand():
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask)
     sinks.add("layer.0", torch.zeros(2, 1, 17, 17))  # no query attends to anything: no sink, and no NaN
-    assert {sinks.result()["layer.0"][key][0] for key in SINK_RATES} == {0.0}
+    for key in SINK_RATES:  # but nowhere gets all of it
+        assert sinks.result()["layer.0"][key] == [float("or_null" in key)]
+
+
+@pytest.mark.parametrize("n", [0, 0.5, 1])
+def test_uniform_attention_is_what_a_model_without_logits_does(n):
+    model = model_with(n)
+    with torch.no_grad():
+        for layer in model.roberta.encoder.layer:
+            layer.attention.self.query.weight.zero_()
+            layer.attention.self.query.bias.zero_()
+    lengths = [20, 16, 15, 4, 3, 2]
+    _, attention, seen = measure_model(model, [batch_of(lengths[:3], 20), batch_of(lengths[3:], 5)], Tokenizer())
+    assert seen["lengths"] == lengths
+    uniform = outliers.uniform_attention(lengths, n)
+    assert uniform.pop("sequences") == 2 and uniform.pop("sequences_short") == 4
+    assert uniform.keys() == {"null_mass", *SINK_RATES}
+    for key, value in uniform.items():
+        assert attention["layer.1"][key] == pytest.approx([value] * 2, abs=1e-6), key
+    # The issue: three tokens or fewer are sinks under softmax by construction, and with n = 1 two or fewer.
+    assert uniform["sink_rate_first_short"] == {0: 0.5, 0.5: 0.25, 1: 0.25}[n]
+    assert uniform["sink_rate_first_renormalised_short"] == 0.5
+    assert uniform["null_mass"] == pytest.approx(sum(t * n / (n + t) for t in lengths) / 60)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_vectors_of_heads_by_hand(n):
+    """Each from the weights of the model, one unpadded sequence and one head at a time."""
+    model = model_with(n)
+    lengths = [11, 6]
+    padded = batch_of(lengths, 14)
+    padded["input_ids"][0, 4] = 5
+    _, attention, _ = measure_model(model, [padded], Tokenizer())
+    found, layer = attention["layer.1"], model.roberta.encoder.layer[1].attention.self
+    classes = token_classes(padded["input_ids"], Tokenizer())
+    collected = {}
+    for row, kind, length in zip(padded["input_ids"], classes, lengths, strict=True):
+        with torch.no_grad():
+            x = model.roberta(row[None, :length], output_hidden_states=True).hidden_states[1]
+        kind = kind[:length].numpy()
+        q, k, v = (part(x)[0].detach().double().numpy() for part in (layer.query, layer.key, layer.value))
+        context = []
+        for head in range(2):
+            part = slice(8 * head, 8 * head + 8)
+            logits = q[:, part] @ k[:, part].T / 8**0.5
+            weights = np.exp(logits) / (n + np.exp(logits).sum(1, keepdims=True))
+            context.append(weights @ v[:, part])
+            norms = {"key": np.linalg.norm(k[:, part], axis=1), "value": np.linalg.norm(v[:, part], axis=1)}
+            for i, name in enumerate(outliers.TOKEN_CLASSES):
+                for which, norm in norms.items():
+                    collected.setdefault((f"{which}_norm_{name}", head), []).extend(norm[kind == i])
+                contribution = (weights * norms["value"])[:, kind == i].sum(1)
+                collected.setdefault((f"contribution_{name}", head), []).extend(contribution)
+            collected.setdefault(("logit_range", head), []).extend(np.ptp(logits, axis=1))
+            collected.setdefault(("logit_max", head), []).append(np.abs(logits).max())
+            collected.setdefault(("context_kurtosis", head), []).append(scipy.stats.kurtosis(context[head].ravel()))
+        bound = 0.01 * np.sqrt(np.mean(np.square(context)))
+        for head in range(2):
+            collected.setdefault(("context_near_zero", head), []).append((np.abs(context[head]) <= bound).mean())
+    for (key, head), values in collected.items():
+        expected = max(values) if key == "logit_max" else np.mean(values)
+        assert found[key][head] == pytest.approx(expected, rel=1e-4, abs=1e-4), (key, head)
+    assert {key for key, _ in collected} == found.keys() - {
+        *("mass_first mass_separator mass_punctuation mass_self null_mass entropy idle_mass".split()),
+        *SINK_RATES,
+        "context_kurtosis_active",
+    }
+
+
+def test_context_of_the_heads_that_do_something():
+    """The heads above the bound are left out of the kurtosis; with none left there is none."""
+    vectors = outliers.HeadVectors(torch.nn.Identity())
+    mask = torch.ones(2, 5)
+    context = random_values(2, 5, 12) ** 3
+    context[..., 4:8] *= 1e-3  # the second of three heads does nothing
+    others = [random_values(2, 5, 12, seed=i) for i in range(3)]
+    for i in range(2):
+        vectors.batch(mask[i : i + 1])
+        rows = [one[i : i + 1] for one in (*others, context)]
+        vectors.add("layer.0", torch.full((1, 3, 5, 5), 0.2), *rows)
+    kept = np.concatenate([context[..., :4], context[..., 8:]], -1)
+    expected = np.mean([scipy.stats.kurtosis(one.ravel()) for one in kept])
+    (found,) = vectors.result({"layer.0": [0.2, 0.9, 0.5]}).values()
+    assert found["context_kurtosis_active"] == pytest.approx(expected, rel=1e-5)
+    assert found["context_near_zero"][1] > 0.5 > found["context_near_zero"][0]
+    (found,) = vectors.result({"layer.0": [0.6, 0.9, 0.51]}).values()
+    assert math.isnan(found["context_kurtosis_active"])
+
+
+def flat(found):
+    """{path: number} of nested dictionaries and lists; what is no number stays out."""
+    if isinstance(found, dict):
+        return {f"{key}.{path}": value for key, one in found.items() for path, value in flat(one).items()}
+    if isinstance(found, (list, tuple)):
+        return flat(dict(enumerate(found)))
+    return {"": found} if isinstance(found, (int, float)) else {}
+
+
+def test_the_class_of_the_model_makes_no_difference():
+    """The same weights in the stock class and in ours, where n = 1e-30 stands for 0."""
+    stock = model_with(0)
+    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30)).eval()
+    ours.load_state_dict(stock.state_dict())
+    batches = [batch_of([20, 17, 9], 20), batch_of([4, 3], 4)]
+    found = []
+    for model in (stock, ours):
+        uniform = outliers.uniform_attention([20, 17, 9, 4, 3], model.config.softmax_n if model is ours else 0)
+        found.append(
+            flat([measure_model(model, batches, Tokenizer()), uniform, Emergence(batches, Tokenizer())(model)])
+        )
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 500
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("n", [0, 0.5, 1])
@@ -375,5 +539,7 @@ def test_every_statistic_is_defined():
     text = (Path(outliers.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rows = {name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"`([\w.<>]+)`", line)}
     keys = set(attention["layer.0"]) | set(places["layer.0.query"]) | set(places["layer.0.query"]["classes"]["other"])
+    keys |= set(places["layer.0.ffn_output"]["massive"]) | set(places["layer.0.ffn_output"]["massive"]["top"][0])
+    keys |= set(places["layer.0.ffn_output"]) | set(outliers.uniform_attention([5], 1))
     keys |= set(outliers.PLACES) | set(outliers.EMBEDDINGS) | {outliers.LOGITS} | set(outliers.TOKEN_CLASSES)
     assert keys - rows == set()

@@ -1,0 +1,158 @@
+"""What a trained masked-LM does when one thing about its attention is changed: causes, where statistics correlate.
+
+    as_trained              nothing is changed
+    as_softmax0             the same weights attend with n = 0: the null slot is taken from softmax1
+    as_softmax1             the same weights attend with n = 1: a null slot is given to softmax0
+    without_sink_heads      the context of the heads that are sinks is set to zero
+    without_random_heads    that of as many heads outside them, at random, the mean of 3 draws
+    without_first_token     <s> is left out of the input; positions start again behind it
+
+Nothing here asks for the class of the model: every arm gets the same interventions, so that for softmax0 the second is
+the first (and for softmax1 the third), to rounding. DEFINITIONS.md says what is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from held_out import kept_positions
+from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, watched
+from packing import IGNORED
+from softmax1 import apply_softmax_n
+
+INTERVENTIONS = {
+    "as_trained": "as trained",
+    "as_softmax0": "attends with n = 0",
+    "as_softmax1": "attends with n = 1",
+    "without_sink_heads": "without its sink heads",
+    "without_random_heads": "without as many other heads",
+    "without_first_token": "without the first token",
+}
+DRAWS = 3  # of random heads
+PLACES = ("ffn_output", "ffn_residual")
+
+Heads = set[tuple[str, int]]  # (layer.<i>, head)
+
+
+def interventions(
+    model: PreTrainedModel, batches: list[dict], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, float]]:
+    """Measure the model on the same masked text under each intervention. It is left as it was, in eval mode.
+
+    A head is a sink head when in more than 30 % (SINK) of the sequences one token, or nowhere, gets more than 30 % of
+    the attention: `sink_rate_any_or_null`, the same for every n.
+
+    Args:
+        model: a BERT-shaped masked-LM.
+        batches: of `held_out_batches`.
+        tokenizer: the one that made them.
+
+    Returns:
+        {name out of INTERVENTIONS: {"loss" (nats per masked token), "ffn_output_kurtosis" (mean of layers),
+        "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (how
+        many were set to zero)}}. Absent are as_softmax* of a model that does not take its attention from transformers'
+        attention interface, without_*_heads where there is no sink head or too few others, and without_first_token
+        where texts do not all start with the same special token.
+    """
+    model.eval()
+    found = {}
+    found["as_trained"], attention = _measure(model, batches, tokenizer)
+    if model._supports_attention_backend:
+        for n in (0, 1):
+            other = apply_softmax_n(copy.deepcopy(model), n)
+            found[f"as_softmax{n}"], _ = _measure(other, batches, tokenizer)
+
+    every: Heads = {(layer, head) for layer, one in attention.items() for head in range(len(one["null_mass"]))}
+    sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
+    if sinks:
+        found["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
+    if sinks and len(every - sinks) >= len(sinks):
+        draws = random.Random(0)
+        chosen = [set(draws.sample(sorted(every - sinks), len(sinks))) for _ in range(DRAWS)]
+        drawn = [_without(model, heads, batches, tokenizer) for heads in chosen]
+        means = {key: float(np.mean([one[key] for one in drawn])) for key in drawn[0]}
+        found["without_random_heads"] = {**means, "heads": len(sinks)}
+
+    starts = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}
+    if len(starts) == 1 and starts <= {tokenizer.bos_token_id, tokenizer.cls_token_id}:
+        shorter = [{name: tensor[:, 1:] for name, tensor in batch.items()} for batch in batches]
+        found["without_first_token"], _ = _measure(model, shorter, tokenizer)
+    return {name: {"heads": 0, **found[name]} for name in INTERVENTIONS if name in found}
+
+
+def _without(
+    model: PreTrainedModel, heads: Heads, batches: list[dict], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    with _zeroed(model, heads):
+        return {**_measure(model, batches, tokenizer)[0], "heads": len(heads)}
+
+
+@torch.inference_mode()
+def _measure(
+    model: PreTrainedModel, batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+    """(the figures of `interventions`, attention by layer). The head sees the masked positions alone."""
+    loss = masked = 0
+    with (
+        eager_attention(model),
+        ActivationOutliers(model, PLACES, embeddings=False) as outliers,
+        AttentionSinks(model) as sinks,
+    ):
+        for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
+            labels = batch.pop("labels")
+            chosen = labels != IGNORED
+            with kept_positions(model, chosen):
+                logits = model(**batch).logits[0]
+            loss += F.cross_entropy(logits.float(), labels[chosen], reduction="sum").item()
+            masked += int(chosen.sum())
+    places, attention = outliers.result(), sinks.result()
+
+    def layers(place: str, statistic: str) -> list[float]:
+        return [one[statistic] for name, one in places.items() if name.endswith(f".{place}")]
+
+    def heads(statistic: str) -> float:
+        return float(np.mean([one[statistic] for one in attention.values()]))
+
+    figures = {
+        "loss": loss / masked,
+        "ffn_output_kurtosis": float(np.mean(layers("ffn_output", "kurtosis_sequence"))),
+        "residual_inf_norm": max(layers("ffn_residual", "inf_norm")),
+        "sink_rate_first": heads("sink_rate_first"),
+        "null_mass": heads("null_mass"),
+    }
+    return figures, attention
+
+
+@contextmanager
+def _zeroed(model: PreTrainedModel, heads: Heads) -> Iterator[None]:
+    """Inside, nothing of what these heads attend to reaches attention.output.dense."""
+
+    def hook(kept: Tensor):
+        def zero(module, inputs):
+            context = inputs[0]
+            parts = context.unflatten(-1, (len(kept), -1)) * kept.to(context)[:, None]
+            return (parts.flatten(-2), *inputs[1:])
+
+        return zero
+
+    count = model.config.num_attention_heads
+    handles = []
+    for name, module in model.named_modules():
+        if match := re.search(r"\b(layer\.\d+)\.attention\.output\.dense$", name):
+            kept = torch.tensor([(match[1], head) not in heads for head in range(count)])
+            handles.append(module.register_forward_pre_hook(hook(kept)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -69,18 +69,23 @@ def model_of(kind):
     return RobertaForMaskedLM(RobertaConfig(**SMALL))
 
 
-@pytest.fixture(scope="module", params=["softmax0", "softmax1"])
-def trained(request):
-    """A small model that has learnt its task, so that damage is damage."""
-    model = model_of(request.param).train()
+def learn(model, steps=150):
+    """Trained in place on the sequences above, and in eval mode."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for batch in batches(150, seed=1):
+    for batch in batches(steps, seed=1):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     assert held_out_loss(model, batches(4, seed=2))[0] < 1.0  # ln 60 = 4.1 before training
     return model
+
+
+@pytest.fixture(scope="module", params=["softmax0", "softmax1"])
+def trained(request):
+    """A small model that has learnt its task, so that damage is damage."""
+    return learn(model_of(request.param))
 
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -284,3 +289,41 @@ def test_a_model_past_the_attention_interface_is_refused():
             StaticW8A8(model, [])
     finally:
         type(model)._supports_attention_backend = before
+
+
+# --------------------------------------------------------------------------------- the instrument is blind to the class
+
+
+def with_loud_head(model):
+    """In place: one head of layer 1 with large logits, whose scores no 8-bit range holds."""
+    size = model.config.hidden_size // model.config.num_attention_heads
+    attention = model.roberta.encoder.layer[1].attention.self
+    with torch.no_grad():
+        for linear in (attention.query, attention.key):
+            linear.weight[:size] *= 30
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The same weights in the stock class and in ours, n = 1e-30 standing for 0."""
+    stock = with_loud_head(learn(model_of("softmax0")))
+    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30))
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours.eval()
+
+
+def test_both_classes_have_the_same_ranges_and_all_of_them_are_filled(pair):
+    stock, ours = (StaticW8A8(model, batches(4, seed=3)).ranges for model in pair)
+    assert stock.keys() == ours.keys()
+    for name, found in stock.items():
+        assert found.low is not None and ours[name].low is not None, name
+        assert (ours[name].low, ours[name].high) == pytest.approx((found.low, found.high), rel=1e-6), name
+
+
+def test_gaps_do_not_depend_on_the_class(pair):
+    stock, ours = (measure_damage(model, batches(6, seed=2), batches(4, seed=3)) for model in pair)
+    assert stock["schemes"]["w8a8_static"]["gap"] > 0.01  # the loud head is felt
+    for scheme, one in stock["schemes"].items():
+        assert ours["schemes"][scheme]["gap"] == pytest.approx(one["gap"], abs=1e-6), scheme
+    assert ours["parts"] == pytest.approx(stock["parts"], abs=1e-6)

@@ -195,7 +195,7 @@ def measure(
         **measure_damage(model, scored, draws, published, run.name),
     }
     if checked:
-        run.damage["self_check"] = self_check(model, scored, draws[0], run.name)
+        run.damage["self_check"] = self_check(model, scored, draws[0])
 
 
 def calibration_draws(

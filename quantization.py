@@ -335,6 +335,10 @@ def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
 # ----------------------------------------------------------------------------------------------------- W8A8, static
 
 
+class UnsetRange(RuntimeError):
+    """Activations without a range after calibration: they would pass through unquantized."""
+
+
 class StaticW8A8:
     """A copy of a masked-LM with statically quantized weights and activations (see the top of this file).
 
@@ -351,7 +355,7 @@ class StaticW8A8:
 
     Raises:
         ValueError: the model does not use the attention interface.
-        RuntimeError: a range is unset after calibration: its tensor would pass through unquantized.
+        UnsetRange: a RuntimeError; a tensor was not seen in calibration and would pass through unquantized.
     """
 
     def __init__(
@@ -376,7 +380,7 @@ class StaticW8A8:
         """Find the ranges anew on other batches, and use those from the running minimum and maximum.
 
         Raises:
-            RuntimeError: a range is unset afterwards; the message names the tensors.
+            UnsetRange: a range is unset afterwards; the message names the tensors.
         """
         self.histograms = histograms
         for found in self.ranges.values():
@@ -393,7 +397,7 @@ class StaticW8A8:
             self.observing = False
         unset = [name for name, found in self.ranges.items() if found.low is None]
         if unset:
-            raise RuntimeError(
+            raise UnsetRange(
                 f"{len(unset)} of {len(self.ranges)} activations of {type(self.model).__name__} were not seen in "
                 f"calibration and would stay unquantized: {', '.join(unset)}"
             )

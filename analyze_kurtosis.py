@@ -298,7 +298,10 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
     gaps = [
-        (run.arm, {SCHEMES[name]: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if one["gap"]})
+        (
+            run.arm,
+            {SCHEMES[name]: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if one["gap"]},
+        )
         for run in runs
     ]
     add("damage", "Quantization damage, one mark a run (bars: standard error)", plots.damage, gaps)

@@ -230,6 +230,9 @@ class GatedAttentionConfig(_ControlConfig):
 
     model_type = "roberta-gated-attention"
 
+    def __init__(self, **kwargs):  # transformers would write one for a class that has none
+        super().__init__(**kwargs)
+
 
 CLIPPED = "clipped_softmax"  # the name under which transformers knows the attention below
 

@@ -97,7 +97,7 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
 
 
 def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, shared among the processes."""
+    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, shared by the processes."""
     distributed = torch.distributed.is_initialized()
     if distributed:
         batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

@@ -102,7 +102,7 @@ def _symmetric(rows: Tensor, levels: int) -> Tensor:
 
 
 def mse_weight(weight: Tensor) -> Tensor:
-    """`weight` on the grid of symmetric 8-bit integers with the one scale that makes the mean squared error smallest."""
+    """`weight` on the grid of symmetric 8-bit integers with the scale that makes the mean squared error smallest."""
     largest = weight.detach().abs().max().item()
     if not 0 < largest < math.inf:
         return int8_weight(weight)
@@ -289,9 +289,9 @@ def _measured_attention(
     """Attention as every scheme computes it; scores and weights are quantized where `module.quantizers` says so.
 
     The weights are softmax_n with the n of the config (softmax where it has none), or what the config's own method
-    attention_weights(scores) makes of the scores. Scores and weights are float32, as in torch's kernels, and the weights
-    are rounded to the dtype of the values. The softmax is taken over one more logit, log n, for n = 0 too: so two
-    models that compute the same function are rounded alike.
+    attention_weights(scores) makes of the scores. Scores and weights are float32, as in torch's kernels, and the
+    weights are rounded to the dtype of the values. The softmax is taken over one more logit, log n, for n = 0 too: so
+    two models that compute the same function are rounded alike.
 
     Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
     """
@@ -526,7 +526,7 @@ def _our_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear)
     # Another linear layer's output is quantized behind its activation function, as a fused kernel does.
-    return norm or linear, norm or linear and bool(re.search(r"\.(query|key|value|output\.dense)$", name))
+    return norm or linear, norm or (linear and bool(re.search(r"\.(query|key|value|output\.dense)$", name)))
 
 
 def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:

@@ -34,11 +34,20 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from answer import PRIMARY, Finding, answer, findings
+from controls import self_check  # which registers the controls' classes too
 from held_out import HELD_OUT_SEED, held_out_batches, padded_batches
 from interventions import interventions
 from outliers import PLACES, eager_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import CALIBRATION_BATCHES, SCHEMES, measure_damage, weight_errors
+from quantization import (
+    CALIBRATION_BATCHES,
+    DRAWS,
+    PUBLISHED_LENGTH,
+    SCHEMES,
+    joined,
+    measure_damage,
+    weight_errors,
+)
 from record import git_state, one_line, versions, weights_sha256, write_json
 from report import (
     ACTIVATIONS,
@@ -49,6 +58,7 @@ from report import (
     WEIGHTS,
     html_page,
     report,
+    self_check_notes,
     trained_on,
 )
 from runs import Run, arms, by_layer, find_runs
@@ -126,19 +136,32 @@ def texts_of(data_dir: Path, split: str, max_samples: int) -> list[str]:
         sys.exit(f"error: no texts in the {split} split of {data_dir} ({one_line(error)}): run build_dataset.py first")
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Every text's tokens, the shortest text first, so that little is padded; texts without a token are left out."""
+def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Every text's tokens; texts without a token are left out."""
+    if not len(texts):
+        return []
     length = min(MAX_LENGTH, tokenizer.model_max_length)
     found = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
     special = set(tokenizer.all_special_ids)
-    return sorted((ids for ids in found if not special.issuperset(ids)), key=len)
+    return [ids for ids in found if not special.issuperset(ids)]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The same, the shortest text first, so that little is padded."""
+    return sorted(in_order(tokenizer, texts), key=len)
 
 
 # ------------------------------------------------------------------------------------------------------ what we measure
 
 
-def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int) -> None:
-    """Fill in everything that is measured of a run; `max_scored` of the texts are scored under each quantization."""
+def measure(
+    run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int, checked: bool
+) -> None:
+    """Fill in everything that is measured of a run.
+
+    `max_scored` of the texts are scored under each quantization. `calibration`: training texts, dealt into several
+    draws. `checked`: the instrument checks itself on this model.
+    """
     model, tokenizer = load(run.model)
     run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
@@ -165,10 +188,41 @@ def measure(run: Run, texts: list[str], max_scored: int, calibration: list[str],
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
     few = [some[i] for i in np.linspace(0, len(some) - 1, min(INTERVENTION_TEXTS, len(some))).astype(int)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
-    known = held_out_batches({"input_ids": token_ids(tokenizer, calibration)}, masks, CALIBRATION_SIZE)
-    # The running range forgets: in the order of length, the longest texts would have the last word.
-    random.Random(0).shuffle(known)
-    run.damage = {"sequences": len(some), **measure_damage(model, scored, known, run.name)}
+    draws = calibration_draws(tokenizer, calibration, masks)
+    if not draws:
+        sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
+    # As Bondarenko et al. have it: the first full sequences of the text that is scored, joined in its own order.
+    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    limit = CALIBRATION_BATCHES * CALIBRATION_SIZE
+    full = joined(in_order(tokenizer, texts), min(PUBLISHED_LENGTH, longest))[:limit]
+    published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
+    run.damage = {
+        "sequences": len(some),
+        "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
+        **measure_damage(model, scored, draws, published, run.name),
+    }
+    if checked:
+        run.damage["self_check"] = self_check(model, scored, draws[0])
+
+
+def calibration_draws(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], masks: MaskedLMCollator
+) -> list[list[dict]]:
+    """DRAWS lists of calibration batches, of other texts each: the same for every run with this tokenizer."""
+    shuffled = list(texts)
+    random.Random(0).shuffle(shuffled)
+    draws = []
+    for i in range(DRAWS):
+        if ids := token_ids(tokenizer, shuffled[i::DRAWS]):
+            draw = held_out_batches({"input_ids": ids}, masks, CALIBRATION_SIZE)
+            # The running range forgets: in the order of length, the longest texts would have the last word.
+            random.Random(i).shuffle(draw)
+            draws.append(draw)
+    return draws
+
+
+def real_tokens(batches: list[dict]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
 def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedModel | None:
@@ -266,10 +320,13 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
     gaps = [
-        (run.arm, {SCHEMES[scheme]: one["gap"] for scheme, one in run.damage["schemes"].items() if scheme != "float32"})
+        (
+            run.arm,
+            {SCHEMES[name]: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if one["gap"]},
+        )
         for run in runs
     ]
-    add("damage", "Quantization damage: held-out loss over float32, one mark a run", plots.damage, gaps)
+    add("damage", "Quantization damage, one mark a run (bars: standard error)", plots.damage, gaps)
 
     def layers(statistic: str) -> dict[str, list[tuple]]:
         found = {}
@@ -433,7 +490,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--calibration_batches",
         type=positive,
         default=CALIBRATION_BATCHES,
-        help=f"batches of {CALIBRATION_SIZE} training texts that the static ranges come from",
+        help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws",
     )
     return parser.parse_args(argv)
 
@@ -448,12 +505,14 @@ def main(argv: list[str] | None = None) -> None:
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     refuse_duplicates(runs)
     texts = texts_of(args.data_dir, "validation", args.max_samples)
-    calibration = texts_of(args.data_dir, "train", args.calibration_batches * CALIBRATION_SIZE)
+    calibration = texts_of(args.data_dir, "train", DRAWS * args.calibration_batches * CALIBRATION_SIZE)
+    checked: set[str] = set()  # the arms on which the instrument has checked itself
     for i, run in enumerate(runs):
         if not run.diverged:
-            measure(run, texts, args.max_scored, calibration, args.batch_size)
+            measure(run, texts, args.max_scored, calibration, args.batch_size, checked=run.arm not in checked)
+            checked.add(run.arm)
         refuse_copies(runs[: i + 1])
-    warned = notes(runs, args.data_dir)
+    warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]
     found = findings(runs)
     made = pictures(headline(runs), len(texts))
     captions = {name: caption for name, (caption, _) in made.items()}

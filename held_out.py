@@ -3,6 +3,7 @@
 held_out_batches        texts masked once and for all, sorted by length, padded
 padded_batches          texts as they are, sorted by length, padded
 held_out_loss           mean cross-entropy over the masked tokens
+per_text_loss           the same text by text, for intervals
 kept_positions          lets the masked-LM head see chosen positions only, for it is half of the arithmetic
 """
 
@@ -79,26 +80,41 @@ def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number), in eval mode, shared among the processes.
+def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> Tensor:
+    """Sum of the cross-entropy and number of masked tokens of every text, in eval mode, by this process alone.
 
     The cross-entropy is taken in float32 whatever the model computes in.
+
+    Args:
+        model: a masked-LM.
+        batches: of `held_out_batches`; each holds input_ids, attention_mask and labels (texts, tokens).
+        progress: show a bar.
+
+    Returns:
+        (texts, 2), float64, on the CPU: nats and masked tokens, in the order of the batches.
     """
     training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=model.device)  # loss, masked tokens
-    distributed = torch.distributed.is_initialized()
-    if distributed:
-        batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    found = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         masked = labels != IGNORED
         with kept_positions(model, masked):
             logits = model(**batch).logits[0]
-        total[0] += F.cross_entropy(logits.float(), labels[masked], reduction="sum").double()
-        total[1] += len(logits)
+        losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        losses[masked] = F.cross_entropy(logits.float(), labels[masked], reduction="none").double()
+        found.append(torch.stack([losses.sum(1), masked.sum(1).double()], 1).cpu())
     model.train(training)
+    return torch.cat(found)
+
+
+def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
+    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, shared by the processes."""
+    distributed = torch.distributed.is_initialized()
+    if distributed:
+        batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    total = per_text_loss(model, batches, progress).sum(0).to(model.device)
     if distributed:
         torch.distributed.all_reduce(total)
     loss, count = total.tolist()

@@ -110,23 +110,33 @@ def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str 
 
 
 @plt.rc_context(STYLE)
-def damage(gaps: list[tuple[str, dict[str, float]]], title: str) -> bytes:
-    """Gap of the held-out loss to float32: a mark a run, a group a quantization. A run is (arm, {name: gap})."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
+def damage(gaps: list[tuple[str, dict[str, tuple[float, float]]]], title: str) -> bytes:
+    """Gap of the held-out loss to float32 in thousandths of a nat: a mark a run, a group a scheme, bars for errors.
+
+    A run is (arm, {scheme: (gap, standard error)}), both in nats; one that is not finite is left out. Where gaps differ
+    by orders of magnitude, the axis is logarithmic beyond 1.
+    """
+    figure, axes = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
     arms = _arms(gaps)
     kinds = list(dict.fromkeys(kind for _, found in gaps for kind in found))
-    for arm, found in gaps:
+    sizes = []
+    for number, (arm, found) in enumerate(gaps):
         look = _look(arm, arms)
         shift = (arms.index(arm) - (len(arms) - 1) / 2) * 0.8 / max(len(arms), 3)
-        places = [kinds.index(kind) + shift for kind in found]
-        axes.plot(places, list(found.values()), **{**look, "linestyle": "", "markersize": 8}, label=arm)
+        # Runs of an arm stand a little apart, so that their bars can be told apart.
+        shift += (sum(other == arm for other, _ in gaps[:number]) % 4 - 1.5) * 0.05
+        shown = {kind: pair for kind, pair in found.items() if np.isfinite(pair[0])}
+        values, errors = 1000 * np.array(list(shown.values()), dtype=float).reshape(-1, 2).T
+        places = [kinds.index(kind) + shift for kind in shown]
+        bars = {"yerr": np.nan_to_num(errors), "elinewidth": 1, "capsize": 2}
+        axes.errorbar(places, values, **{**look, "linestyle": "", "markersize": 6}, **bars, label=arm)
+        sizes.extend(np.abs(values))
     axes.axhline(0, color="0.3", linewidth=0.8)
-    largest = max((abs(value) for _, found in gaps for value in found.values() if np.isfinite(value)), default=0.0)
-    if largest > 1:
-        axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_xticks(range(len(kinds)), [textwrap.fill(kind, 11) for kind in kinds])
+    if max(sizes, default=0) > 30 * max(np.median(sizes or [0]), 1):
+        axes.set_yscale("symlog", linthresh=1)
+    axes.set_xticks(range(len(kinds)), [textwrap.fill(kind, 11) for kind in kinds], fontsize=9)
     axes.set_xlim(-0.6, len(kinds) - 0.4)
-    axes.set_ylabel("held-out loss over float32 (nats)")
+    axes.set_ylabel("held-out loss over float32 (millinats)")
     _legend(figure, axes)
     _title(figure, title)
     return _png(figure)

@@ -2,20 +2,30 @@
 
     bfloat16          weights and arithmetic in bfloat16
     w8a8_static       8-bit weights and activations, one fixed range a tensor: the setting that outliers break
+    w8a8_percentile   the same with activations clipped at their 99.99 % percentiles
+    w8a8_mse          the same with the ranges, of weights too, that make the mean squared rounding error smallest
+    w8a8_published    the setting of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023)
     w8a8_dynamic      8-bit weights (a scale a row) and inputs (a scale a token, found as it comes) of every nn.Linear
     w4_weight_only    4-bit weights (a scale for 128 inputs of a row) of every nn.Linear, float32 activations
 
-`w8a8_static` follows Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023), and the code they published with it
-(validate_mlm.py): weights symmetric, activations asymmetric, both per tensor; weight ranges from minimum and maximum,
-activation ranges from a running minimum and maximum (momentum 0.9) over 16 batches; arithmetic simulated in float32
-("fake quantization"). Three choices differ: ranges come from training text, not from the text that is scored; the
-masked-LM head is quantized too, except for the logits; and the inputs of every nn.Linear count by themselves.
+In the four static ones weights are symmetric, activations asymmetric (0 is exact), both per tensor, and arithmetic is
+simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al. published
+(validate_mlm.py and what it calls) in what is quantized, in how ranges are found and in what they are found on. The
+three others are ours and differ from it; DEFINITIONS.md has all differences side by side:
 
-Quantized are, per tensor:
-    weights       of every nn.Linear and nn.Embedding (biases and LayerNorm parameters stay float32)
-    activations   the input of every nn.Linear; query, key and value; the attention scores, the attention weights and
-                  their product with the values; the outputs of attention.output.dense and output.dense; what enters
-                  and what leaves every LayerNorm (that is, the residual stream)
+    what          ours: weights of every nn.Linear and nn.Embedding; the input of every nn.Linear; query, key and value;
+                  the attention scores, the attention weights and the context; the outputs of attention.output.dense and
+                  output.dense; what enters and what leaves every LayerNorm. The masked-LM head is quantized as well,
+                  but for the logits.
+                  published: also the weights of every LayerNorm, and the sum of word and token type embeddings; no
+                  part of the masked-LM head. Every tensor once, where it is made.
+    ranges        ours: of the float32 model. published: of the model while it is quantized, with the ranges so far.
+                  Both: weights from minimum and maximum, activations from a running minimum and maximum.
+    calibration   ours: training text, several draws of it, sentence by sentence. published: the text that is scored,
+                  joined and cut into sequences of 128 tokens.
+
+Every scheme computes through the one attention function of this file, whatever class the model is of: two models that
+compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
 
 The rounding is torch's own fake quantization everywhere. torchao has the last two schemes, but not the first; and where
 it is installed, transformers imports it into every script, with four warnings each time.
@@ -28,20 +38,25 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from held_out import held_out_loss
-from softmax1 import softmax_n
+import softmax1
+from held_out import held_out_loss, per_text_loss
+from softmax1 import apply_softmax_n
 
-CALIBRATION_BATCHES = (
-    16  # unless told otherwise; and the momentum: Bondarenko et al., quant_configs.py and range_estimators.py
-)
+CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
 MOMENTUM = 0.9
+PUBLISHED_LENGTH = 128  # tokens of a sequence that the published setting calibrates on
+DRAWS = 4  # of calibration texts: w8a8_static is their mean, and their spread is part of its error
+PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", among 0.999 to 0.999999
 GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
 PART_BATCHES = 8  # of the held-out text, evenly spread, for the damage of one part alone
 
@@ -49,10 +64,15 @@ SCHEMES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
     "w8a8_static": "W8A8, static per tensor",
+    "w8a8_percentile": "W8A8, static, percentile ranges",
+    "w8a8_mse": "W8A8, static, least-squares ranges",
+    "w8a8_published": "W8A8, static, as published",
     "w8a8_dynamic": "W8A8, dynamic per token",
     "w4_weight_only": "W4, weights only",
 }
-ATTENTION = "fake_quantized"  # the name under which transformers knows the attention below
+ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
+# The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
+ATTENTION = "softmax_n_fake_quantized"
 
 
 def int8_weight(weight: Tensor) -> Tensor:
@@ -81,43 +101,242 @@ def _symmetric(rows: Tensor, levels: int) -> Tensor:
     return torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, -levels - 1, levels).to(rows.dtype)
 
 
+def mse_weight(weight: Tensor) -> Tensor:
+    """`weight` on the grid of symmetric 8-bit integers with the scale that makes the mean squared error smallest."""
+    largest = weight.detach().abs().max().item()
+    if not 0 < largest < math.inf:
+        return int8_weight(weight)
+    bins = _occupied(_histogram(weight.detach()))
+    scales = largest / 127 * SHRINKAGE
+    scale = scales[_rounding_error(*bins, scales, np.full_like(scales, -128), np.full_like(scales, 127)).argmin()]
+    return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scale), 0, -128, 127)
+
+
+def published_weight(weight: Tensor) -> Tensor:
+    """`weight` as Bondarenko et al. round it: `int8_weight`, but 256 levels from 0 upwards where no entry is negative
+    (the weights of a LayerNorm)."""
+    low, high = (value.item() for value in torch.aminmax(weight.detach()))
+    if low < 0 or not 0 < high < math.inf:
+        return int8_weight(weight)
+    return torch.fake_quantize_per_tensor_affine(weight.detach(), high / 255, 0, 0, 255)
+
+
 def relative_error(exact: Tensor, rounded: Tensor) -> float:
     """||exact - rounded|| / ||exact||, 0 for a tensor of zeros."""
     norm = exact.detach().double().norm()
     return ((exact.detach().double() - rounded.detach().double()).norm() / norm).item() if norm else 0.0
 
 
-# ----------------------------------------------------------------------------------------------------- W8A8, static
+# ------------------------------------------------------------------------------------------------- ranges of a tensor
+#
+# Percentiles and squared errors come from a histogram whose bins begin at the bfloat16 numbers: the upper 16 bits of a
+# float32 are its bin. So one pass is enough, whatever the scale, and a bin is at most 1/128 as wide as its values.
+
+FINITE = 0x7F80  # bins of one sign; the one with this number is infinity
+BIN_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+SHRINKAGE = np.logspace(0, -3, 61)  # of a range, in the search for the best one: in steps of 11 %
+
+
+def _histogram(values: Tensor) -> Tensor:
+    """Number of values in each bin (65536,): the positive ones from 0, the negative ones from 0x8000 by magnitude."""
+    bits = values.detach().float().flatten().view(torch.int32)
+    return torch.bincount((bits >> 16) & 0xFFFF, minlength=1 << 16).cpu()
+
+
+def _occupied(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(left edge, right edge, count) of the bins that hold a value, from the lowest upwards."""
+    counts = counts.numpy()
+    above = counts[:FINITE].nonzero()[0]
+    below = counts[0x8000 : 0x8000 + FINITE].nonzero()[0][::-1]
+    left = np.concatenate([-BIN_EDGES[below + 1], BIN_EDGES[above]])
+    right = np.concatenate([-BIN_EDGES[below], BIN_EDGES[above + 1]])
+    return left, right, np.concatenate([counts[0x8000 + below], counts[above]]).astype(np.float64)
+
+
+def _percentile(left: np.ndarray, right: np.ndarray, count: np.ndarray, share: float) -> float:
+    """The value under which `share` of the histogram lies, linear inside a bin."""
+    total = count.cumsum()
+    i = min(np.searchsorted(total, share * total[-1]), len(count) - 1)
+    inside = (share * total[-1] - (total[i] - count[i])) / count[i]
+    return float(left[i] + inside * (right[i] - left[i]))
+
+
+def _rounding_error(
+    left: np.ndarray,
+    right: np.ndarray,
+    count: np.ndarray,
+    scale: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+) -> np.ndarray:
+    """Mean squared error of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
+
+    Inside a bin the values are taken as evenly spread, so its mean is an integral: with k the integer that x is rounded
+    to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, which is continuous where k steps.
+
+    Args:
+        left, right, count: (bins,).
+        scale, lowest, highest: (grids,).
+
+    Returns:
+        (grids,).
+    """
+    scale, lowest, highest = (values[:, None] for values in (scale, lowest, highest))
+    cube = scale * scale * scale / 12
+
+    def integral(x: np.ndarray) -> np.ndarray:
+        k = np.rint(x / scale).clip(lowest, highest)
+        rest = x - k * scale
+        return k * cube + rest * rest * rest / 3  # a power would take ten times as long
+
+    return (integral(right) - integral(left)) / (right - left) @ count / count.sum()
+
+
+def _mse_range(bins: tuple, low: float, high: float) -> tuple[float, float]:
+    """The range inside (low, high) with the smallest mean squared rounding error.
+
+    Not every pair of ends is tried: first both shrink together, then each by itself, the upper one once more.
+    """
+    for ends in ((True, True), (False, True), (True, False), (False, True)):
+        lows, highs = (end * SHRINKAGE**shrinks for end, shrinks in zip((low, high), ends, strict=True))
+        scale = (highs - lows) / 255
+        zero = np.clip(np.rint(-lows / scale), 0, 255)
+        best = _rounding_error(*bins, scale, -zero, 255 - zero).argmin()
+        low, high = float(lows[best]), float(highs[best])
+    return low, high
 
 
 class _Range:
-    """One activation tensor: first its range is estimated, then it is rounded to 256 levels of that range."""
+    """One activation tensor: first its range is estimated, then it is rounded to 256 levels of that range.
 
-    def __init__(self, owner: StaticW8A8, part: str):
+    `low` and `high` are the range in use, None before there is one.
+    """
+
+    def __init__(self, owner: StaticW8A8, part: str, name: str):
         self.owner = owner
         self.part = part
+        self.name = name
+        self.reset()
+
+    def reset(self) -> None:
         self.low: float | None = None
-        self.high = 0.0
+        self.high: float | None = None
+        self._running: tuple[float, float] | None = None
+        self._extremes = (math.inf, -math.inf)
+        self._counts: Tensor | None = None
 
     def __call__(self, values: Tensor, chosen: Tensor | None = None) -> Tensor:
         """`chosen` selects the entries that are real: a boolean tensor over the leading dimensions of `values`."""
-        if self.owner.observing:
-            self._observe(values if chosen is None else values[chosen])
+        owner = self.owner
+        if owner.observing:
+            self._observe((values if chosen is None else values[chosen]).detach())
+            if not owner.published:
+                return values
+        if self.part not in owner.active:
             return values
-        if self.part not in self.owner.active or self.low is None:
-            return values
+        rounded = self._round(values)
+        if owner.levels is not None:
+            owner.levels[self.name] = len(torch.unique(rounded))
+        return rounded
+
+    def _round(self, values: Tensor) -> Tensor:
         scale = max((self.high - self.low) / 255, torch.finfo(torch.float32).tiny)
+        if not math.isfinite(scale):  # of a model that has diverged
+            return values * math.nan
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
     def _observe(self, values: Tensor) -> None:
-        low, high = (value.item() for value in torch.aminmax(values.detach()))
+        low, high = (value.item() for value in torch.aminmax(values))
         low, high = min(low, 0.0), max(high, 0.0)  # 0 must be exact, as in every integer kernel
-        if self.low is None:
-            self.low, self.high = low, high
-        else:
-            self.low = MOMENTUM * self.low + (1 - MOMENTUM) * low
-            self.high = MOMENTUM * self.high + (1 - MOMENTUM) * high
+        self._extremes = min(self._extremes[0], low), max(self._extremes[1], high)
+        if self._running is not None:
+            low = MOMENTUM * self._running[0] + (1 - MOMENTUM) * low
+            high = MOMENTUM * self._running[1] + (1 - MOMENTUM) * high
+        self._running = self.low, self.high = low, high
+        if self.owner.histograms:
+            counts = _histogram(values)
+            self._counts = counts if self._counts is None else self._counts + counts
+
+    def choose(self, estimator: str) -> None:
+        """Put the range by one of ESTIMATORS into use."""
+        low, high = self._running
+        if estimator != "minmax" and 0 < high - low < math.inf:
+            if self._counts is None:
+                raise ValueError(f"{estimator} ranges need a calibration with histograms")
+            bins = _occupied(self._counts)
+            if estimator == "mse":
+                low, high = _mse_range(bins, *self._extremes)
+            else:
+                low = min(max(_percentile(*bins, 1 - PERCENTILE), self._extremes[0]), 0.0)
+                high = max(min(_percentile(*bins, PERCENTILE), self._extremes[1]), 0.0)
+        self.low, self.high = low, high
+
+
+# ----------------------------------------------------------------------------------------------- one attention for all
+
+
+def _measured_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention as every scheme computes it; scores and weights are quantized where `module.quantizers` says so.
+
+    The weights are softmax_n with the n of the config (softmax where it has none), or what the config's own method
+    attention_weights(scores) makes of the scores. Scores and weights are float32, as in torch's kernels, and the
+    weights are rounded to the dtype of the values. The softmax is taken over one more logit, log n, for n = 0 too: so
+    two models that compute the same function are rounded alike.
+
+    Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
+    """
+    n = getattr(module.config, "softmax_n", 0.0)
+    own = getattr(module.config, "attention_weights", None)
+    on_scores, on_weights = getattr(module, "quantizers", None) or (lambda values, chosen: values,) * 2
+    real = module.real_tokens() if hasattr(module, "real_tokens") else None
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(exact) @ key.to(exact).transpose(-2, -1)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    pairs = None if real is None else (real[:, None, :, None] & real[:, None, None, :]).expand_as(scores)
+    scores = on_scores(scores, pairs)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -math.inf)
+    if own:
+        weights = own(scores)
+    else:
+        weights = torch.softmax(F.pad(scores, (0, 1), value=math.log(n) if n > 0 else -math.inf), -1)[..., :-1]
+    weights = on_weights(weights, pairs).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(ATTENTION, _measured_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` in eval mode that computes the same function through the attention above.
+
+    Raises:
+        ValueError: the model does not take its attention from transformers' attention interface.
+    """
+    copied = copy.deepcopy(model).eval()
+    # A stock class attends with softmax whatever its config says, until apply_softmax_n has changed its attention.
+    ours = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
+    apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if ours else 0.0)
+    copied.set_attn_implementation(ATTENTION)
+    return copied
+
+
+# ----------------------------------------------------------------------------------------------------- W8A8, static
+
+
+class UnsetRange(RuntimeError):
+    """Activations without a range after calibration: they would pass through unquantized."""
 
 
 class StaticW8A8:
@@ -125,81 +344,71 @@ class StaticW8A8:
 
     Args:
         model: a BERT-shaped masked-LM that takes its attention from transformers' attention interface.
-        calibration: batches of `held_out_batches`, made of training text.
+        calibration: batches of `held_out_batches`.
+        published: quantize what Bondarenko et al. quantize, and find the ranges as they do.
+        histograms: count all values, for percentile and mse ranges.
 
     Attributes:
         model: the copy, quantized throughout.
-        parts: "embeddings", "layer.<i>" and "head", in order.
+        parts: "embeddings", "layer.<i>" and "head", in order; "head" is lacking where it is left in float32.
+        ranges: {name of an activation: its range}, whose `low` and `high` are the ones in use.
 
     Raises:
         ValueError: the model does not use the attention interface.
+        UnsetRange: a RuntimeError; a tensor was not seen in calibration and would pass through unquantized.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: list[dict]):
-        if not model._supports_attention_backend:
-            raise ValueError(f"{type(model).__name__} does not take its attention from the attention interface")
-        self.model = copy.deepcopy(model).eval()
+    def __init__(
+        self, model: PreTrainedModel, calibration: list[dict], published: bool = False, histograms: bool = False
+    ):
+        self.model = measured_copy(model)
+        self.published = published
+        self.histograms = histograms
         self.observing = False
+        self.levels: dict[str, int] | None = None
         self.active: set[str] = set()
         self.ranges: dict[str, _Range] = {}
         self._mask: Tensor | None = None
-        self._weights: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+        self._weights: list[tuple[str, nn.Module, Tensor]] = []
+        self._rounded: list[Tensor] = []
         self._untie()
         self._attach()
         self.parts = sorted({part for part, *_ in self._weights}, key=_order)
+        self.calibrate(calibration, histograms)
+
+    def calibrate(self, calibration: list[dict], histograms: bool = False) -> None:
+        """Find the ranges anew on other batches, and use those from the running minimum and maximum.
+
+        Raises:
+            UnsetRange: a range is unset afterwards; the message names the tensors.
+        """
+        self.histograms = histograms
+        for found in self.ranges.values():
+            found.reset()
+        self._round_weights(published_weight if self.published else int8_weight)
+        self._activate(self.parts if self.published else ())
         self.observing = True
-        held_out_loss(self.model, calibration)
-        self.observing = False
+        try:
+            if self.published:  # its head has no ranges
+                self._run_encoder(calibration)
+            else:
+                per_text_loss(self.model, calibration)
+        finally:
+            self.observing = False
+        unset = [name for name, found in self.ranges.items() if found.low is None]
+        if unset:
+            raise UnsetRange(
+                f"{len(unset)} of {len(self.ranges)} activations of {type(self.model).__name__} were not seen in "
+                f"calibration and would stay unquantized: {', '.join(unset)}"
+            )
         self._activate(self.parts)
 
-    def _untie(self) -> None:
-        """The decoder gets a weight of its own, so that it can be quantized without the embeddings."""
-        decoder = self.model.get_output_embeddings()
-        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
-
-    def _attach(self) -> None:
-        base = self.model.base_model
-        base.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
-        decoder = self.model.get_output_embeddings()
-        inside = f"{self.model.base_model_prefix}."
-        for name, module in self.model.named_modules():
-            part = _part(name, inside)
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                self._weights.append((part, module, module.weight.detach(), int8_weight(module.weight)))
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                self._on_input(name, module, part)
-            # Another linear layer's output is quantized behind its activation function, as a fused kernel does.
-            added = isinstance(module, nn.Linear) and re.search(r"\.(query|key|value|output\.dense)$", name)
-            if added or (isinstance(module, nn.LayerNorm) and module is not decoder):
-                self._on_output(name, module, part)
-            if re.search(r"\.attention\.self$", name):
-                module.quantizers = [self._range(f"{name}.{what}", part) for what in ("scores", "weights", "context")]
-                module.real_tokens = lambda: self._mask
-        # Set past set_attn_implementation, which softmax_n models rightly refuse: the attention below knows their n.
-        self.model.config._attn_implementation = ATTENTION
-
-    def _range(self, name: str, part: str) -> _Range:
-        return self.ranges.setdefault(name, _Range(self, part))
-
-    def _real(self, values: Tensor) -> Tensor | None:
-        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
-
-    def _on_input(self, name: str, module: nn.Module, part: str) -> None:
-        quantize = self._range(f"{name}.input", part)
-        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0], self._real(inputs[0])), *inputs[1:]))
-
-    def _on_output(self, name: str, module: nn.Module, part: str) -> None:
-        quantize = self._range(f"{name}.output", part)
-        module.register_forward_hook(lambda _, __, output: quantize(output, self._real(output)))
-
-    def _remember_mask(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
-        mask = keywords.get("attention_mask")
-        self._mask = None if mask is None else mask.bool()
-
-    def _activate(self, parts) -> None:
-        self.active = set(parts)
-        for part, module, exact, rounded in self._weights:
-            module.weight.data = rounded if part in self.active else exact
+    def choose(self, estimator: str) -> None:
+        """Use the ranges by one of ESTIMATORS; "mse" is for the weights too. The others need histograms."""
+        for found in self.ranges.values():
+            found.choose(estimator)
+        self._round_weights(mse_weight if estimator == "mse" else int8_weight)
+        self._activate(self.parts)
 
     @contextmanager
     def only(self, part: str) -> Iterator[PreTrainedModel]:
@@ -209,6 +418,122 @@ class StaticW8A8:
             yield self.model
         finally:
             self._activate(self.parts)
+
+    def distinct_values(self, batches: list[dict]) -> dict[str, int]:
+        """{activation: number of distinct values of the last batch after rounding}: 1 to 256 where all is well, and 0
+        where the tensor was not rounded at all."""
+        self.levels = {}
+        try:
+            per_text_loss(self.model, batches)
+            return {name: self.levels.get(name, 0) for name in self.ranges}
+        finally:
+            self.levels = None
+
+    @torch.no_grad()
+    def _run_encoder(self, batches: list[dict]) -> None:
+        for batch in batches:
+            self.model.base_model(
+                **{name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            )
+
+    def _untie(self) -> None:
+        """The decoder gets a weight of its own, so that it can be quantized without the embeddings."""
+        decoder = self.model.get_output_embeddings()
+        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
+
+    def _attach(self) -> None:
+        self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
+        inside = f"{self.model.base_model_prefix}."
+        for name, module in self.model.named_modules():
+            part = _part(name, inside)
+            if self.published and (part == "head" or name.endswith(".attention.self.gate")):
+                continue  # stay float32 there
+            self._attach_weight(module, part)
+            inputs, outputs = _published_places(name, module) if self.published else _our_places(name, module)
+            if inputs:
+                self._on_input(name, module, part)
+            if outputs:
+                self._on_output(f"{name}.output", module, part)
+            if re.search(r"\.attention\.self$", name):
+                module.quantizers = [self._range(f"{name}.{what}", part) for what in ("scores", "weights")]
+                module.real_tokens = lambda: self._mask
+                self._on_output(f"{name}.context", module, part)
+        if self.published:
+            self._on_partial_sum()
+
+    def _attach_weight(self, module: nn.Module, part: str) -> None:
+        kinds = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
+        if isinstance(module, kinds):
+            self._weights.append((part, module, module.weight.detach()))
+
+    def _range(self, name: str, part: str) -> _Range:
+        return self.ranges.setdefault(name, _Range(self, part, name))
+
+    def _real(self, values: Tensor) -> Tensor | None:
+        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
+
+    def _on_input(self, name: str, module: nn.Module, part: str) -> None:
+        quantize = self._range(f"{name}.input", part)
+        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0], self._real(inputs[0])), *inputs[1:]))
+
+    def _on_output(self, name: str, module: nn.Module, part: str) -> None:
+        quantize = self._range(name, part)
+
+        def hook(module: nn.Module, inputs: tuple, output):
+            if isinstance(output, tuple):  # of the self-attention: the context and the weights
+                return quantize(output[0], self._real(output[0])), *output[1:]
+            return quantize(output, self._real(output))
+
+        module.register_forward_hook(hook)
+
+    def _on_partial_sum(self) -> None:
+        """Quantize word plus token type embeddings, before positions are added: the sum leaves in the place of the
+        token type embeddings, and zeros in the place of the word embeddings."""
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        words = getattr(embeddings, "word_embeddings", None)
+        types = getattr(embeddings, "token_type_embeddings", None)
+        if words is None or types is None:
+            return
+        quantize = self._range(f"{self.model.base_model_prefix}.embeddings.words_and_types", "embeddings")
+        held = []
+
+        def hold(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            held.append(output)
+            return torch.zeros_like(output)
+
+        def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            total = held.pop() + output
+            return quantize(total, self._real(total))
+
+        words.register_forward_hook(hold)
+        types.register_forward_hook(add)
+
+    def _remember_mask(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
+        mask = keywords.get("attention_mask")
+        self._mask = None if mask is None else mask.bool()
+
+    def _round_weights(self, rounding) -> None:
+        self._rounded = [rounding(exact) for _, _, exact in self._weights]
+
+    def _activate(self, parts) -> None:
+        self.active = set(parts)
+        for (part, module, exact), rounded in zip(self._weights, self._rounded, strict=True):
+            module.weight.data = rounded if part in self.active else exact
+
+
+def _our_places(name: str, module: nn.Module) -> tuple[bool, bool]:
+    """Whether (input, output) of a module are quantized in our static schemes."""
+    norm = isinstance(module, nn.LayerNorm)
+    linear = isinstance(module, nn.Linear)
+    # Another linear layer's output is quantized behind its activation function, as a fused kernel does.
+    return norm or linear, norm or (linear and bool(re.search(r"\.(query|key|value|output\.dense)$", name)))
+
+
+def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
+    """The same for the published setting: every tensor once, where it is made; sums before a LayerNorm as its input."""
+    norm = isinstance(module, nn.LayerNorm)
+    linear = isinstance(module, nn.Linear) and not name.endswith(".intermediate.dense")
+    return norm, norm or linear or name.endswith(".intermediate")  # the intermediate one behind its activation function
 
 
 def _part(name: str, inside: str) -> str:
@@ -221,36 +546,14 @@ def _order(part: str) -> tuple:
     return (("embeddings", "layer", "head").index(part.partition(".")[0]), int(part.partition(".")[2] or 0))
 
 
-def _fake_quantized_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """softmax_n attention (softmax where the config has no n) whose scores, weights and output are quantized.
+def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[int]]:
+    """Texts one behind the other, cut into sequences of `length` tokens, as the published setting prepares its text.
 
-    Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
+    What is left over at the end is dropped, unless there is nothing else.
     """
-    n = getattr(module.config, "softmax_n", 0.0)
-    on_scores, on_weights, on_output = module.quantizers
-    real = module.real_tokens()
-    pairs = None if real is None else (real[:, None, :, None] & real[:, None, None, :])
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = on_scores(scores, None if pairs is None else pairs.expand_as(scores))
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -math.inf)
-    weights = softmax_n(scores, n)
-    weights = on_weights(weights, None if pairs is None else pairs.expand_as(weights))
-    output = (weights @ value).transpose(1, 2).contiguous()
-    return on_output(output, real), weights
-
-
-AttentionInterface.register(ATTENTION, _fake_quantized_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    tokens = list(chain.from_iterable(ids))
+    whole = max(len(tokens) // length, 1) * length
+    return [tokens[start : start + length] for start in range(0, min(whole, len(tokens)), length)]
 
 
 # ----------------------------------------------------------------------------------------------------- the others
@@ -271,7 +574,7 @@ def weight_only_w4(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _with_weights(model: PreTrainedModel, rounded) -> PreTrainedModel:
-    quantized = copy.deepcopy(model).eval()
+    quantized = measured_copy(model)
     for module in quantized.modules():
         if isinstance(module, nn.Linear):  # a new parameter each, so that a tied embedding stays exact
             module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)
@@ -288,50 +591,148 @@ def weight_errors(model: PreTrainedModel) -> dict[str, dict[str, float]]:
     return errors
 
 
-def measure_damage(model: PreTrainedModel, batches: list[dict], calibration: list[dict], label: str = "") -> dict:
+# ------------------------------------------------------------------------------------------------------- the damage
+
+
+def measure_damage(
+    model: PreTrainedModel,
+    batches: list[dict],
+    draws: list[list[dict]],
+    published: list[dict],
+    label: str = "",
+) -> dict:
     """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
     Args:
         model: a masked-LM in float32.
-        batches: of `held_out_batches`, made of held-out text.
-        calibration: the same, made of training text, in random order.
+        batches: of `held_out_batches`, made of held-out text: what is scored.
+        draws: several lists of the same, made of training text, in random order. w8a8_static is calibrated on each
+            and its loss is the mean; the percentile and mse ranges come from the first one alone.
+        published: what w8a8_published is calibrated on: full sequences (`joined`) of the text that is scored.
         label: for the progress bar.
 
     Returns:
-        {"schemes": {scheme: {"loss", "perplexity", "gap"}}, "masked_tokens", "parts": {part: gap of W8A8 static with
-        nothing but that part quantized, on every few of the batches}, "ranges": {activation: [low, high]}}
+        {"schemes": {scheme: {"loss", "perplexity", "gap", "error": standard error of the gap, "floor": twice that;
+                     w8a8_static has "draws" too: the gap with each draw}},
+         "masked_tokens": number,
+         "masked": masked tokens of every text scored,
+         "texts": {scheme: sum of the losses of every text}, in the same order,
+         "parts": {part: gap of w8a8_static, first draw, with nothing but that part quantized, on some of the batches},
+         "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
-    with tqdm(total=len(SCHEMES) + 1, desc=f"{label}: quantization", unit="scheme") as bar:
+    found, draw_gaps, rest = {}, [], {}
+    with tqdm(total=len(SCHEMES) + len(draws), desc=f"{label}: quantization", unit="pass") as bar:
 
-        def score(quantized: PreTrainedModel, some: list[dict] = batches) -> float:
-            return held_out_loss(quantized, some)[0]
+        def score(scheme: str, quantized: PreTrainedModel) -> Tensor:
+            found[scheme] = per_text_loss(quantized, batches)
+            bar.update()
+            return found[scheme]
 
-        losses = {}
-        losses["float32"], masked = held_out_loss(model, batches)
-        bar.update()
-        losses["bfloat16"] = score(copy.deepcopy(model).to(torch.bfloat16))
-        bar.update()
-        static = StaticW8A8(model, calibration)
-        losses["w8a8_static"] = score(static.model)
-        bar.update()
-        losses["w8a8_dynamic"] = score(dynamic_w8a8(model))
-        bar.update()
-        losses["w4_weight_only"] = score(weight_only_w4(model))
-        bar.update()
-        some = batches[:: math.ceil(len(batches) / PART_BATCHES)]
-        exact = score(model, some)
-        parts = {}
-        for part in static.parts:
-            with static.only(part) as quantized:
-                parts[part] = score(quantized, some) - exact
-        bar.update()
+        plain = measured_copy(model)
+        exact, masked = score("float32", plain).T
+        score("bfloat16", measured_copy(model).to(torch.bfloat16))
+        statics = []
+        static = StaticW8A8(model, draws[0], histograms=True)
+        for i, draw in enumerate(draws):
+            if i:
+                static.calibrate(draw)
+            statics.append(score("w8a8_static", static.model))
+            draw_gaps.append(((statics[-1][:, 0] - exact).sum() / masked.sum()).item())
+            if i == 0:
+                rest["parts"] = part_gaps(static, plain, batches[:: math.ceil(len(batches) / PART_BATCHES)])
+                rest["ranges"] = {name: [one.low, one.high] for name, one in static.ranges.items()}
+                bar.update()
+                for estimator in ("percentile", "mse"):
+                    static.choose(estimator)
+                    score(f"w8a8_{estimator}", static.model)
+        found["w8a8_static"] = torch.stack(statics).mean(0)
+        score("w8a8_published", StaticW8A8(model, published, published=True).model)
+        score("w8a8_dynamic", dynamic_w8a8(model))
+        score("w4_weight_only", weight_only_w4(model))
+    texts = {scheme: found[scheme][:, 0].numpy() for scheme in SCHEMES}
+    masked = masked.numpy()
     schemes = {
-        scheme: {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "gap": loss - losses["float32"],
-        }
-        for scheme, loss in losses.items()
+        scheme: _scheme(sums, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
+        for scheme, sums in texts.items()
     }
-    ranges = {name: [found.low, found.high] for name, found in static.ranges.items() if found.low is not None}
-    return {"schemes": schemes, "masked_tokens": masked, "parts": parts, "ranges": ranges}
+    return {
+        "schemes": schemes,
+        "masked_tokens": int(masked.sum()),
+        "masked": masked.astype(int).tolist(),
+        "texts": {scheme: [float(f"{value:.6g}") for value in sums] for scheme, sums in texts.items()},
+        **rest,
+    }
+
+
+def part_gaps(static: StaticW8A8, plain: PreTrainedModel, batches: list[dict]) -> dict[str, float]:
+    """{part: gap to `plain` in nats per masked token with nothing but that part quantized}."""
+    exact = held_out_loss(plain, batches)[0]
+    gaps = {}
+    for part in static.parts:
+        with static.only(part) as quantized:
+            gaps[part] = held_out_loss(quantized, batches)[0] - exact
+    return gaps
+
+
+def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
+    """What measure_damage says of one scheme: `sums` and `exact` are the losses of every text in it and in float32."""
+    loss = float(sums.sum() / masked.sum())
+    error = gap_error(sums - exact, masked)
+    found = {
+        "loss": loss,
+        "perplexity": math.inf if loss >= 700 else math.exp(loss),
+        "gap": loss - float(exact.sum() / masked.sum()),
+    }
+    if len(draw_gaps) > 1:
+        error = math.hypot(error, float(np.std(draw_gaps, ddof=1)) / math.sqrt(len(draw_gaps)))
+    found |= {"error": error, "floor": 2 * error}
+    return found | ({"draws": draw_gaps} if draw_gaps else {})
+
+
+def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
+    """Standard error, over texts, of sum(differences) / sum(masked): that of a ratio, linearised.
+
+    Cochran, "Sampling Techniques" (1977), chapter 6. NaN for a single text.
+
+    Args:
+        differences: (texts,) nats.
+        masked: (texts,) masked tokens.
+    """
+    count = len(masked)
+    if count < 2:
+        return math.nan
+    residuals = differences - differences.sum() / masked.sum() * masked
+    return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / masked.sum())
+
+
+def bootstrap_difference(
+    before: dict, after: dict, scheme: str, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval, over texts, of the gap of a scheme in one run minus that in another.
+
+    Texts are drawn with replacement, the same ones for both runs, for the scheme and for float32 (Efron and Tibshirani,
+    "An Introduction to the Bootstrap", 1993, chapter 13). The seeds of the runs and the calibration are held fixed.
+
+    Args:
+        before, after: what `measure_damage` returned for the two runs, or read from analysis.json.
+        scheme: a key of SCHEMES.
+
+    Returns:
+        (low, high) of gap(after) - gap(before), in nats per masked token; NaN where a loss is not finite.
+
+    Raises:
+        ValueError: the runs were not scored on the same texts with the same masks.
+    """
+    if before["masked"] != after["masked"]:
+        raise ValueError("the two runs were scored on other texts or other masks: their gaps do not pair")
+    masked = np.array(before["masked"], dtype=float)
+    gaps = [
+        np.array(run["texts"][scheme], dtype=float) - np.array(run["texts"]["float32"], dtype=float)
+        for run in (before, after)
+    ]
+    differences = gaps[1] - gaps[0]
+    if not np.isfinite(differences).all():
+        return math.nan, math.nan
+    chosen = np.random.default_rng(seed).integers(len(masked), size=(resamples, len(masked)))
+    low, high = np.percentile(differences[chosen].sum(1) / masked[chosen].sum(1), [2.5, 97.5])
+    return float(low), float(high)

@@ -13,7 +13,9 @@ import markdown
 import numpy as np
 
 from answer import GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer
-from interventions import DRAWS, INTERVENTIONS
+from controls import CHECKS
+from interventions import DRAWS as RANDOM_DRAWS
+from interventions import INTERVENTIONS
 from outliers import (
     EMBEDDINGS,
     IDLE,
@@ -30,7 +32,7 @@ from outliers import (
     TOKEN_CLASSES,
 )
 from pairs import TEST, Comparison, no_interval, percent
-from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
+from quantization import DRAWS, GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import Run, arms, by_layer, look_up
 from sets import BASELINE, comparison_sets, headline
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
@@ -158,19 +160,52 @@ def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
     return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
 
 
+def gap_cell(one: dict) -> str:
+    """A gap with its standard error; where it is below twice that, only that it is."""
+    if not one["gap"]:
+        return "–"
+    if abs(one["gap"]) < one["floor"]:
+        return f"below its noise of {one['floor']:.4f}"
+    return f"{one['gap']:+.4f}" + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
+
+
 def damage_table(runs: list[Run]) -> str:
     rows = []
     for scheme, label in SCHEMES.items():
         row = [label]
         for run in runs:
             one = run.damage["schemes"].get(scheme)
-            row.append("–" if one is None else f"{one['loss']:.4f} / {figure(one['perplexity'])} / {one['gap']:+.4f}")
+            row.append("–" if one is None else f"{one['loss']:.4f} / {figure(one['perplexity'])} / {gap_cell(one)}")
         rows.append(row)
     parts = list(dict.fromkeys(part for run in runs for part in run.damage["parts"]))
     for part in parts:
         gaps = [run.damage["parts"].get(part) for run in runs]
         rows.append([f"W8A8 static in {part} alone", *("–" if gap is None else f"{gap:+.4f}" for gap in gaps)])
     return table(["loss / perplexity / gap", *(run.name for run in runs)], rows)
+
+
+VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
+
+
+def self_check_table(runs: list[Run]) -> str:
+    """What every part of the instrument's self-check found, on the first run of every arm."""
+    checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
+    rows = []
+    for key, label in CHECKS.items():
+        cells = [f"{VERDICTS[found[key]['passed']]}: {found[key]['said']}" for found in checked.values()]
+        rows.append([label, *cells])
+    return table(["", *checked], rows)
+
+
+def self_check_notes(runs: list[Run]) -> list[str]:
+    """The first note of the report where the instrument failed on a model; nothing where it did not."""
+    return [
+        f"THE INSTRUMENT FAILED ITS OWN CHECK on {run.name} "
+        f"({', '.join(CHECKS[key] for key in CHECKS if run.damage['self_check'][key]['passed'] is False)}): "
+        "no quantization figure of this report may be used."
+        for run in runs
+        if run.damage.get("self_check", {}).get("passed", True) is False
+    ]
 
 
 def mean_of(runs: list[Run], place: str, statistic: str, pick=np.mean) -> float:
@@ -508,11 +543,19 @@ def damage_section(runs: list[Run], calibration_batches: int) -> list[str]:
         "## Quantization damage",
         damage_table(runs),
         "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
-        f"{scored_said(runs)}. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
-        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, {calibration_batches} "
-        "batches), arithmetic simulated, after Bondarenko et al. 2023. Dynamic: a scale a token and a scale a row of "
-        f"weights. W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows quantize one part alone, on some "
-        "of the texts.*",
+        f"{scored_said(runs)}. A gap stands with its standard error over texts (and draws of calibration texts); below "
+        "twice that it is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
+        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, mean of {DRAWS} draws of "
+        f"{calibration_batches} batches), arithmetic simulated. Percentile, least squares: other ranges from the first "
+        "draw. As published: the setting of Bondarenko et al. 2023, calibrated on the text that is scored. Dynamic: a "
+        f"scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows "
+        "quantize one part alone, on some of the texts.*",
+        "## Self-check of the instrument",
+        self_check_table(runs),
+        "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
+        "the function stays and static quantization breaks, in the layer that is known; and the same function in "
+        "another class. DEFINITIONS.md says when a check passes; it is undecided where a model has learnt too little "
+        "to lose.*",
     ]
 
 
@@ -576,8 +619,8 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         interventions_table(runs),
         "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "
         f"{SINK:.0%} of the texts one token, or nowhere, gets more than {SINK:.0%} of the attention; its context is "
-        f"set to zero. As many other heads: mean of {DRAWS} random draws. Absent where there is no such head, or too "
-        "few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
+        f"set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. Absent without such a head or with "
+        "too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
     ]
 
 

@@ -816,9 +816,13 @@ class RobertaSoftmaxNConfig(RobertaConfig):
 
     @RobertaConfig._attn_implementation.getter
     def _attn_implementation(self) -> str:
-        """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here."""
+        """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here.
+
+        A registered attention whose name begins with "softmax_n" promises to read n from the config; every other name
+        is answered with "softmax_n".
+        """
         asked_for = getattr(self, "_attn_implementation_internal", None)
-        return asked_for if asked_for in (ATTENTION, EAGER_ATTENTION) else ATTENTION
+        return asked_for if str(asked_for).startswith(ATTENTION) else ATTENTION
 
     def to_dict(self) -> dict:
         """As transformers has it, and what it leaves out: the attention, and the classes of this file beside the one
@@ -838,8 +842,9 @@ class _SoftmaxNAttention:
         check_attention(self)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """Takes "softmax_n" and "softmax_n_eager"; ValueError for any other, which would make it a softmax model."""
-        if attn_implementation not in (ATTENTION, EAGER_ATTENTION):
+        """Takes registered names that begin with "softmax_n", such as "softmax_n_eager": they promise to read n from
+        the config. ValueError for any other, which would make it a softmax model."""
+        if not str(attn_implementation).startswith(ATTENTION):
             raise ValueError(
                 f"this model attends with softmax_n (n = {self.config.softmax_n}); "
                 f"{attn_implementation!r} would silently make it a softmax model"

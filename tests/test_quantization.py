@@ -10,21 +10,27 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import quantization
-from held_out import held_out_loss
+from held_out import held_out_loss, per_text_loss
 from outliers import measure_model
 from quantization import (
     SCHEMES,
     StaticW8A8,
+    bootstrap_difference,
     dynamic_w8a8,
+    gap_error,
     int4_weight,
     int8_rows,
     int8_weight,
+    joined,
     measure_damage,
+    measured_copy,
+    mse_weight,
+    published_weight,
     relative_error,
     weight_errors,
     weight_only_w4,
 )
-from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
 
 VOCABULARY = 60
 SMALL = {
@@ -60,6 +66,11 @@ def batches(count, seed, width=12):
     return made
 
 
+def known_text():
+    """Two draws to calibrate on, and what the published setting is calibrated on."""
+    return [batches(4, seed=3), batches(4, seed=4)], batches(4, seed=5)
+
+
 def model_of(kind):
     torch.manual_seed(0)
     if kind == "bert":
@@ -69,18 +80,23 @@ def model_of(kind):
     return RobertaForMaskedLM(RobertaConfig(**SMALL))
 
 
-@pytest.fixture(scope="module", params=["softmax0", "softmax1"])
-def trained(request):
-    """A small model that has learnt its task, so that damage is damage."""
-    model = model_of(request.param).train()
+def learn(model, steps=150):
+    """Trained in place on the sequences above, and in eval mode."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for batch in batches(150, seed=1):
+    for batch in batches(steps, seed=1):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     assert held_out_loss(model, batches(4, seed=2))[0] < 1.0  # ln 60 = 4.1 before training
     return model
+
+
+@pytest.fixture(scope="module", params=["softmax0", "softmax1"])
+def trained(request):
+    """A small model that has learnt its task, so that damage is damage."""
+    return learn(model_of(request.param))
 
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -197,6 +213,155 @@ def test_static_ranges_do_not_look_at_the_text_that_is_scored(trained):
     assert quantized.tolist() == pytest.approx([found.high, found.low], abs=step)
 
 
+# ------------------------------------------------------------------------------------------------------- other ranges
+
+
+def mean_squared_error(values, low, high):
+    scale = (high - low) / 255
+    zero = min(max(round(-low / scale), 0), 255)
+    return (torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255) - values).square().mean().item()
+
+
+@pytest.mark.parametrize("outlier", [0.0, 60.0, -1e4])
+def test_ranges_from_histograms_against_the_values_themselves(outlier):
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.3
+    values[:3] = outlier
+    bins = quantization._occupied(quantization._histogram(values))
+    assert bins[2].sum() == len(values) and (bins[0] < bins[1]).all() and (bins[0][1:] >= bins[1][:-1]).all()
+    for share in (1e-4, 0.3, 0.9999):
+        expected = np.quantile(values.numpy(), share)
+        assert quantization._percentile(*bins, share) == pytest.approx(expected, rel=0.01)
+    low, high = min(values.min().item(), 0), max(values.max().item(), 0)
+    by_range = {}
+    for shrunk in (1.0, 0.7, 0.3, 0.02):
+        ends = np.array([low * shrunk]), np.array([high * shrunk])
+        scale = (ends[1] - ends[0]) / 255
+        zero = np.rint(-ends[0] / scale)
+        found = quantization._rounding_error(*bins, scale, -zero, 255 - zero)[0]
+        by_range[shrunk] = mean_squared_error(values, low * shrunk, high * shrunk)
+        assert found == pytest.approx(by_range[shrunk], rel=0.03), shrunk
+    best = mean_squared_error(values, *quantization._mse_range(bins, low, high))
+    # Nothing on a plain grid of 25 x 25 ranges is better by more than the step of the search.
+    grid = [
+        mean_squared_error(values, low * 0.75**i or -1e-3, high * 0.75**j)
+        for i in range(0, 25, 2)
+        for j in range(0, 25, 2)
+    ]
+    assert best <= 1.05 * min(grid) and best <= 1.001 * by_range[1.0]
+
+
+def test_weights_by_least_squares_and_as_published():
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = 20.0
+    errors = [(rounding(weight) - weight).square().mean() for rounding in (mse_weight, int8_weight)]
+    assert errors[0] < 0.9 * errors[1] and len(mse_weight(weight).unique()) <= 256
+    assert mse_weight(torch.zeros(2, 2)).tolist() == [[0, 0], [0, 0]]
+    assert torch.equal(published_weight(weight), int8_weight(weight))
+    positive = torch.tensor([255.0, 100.4, 0.6])
+    assert published_weight(positive).tolist() == [255, 100, 1]  # unsigned; symmetric around 0 it would be 256, 100, 0
+
+
+def test_estimators_of_one_calibration(trained):
+    static = StaticW8A8(trained, batches(4, seed=3), histograms=True)
+    name = "roberta.encoder.layer.1.output.dense.output"
+    found = {"minmax": (static.ranges[name].low, static.ranges[name].high)}
+    weight = trained.roberta.encoder.layer[1].output.dense.weight
+    module = static.model.roberta.encoder.layer[1].output.dense
+    assert torch.equal(module.weight, int8_weight(weight))
+    for estimator in ("percentile", "mse", "minmax"):
+        static.choose(estimator)
+        found.setdefault(estimator, (static.ranges[name].low, static.ranges[name].high))
+        expected = mse_weight if estimator == "mse" else int8_weight
+        assert torch.equal(module.weight, expected(weight))
+    assert (static.ranges[name].low, static.ranges[name].high) == found["minmax"]
+    assert len(set(found.values())) == 3
+    values = []
+    copied = measured_copy(trained)
+    handle = copied.roberta.encoder.layer[1].output.dense.register_forward_hook(lambda _, __, out: values.append(out))
+    real = []
+    for batch in batches(4, seed=3):
+        held_out_loss(copied, [batch])
+        real.append(values[-1][batch["attention_mask"].bool()].flatten())
+    handle.remove()
+    expected = np.quantile(torch.cat(real).numpy(), [1 - quantization.PERCENTILE, quantization.PERCENTILE])
+    assert found["percentile"] == pytest.approx(tuple(expected), rel=0.03)
+    with pytest.raises(ValueError, match="histograms"):
+        StaticW8A8(trained, batches(1, seed=3)).choose("mse")
+
+
+# --------------------------------------------------------------------------------------------- the published setting
+
+
+def test_what_the_published_setting_quantizes():
+    model = model_of("softmax0").eval()
+    static = StaticW8A8(model, batches(4, seed=3), published=True)
+    layer = "roberta.encoder.layer.1"
+    expected = {f"{layer}.attention.self.{what}" for what in ("scores", "weights", "context")}
+    expected |= {f"{layer}.attention.self.{name}.output" for name in ("query", "key", "value")}
+    expected |= {f"{layer}.{name}.output" for name in ("attention.output.dense", "intermediate", "output.dense")}
+    expected |= {
+        f"{layer}.{name}.LayerNorm.{side}" for name in ("attention.output", "output") for side in ("input", "output")
+    }
+    assert {name for name in static.ranges if name.startswith(layer)} == expected
+    assert {name for name in static.ranges if ".layer." not in name} == {
+        "roberta.embeddings.words_and_types",
+        "roberta.embeddings.LayerNorm.input",
+        "roberta.embeddings.LayerNorm.output",
+    }
+    assert static.parts == PARTS[:-1]
+    quantized = static.model
+    for name, module in quantized.roberta.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm)):
+            assert torch.equal(module.weight, published_weight(model.roberta.get_submodule(name).weight)), name
+    for name, parameter in model.lm_head.named_parameters():
+        assert torch.equal(quantized.lm_head.get_parameter(name), parameter), name  # the head is left in float32
+
+
+def test_the_published_setting_rounds_the_sum_of_embeddings_before_positions_are_added():
+    model = model_of("softmax0").eval()
+    static = StaticW8A8(model, batches(4, seed=3), published=True)
+    seen = {}
+    static.model.roberta.embeddings.LayerNorm.register_forward_pre_hook(lambda _, inputs: seen.update(sum=inputs[0]))
+    batch = batches(1, seed=2)[0]
+    held_out_loss(static.model, [batch])
+    embeddings = static.model.roberta.embeddings
+    with torch.no_grad():
+        words = F.embedding(batch["input_ids"], embeddings.word_embeddings.weight)
+        partial = static.ranges["roberta.embeddings.words_and_types"]._round(
+            words + embeddings.token_type_embeddings.weight[0]
+        )
+        positions = embeddings.create_position_ids_from_input_ids(batch["input_ids"], 1)
+        whole = partial + F.embedding(positions, embeddings.position_embeddings.weight)
+        expected = static.ranges["roberta.embeddings.LayerNorm.input"]._round(whole)
+    assert torch.equal(seen["sum"], expected) and len(partial.unique()) <= 256
+
+
+def test_the_published_setting_finds_ranges_on_the_model_as_it_is_quantized():
+    """The range of a later tensor is that of inputs that are rounded already, with the ranges so far."""
+    model = model_of("softmax0").eval()
+    known = batches(3, seed=3)
+    static = StaticW8A8(model, known, published=True)
+    first = StaticW8A8(model, known[:1], published=True)
+    name = "roberta.encoder.layer.2.output.dense.output"
+    seen = {}
+    first.model.roberta.encoder.layer[2].output.dense.register_forward_hook(lambda _, __, out: seen.update(out=out))
+    real = known[0]["attention_mask"].bool()
+    held_out_loss(first.model, known[:1])
+    found = first.ranges[name]
+    # The hook sees the rounded output, whose extremes are the ends of the range to within a step.
+    step = (found.high - found.low) / 255
+    assert seen["out"][real].max().item() == pytest.approx(found.high, abs=step)
+    ours = StaticW8A8(model, known).ranges[name]
+    theirs = static.ranges[name]
+    assert (theirs.low, theirs.high) != pytest.approx((ours.low, ours.high), rel=1e-6)
+    assert (theirs.low, theirs.high) == pytest.approx((ours.low, ours.high), rel=0.2)
+
+
+def test_texts_are_joined_to_full_sequences():
+    assert joined([[0, 1, 2], [0, 3, 2], [0, 4, 2]], 4) == [[0, 1, 2, 0], [3, 2, 0, 4]]
+    assert joined([[0, 1, 2], [0, 3, 2]], 128) == [[0, 1, 2, 0, 3, 2]]
+
+
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -215,18 +380,100 @@ def test_dynamic_and_weight_only_quantize_every_linear_layer_and_nothing_else(tr
 
 def test_damage_is_the_gap_to_float32(trained):
     scored = batches(6, seed=2)
-    found = measure_damage(trained, scored, batches(4, seed=3))
+    found = measure_damage(trained, scored, *known_text())
     schemes = found["schemes"]
     assert list(schemes) == list(SCHEMES) and list(found["parts"]) == PARTS
     loss, count = held_out_loss(trained, scored)
-    assert found["masked_tokens"] == count and schemes["float32"]["loss"] == loss and schemes["float32"]["gap"] == 0
+    assert found["masked_tokens"] == count == sum(found["masked"]) and schemes["float32"]["gap"] == 0
+    assert schemes["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
     for one in schemes.values():
-        assert one["gap"] == pytest.approx(one["loss"] - loss) and one["perplexity"] == pytest.approx(
+        assert one["gap"] == pytest.approx(one["loss"] - loss, abs=1e-5) and one["perplexity"] == pytest.approx(
             math.exp(one["loss"])
         )
     assert len({one["loss"] for one in schemes.values()}) == len(schemes)  # none is another by mistake
     assert abs(schemes["bfloat16"]["gap"]) < 0.1 and abs(schemes["w8a8_dynamic"]["gap"]) < 0.1
     assert next(trained.parameters()).dtype == torch.float32
+
+
+def test_errors_floors_draws_and_texts_of_the_damage(trained):
+    scored = batches(6, seed=2)
+    draws, published = known_text()
+    found = measure_damage(trained, scored, draws, published)
+    masked = np.array(found["masked"], dtype=float)
+    assert found["texts"].keys() == found["schemes"].keys() and len(masked) == 48
+    exact = np.array(found["texts"]["float32"])
+    for scheme, one in found["schemes"].items():
+        sums = np.array(found["texts"][scheme])
+        assert sums.sum() / masked.sum() == pytest.approx(one["loss"], rel=1e-5), scheme
+        assert one["floor"] == 2 * one["error"] and all(value == float(f"{value:.6g}") for value in sums)
+        if scheme not in ("float32", "w8a8_static"):
+            assert one["error"] == pytest.approx(gap_error(sums - exact, masked), rel=1e-2) and "draws" not in one
+    static = found["schemes"]["w8a8_static"]
+    by_hand = []
+    for draw in draws:
+        quantized = StaticW8A8(trained, draw).model
+        by_hand.append(held_out_loss(quantized, scored)[0] - found["schemes"]["float32"]["loss"])
+    assert static["draws"] == pytest.approx(by_hand, abs=1e-6)
+    assert static["gap"] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    of_texts = gap_error(np.array(found["texts"]["w8a8_static"]) - exact, masked)
+    of_draws = abs(by_hand[0] - by_hand[1]) / 2  # the standard error of the mean of two
+    assert static["error"] == pytest.approx(math.hypot(of_texts, of_draws), rel=0.05)
+
+
+def test_loss_text_by_text():
+    model, scored = model_of("softmax1").eval(), batches(2, seed=2)
+    found = per_text_loss(model, scored)
+    assert found.shape == (16, 2) and found.dtype == torch.float64
+    one = {name: tensor[3:4] for name, tensor in scored[1].items()}
+    loss, masked = held_out_loss(model, [one])
+    assert found[11].tolist() == pytest.approx([loss * masked, masked], rel=1e-5)
+    loss, masked = held_out_loss(model, scored)
+    assert found.sum(0).tolist() == pytest.approx([loss * masked, masked])
+
+
+def test_the_error_of_a_gap_is_that_of_a_ratio():
+    """Against the spread of the gap over many samples of texts, and by hand where all texts are of one length."""
+    rng = np.random.default_rng(0)
+    masked = rng.integers(1, 12, size=(4000, 200)).astype(float)
+    differences = 0.3 * masked + rng.normal(size=masked.shape) * np.sqrt(masked)
+    gaps = differences.sum(1) / masked.sum(1)
+    errors = [gap_error(*pair) for pair in zip(differences[:50], masked[:50], strict=True)]
+    assert np.mean(errors) == pytest.approx(gaps.std(), rel=0.05)
+    even = np.full(200, 2.0)
+    assert gap_error(differences[0], even) == pytest.approx(differences[0].std(ddof=1) / 2 / math.sqrt(200))
+    assert math.isnan(gap_error(np.ones(1), np.ones(1)))
+
+
+def damage_of(exact, quantized, masked):
+    return {"masked": masked, "texts": {"float32": list(exact), "w8a8_static": list(quantized)}}
+
+
+def test_bootstrap_of_the_difference_of_two_gaps():
+    rng = np.random.default_rng(1)
+    masked = rng.integers(1, 8, size=400).tolist()
+    exact = rng.normal(3, 1, size=(2, 400)) * masked
+    hard = rng.normal(size=400)  # a text that is hard to quantize is so in both runs
+    gaps = [(0.5 + hard) * masked, (0.3 + hard + 0.1 * rng.normal(size=400)) * masked]
+    runs = [damage_of(one, one + gap, masked) for one, gap in zip(exact, gaps, strict=True)]
+    low, high = bootstrap_difference(*runs, "w8a8_static")
+    truth = (gaps[1].sum() - gaps[0].sum()) / sum(masked)
+    assert low < truth < high and truth == pytest.approx(-0.2, abs=0.03)
+    error = gap_error(gaps[1] - gaps[0], np.array(masked))
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)  # paired: the texts' own difficulty falls out
+    assert bootstrap_difference(*runs, "w8a8_static") == (low, high)
+    assert bootstrap_difference(runs[0], runs[0], "w8a8_static") == (0, 0)
+    with pytest.raises(ValueError, match="other texts"):
+        bootstrap_difference(runs[0], damage_of(exact[1], exact[1], masked[::-1]), "w8a8_static")
+    lost = damage_of(exact[1], [None, *exact[1][1:]], masked)  # NaN is null in analysis.json
+    assert all(map(math.isnan, bootstrap_difference(runs[0], lost, "w8a8_static")))
+
+
+def test_a_model_that_has_diverged_has_damage_without_figures():
+    model = model_of("softmax1").eval()
+    with torch.no_grad():
+        model.roberta.encoder.layer[1].output.dense.bias[0] = math.nan
+    found = measure_damage(model, batches(2, seed=2), *known_text())["schemes"]
+    assert all(math.isnan(one["loss"]) and math.isnan(one["gap"]) for one in found.values())
 
 
 class Tokenizer:
@@ -239,7 +486,7 @@ class Tokenizer:
 
 def test_a_broken_channel_of_an_ffn_output_is_recognised_by_every_instrument(trained):
     """One channel of the FFN output of layer 1 times 100: kurtosis, norm, channel and W8A8 gap point at layer 1."""
-    scored, known = batches(6, seed=2), batches(4, seed=3)
+    scored = batches(6, seed=2)
     texts = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in scored]
     places = {"whole": measure_model(trained, texts, Tokenizer())[0]}
     channel = places["whole"]["layer.1.ffn_output"]["largest_channel"]
@@ -268,11 +515,11 @@ def test_a_broken_channel_of_an_ffn_output_is_recognised_by_every_instrument(tra
     assert places["broken"]["layer.1.ffn_residual"]["largest_channel"] == channel
     assert by_layer("broken", "largest_channel_share")[1] > 0.9
 
-    damage = measure_damage(broken, scored, known)
+    damage = measure_damage(broken, scored, *known_text())
     parts = damage["parts"]
     assert max(parts, key=parts.get) == "layer.1"
     assert parts["layer.1"] > 5 * max(gap for part, gap in parts.items() if part != "layer.1")
-    whole = measure_damage(trained, scored, known)
+    whole = measure_damage(trained, scored, *known_text())
     assert damage["schemes"]["w8a8_static"]["gap"] > 5 * abs(whole["schemes"]["w8a8_static"]["gap"])
 
 
@@ -284,3 +531,106 @@ def test_a_model_past_the_attention_interface_is_refused():
             StaticW8A8(model, [])
     finally:
         type(model)._supports_attention_backend = before
+
+
+# --------------------------------------------------------------------------------- the instrument is blind to the class
+
+
+def with_loud_head(model):
+    """In place: one head of layer 1 attends evenly, with logits of 4,525, which leave the other heads no levels."""
+    size = model.config.hidden_size // model.config.num_attention_heads
+    attention = model.roberta.encoder.layer[1].attention.self
+    with torch.no_grad():
+        for linear in (attention.query, attention.key):
+            linear.weight[:size] = 0
+            linear.bias[:size] = (4525 / size**0.5) ** 0.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The same weights in the stock class and in ours, n = 1e-30 standing for 0."""
+    stock = with_loud_head(learn(model_of("softmax0")))
+    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30))
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours.eval()
+
+
+def test_both_classes_have_the_same_ranges_and_all_of_them_are_filled(pair):
+    stock, ours = (StaticW8A8(model, batches(4, seed=3)).ranges for model in pair)
+    assert stock.keys() == ours.keys()
+    for name, found in stock.items():
+        assert found.low is not None and ours[name].low is not None, name
+        assert (ours[name].low, ours[name].high) == pytest.approx((found.low, found.high), rel=1e-6), name
+
+
+def test_gaps_do_not_depend_on_the_class(pair):
+    stock, ours = (measure_damage(model, batches(6, seed=2), *known_text()) for model in pair)
+    assert stock["schemes"]["w8a8_static"]["gap"] > 0.002  # the loud head is felt
+    for scheme, one in stock["schemes"].items():
+        assert ours["schemes"][scheme]["gap"] == pytest.approx(one["gap"], abs=1e-6), scheme
+    assert ours["parts"] == pytest.approx(stock["parts"], abs=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["dynamic_w8a8", "weight_only_w4", "measured_copy"])
+def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, scheme):
+    """bfloat16 too, whose rounding another kernel would change."""
+    stock, ours = (getattr(quantization, scheme)(model) for model in pair)
+    assert torch.equal(per_text_loss(stock, batches(3, seed=2)), per_text_loss(ours, batches(3, seed=2)))
+    stock, ours = (model.to(torch.bfloat16) for model in (stock, ours))
+    assert torch.equal(per_text_loss(stock, batches(3, seed=2)), per_text_loss(ours, batches(3, seed=2)))
+
+
+def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
+    ours = learn(model_of("softmax1"))
+    stock = RobertaForMaskedLM(RobertaConfig(**SMALL))
+    stock.load_state_dict(ours.state_dict())
+    without = StaticW8A8(stock, batches(2, seed=3)).ranges
+    apply_softmax_n(stock, 1.0)
+    first, second = (StaticW8A8(model, batches(2, seed=3)) for model in (ours, stock))
+    assert torch.equal(*(per_text_loss(static.model, batches(3, seed=2)) for static in (first, second)))
+    name = "roberta.encoder.layer.1.attention.self.weights"
+    assert first.ranges[name].high == second.ranges[name].high != without[name].high
+
+
+def test_a_stock_class_attends_with_softmax_whatever_its_config_says():
+    model = RobertaForMaskedLM(RobertaConfig(**SMALL, softmax_n=1.0)).eval()  # as save_pretrained leaves surgery
+    expected = held_out_loss(model, batches(1, seed=2))[0]
+    assert held_out_loss(measured_copy(model), batches(1, seed=2))[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softmax0", "softmax1"])
+def test_an_activation_without_a_range_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(StaticW8A8, "_on_input", lambda self, name, module, part: self._range(f"{name}.input", part))
+    with pytest.raises(RuntimeError, match=r"roberta.encoder.layer.0.intermediate.dense.input"):
+        StaticW8A8(model_of(kind), batches(1, seed=3))
+
+
+def test_an_attention_that_does_not_run_is_refused(monkeypatch):
+    """The mistake that this guards against: a class that answers every attention with its own."""
+    getter = property(lambda self: "softmax_n", RobertaSoftmaxNConfig._attn_implementation.fset)
+    monkeypatch.setattr(RobertaSoftmaxNConfig, "_attn_implementation", getter)
+    with pytest.raises(RuntimeError, match=r"layer.0.attention.self.scores.*layer.2.attention.self.weights"):
+        StaticW8A8(model_of("softmax1"), batches(1, seed=3))
+
+
+def test_a_quantized_softmax_n_model_still_says_softmax_n_when_it_is_saved(tmp_path):
+    static = StaticW8A8(model_of("softmax1"), batches(1, seed=3))
+    assert static.model.config._attn_implementation == quantization.ATTENTION
+    assert static.model.config.to_dict()["_attn_implementation"] == "softmax_n"
+    static.model.save_pretrained(tmp_path)
+    assert RobertaSoftmaxNForMaskedLM.from_pretrained(tmp_path).config._attn_implementation == "softmax_n"
+    model = model_of("softmax1")
+    for refused in ("sdpa", "eager", {"": "sdpa"}):
+        with pytest.raises(ValueError, match="softmax model"):
+            model.set_attn_implementation(refused)
+    model.config._attn_implementation = "fake_quantized"
+    assert model.config._attn_implementation == "softmax_n"
+
+
+def test_distinct_values_count_what_is_rounded():
+    static = StaticW8A8(model_of("softmax1"), batches(2, seed=3))
+    assert all(1 <= count <= 256 for count in static.distinct_values(batches(1, seed=2)).values())
+    static.model.roberta.encoder.layer[0].attention.self.quantizers = None
+    found = static.distinct_values(batches(1, seed=2))
+    assert found["roberta.encoder.layer.0.attention.self.scores"] == 0

@@ -1,0 +1,318 @@
+"""Models whose quantization damage is known: is the instrument right, and does it see a rescue where there is one?
+
+    compensated_outlier   the same function with an outlier in the FFN output of one layer: static W8A8 must break there
+    self_check            what quantization.py makes of such models, on a trained model
+    build_control         RoBERTa with a published remedy: clipped softmax, or a gate on the attention's output
+
+The two remedies are those of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023). Importing this module makes
+them known to transformers' Auto classes; without it, no class loads their folders.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+from transformers.masking_utils import sdpa_mask
+
+import quantization
+from held_out import held_out_loss
+from quantization import StaticW8A8, UnsetRange, measured_copy, part_gaps
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
+
+# ------------------------------------------------------------------------------------------------- the self-check
+
+CHECKS = {
+    "large_outlier": "an outlier of 1,000 is felt, in its layer",
+    "small_outlier": "one of 100 is felt far less",
+    "class_swap": "the same function in another class",
+    "rounding": "every activation on 256 levels",
+}
+LARGE, SMALL = 1000.0, 100.0  # sizes of the outliers; the residual stream of these models is of size 1 to 10
+CHECK_BATCHES = 3  # of the scored ones, and of the calibration
+FELT = 0.1  # nats that a large outlier costs at least: it takes the layer all of its 256 levels
+UNCHANGED = 1e-3  # nats of float32 rounding that an outlier of 1,000 may cost, and a change of class
+LEARNT = 0.5  # nats by which a model must use its context, or there is too little that quantization could destroy
+NEARLY_ZERO = 1e-300  # an n that stands for 0 even where all logits of a row are below -69, the logarithm of 1e-30
+
+
+@torch.no_grad()
+def compensated_outlier(model: PreTrainedModel, layer: int, channel: int, size: float) -> PreTrainedModel:
+    """A copy that computes the same function in float32, with an outlier of `size` in one layer's FFN output.
+
+    The bias of the FFN output gets `size` in one channel, that of the LayerNorm before the FFN loses it, and the FFN's
+    first bias makes up for that: the sum that enters the layer's last LayerNorm is what it was.
+
+    Args:
+        model: a BERT-shaped masked-LM (post-LayerNorm).
+        layer, channel: where.
+        size: of the outlier, in the units of the hidden state.
+    """
+    copied = copy.deepcopy(model)
+    block = copied.base_model.encoder.layer[layer]
+    block.output.dense.bias[channel] += size
+    block.attention.output.LayerNorm.bias[channel] -= size
+    block.intermediate.dense.bias += size * block.intermediate.dense.weight[:, channel]
+    return copied
+
+
+def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The same weights and the same function in the other class: stock RoBERTa in ours, ours in stock RoBERTa.
+
+    None for a model that is neither.
+    """
+    if type(model) not in (RobertaForMaskedLM, RobertaSoftmaxNForMaskedLM):
+        return None
+    own = ("model_type", "auto_map", "softmax_n", "_attn_implementation")
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in own}
+    n = measured_copy(model).config.softmax_n
+    with torch.random.fork_rng(devices=[]):
+        if type(model) is RobertaForMaskedLM:
+            config = RobertaSoftmaxNConfig(**settings, softmax_n=n or NEARLY_ZERO)
+            other = RobertaSoftmaxNForMaskedLM(config)
+        else:
+            other = apply_softmax_n(RobertaForMaskedLM(RobertaConfig(**settings)), n)
+    other.load_state_dict(model.state_dict())
+    return other.to(model.device).eval()
+
+
+def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dict]) -> dict:
+    """Whether the instrument sees, on this model, what is known beforehand.
+
+    Args:
+        model: a trained BERT-shaped masked-LM in float32.
+        scored, calibration: batches of `held_out_batches`; a few of each are used.
+
+    Returns:
+        {"passed": True, False, or None where the model has learnt too little to tell; "texts": scored ones; "context":
+        nats that the loss rises by when all tokens are moved by one place; and for each key of CHECKS
+        {"passed", "said": in words, and its figures}}. "class_swap" is undecided for classes that have no other.
+    """
+    scored, calibration = spread_out(scored), spread_out(calibration)
+    moved = [{**batch, "input_ids": batch["input_ids"].roll(1, 1)} for batch in scored]
+    plain = measured_copy(model)
+    exact = held_out_loss(plain, scored)[0]
+    context = held_out_loss(plain, moved)[0] - exact
+    found = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
+    try:
+        static = StaticW8A8(model, calibration)
+        found["rounding"] = check_rounding(static, scored[-1:])
+        gap = held_out_loss(static.model, scored)[0] - exact
+        found["class_swap"] = check_class(model, gap, scored, calibration)
+        found |= check_outliers(model, gap, exact, scored, calibration)
+    except UnsetRange as error:
+        return found | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
+    if not context >= LEARNT:  # or not finite
+        for key in ("large_outlier", "small_outlier"):
+            found[key]["passed"] = None
+    verdicts = [found[key]["passed"] for key in CHECKS]
+    found["passed"] = False if False in verdicts else found["large_outlier"]["passed"]
+    return found
+
+
+def spread_out(batches: list[dict]) -> list[dict]:
+    """A few of the batches, from the middles of equal parts."""
+    count = min(CHECK_BATCHES, len(batches))
+    return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
+
+
+def check_rounding(static: StaticW8A8, batches: list[dict]) -> dict:
+    levels = static.distinct_values(batches)
+    wrong = [name for name, count in levels.items() if not 1 <= count <= 256]
+    said = f"{len(levels) - len(wrong)} of {len(levels)} activations"
+    return {"passed": not wrong, "said": said, "most_levels": max(levels.values()), "wrong": wrong}
+
+
+def check_class(model: PreTrainedModel, gap: float, scored: list[dict], calibration: list[dict]) -> dict:
+    other = other_class(model)
+    if other is None:
+        return {"passed": None, "said": "there is no other class"}
+    swapped = held_out_loss(StaticW8A8(other, calibration).model, scored)[0]
+    swapped -= held_out_loss(measured_copy(other), scored)[0]
+    agree = abs(swapped - gap) < UNCHANGED if math.isfinite(gap) else None
+    return {"passed": agree, "said": f"gap {gap:.4f} and {swapped:.4f} nats", "gap": gap, "swapped_gap": swapped}
+
+
+def check_outliers(
+    model: PreTrainedModel, gap: float, exact: float, scored: list[dict], calibration: list[dict]
+) -> dict[str, dict]:
+    """Compensated outliers in all layers, or the first, middle and last of many; `gap` is that of the model itself."""
+    depth = len(model.base_model.encoder.layer)
+    layers = {}
+    for layer in range(depth) if depth <= 3 else (0, depth // 2, depth - 1):
+        control = compensated_outlier(model, layer, 0, LARGE)
+        static = StaticW8A8(control, calibration)
+        plain = measured_copy(control)
+        unchanged = held_out_loss(plain, scored)[0]
+        parts = part_gaps(static, plain, scored)
+        layers[f"layer.{layer}"] = {
+            "float32_change": unchanged - exact,
+            "gap": held_out_loss(static.model, scored)[0] - unchanged,
+            "parts": parts,
+            "largest_part": max(parts, key=parts.get),
+        }
+    gaps = [one["gap"] for one in layers.values()]
+    right = sum(name == one["largest_part"] for name, one in layers.items())
+    felt = all(abs(one["float32_change"]) < UNCHANGED and one["gap"] - gap > FELT for one in layers.values())
+    large = {
+        "passed": felt and right == len(layers),
+        "said": f"gap {min(gaps):.3f} to {max(gaps):.3f} nats, right layer in {right} of {len(layers)}",
+        "gap_without": gap,
+        "layers": layers,
+    }
+    middle = list(layers)[len(layers) // 2]
+    control = compensated_outlier(model, int(middle.partition(".")[2]), 0, SMALL)
+    small = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
+    return {
+        "large_outlier": large,
+        "small_outlier": {
+            "passed": small - gap < (layers[middle]["gap"] - gap) / 2,
+            "said": f"gap {small:.3f} nats in {middle}, {gap:.3f} without",
+            "gap": small,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------- the published remedies
+
+STOP_STOCK = ", in a control of this experiment: import controls, then use an Auto class"  # as in softmax1.py
+
+
+class _ControlConfig(RobertaConfig):
+    """RobertaConfig whose saved form no stock class loads: it does not find the activation, whose name says why."""
+
+    def __init__(self, **kwargs):
+        if isinstance(kwargs.get("hidden_act"), str):
+            kwargs["hidden_act"] = kwargs["hidden_act"].removesuffix(STOP_STOCK)
+        super().__init__(**kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """What config.json holds."""
+        return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
+
+
+class ClippedSoftmaxConfig(_ControlConfig):
+    """Weights clip((zeta - gamma) softmax + gamma, 0, 1); the defaults are those of their BERT."""
+
+    model_type = "roberta-clipped-softmax"
+
+    def __init__(self, clip_gamma: float = -0.025, clip_zeta: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.clip_gamma = clip_gamma
+        self.clip_zeta = clip_zeta
+
+    @RobertaConfig._attn_implementation.getter
+    def _attn_implementation(self) -> str:
+        """Clipped softmax, whatever was asked for, or the instrument's attention, which asks `attention_weights`."""
+        asked_for = getattr(self, "_attn_implementation_internal", None)
+        return asked_for if asked_for == quantization.ATTENTION else CLIPPED
+
+    def attention_weights(self, scores: Tensor) -> Tensor:
+        """Weights of scores (..., keys), of which the masked ones are -inf."""
+        gamma, zeta = self.clip_gamma, self.clip_zeta
+        return ((zeta - gamma) * torch.softmax(scores, -1) + gamma).clip(0, 1)
+
+
+class GatedAttentionConfig(_ControlConfig):
+    """One gate a head, sigmoid(linear(hidden state)) of every token, on what the head has attended to."""
+
+    model_type = "roberta-gated-attention"
+
+    def __init__(self, **kwargs):  # transformers would write one for a class that has none
+        super().__init__(**kwargs)
+
+
+CLIPPED = "clipped_softmax"  # the name under which transformers knows the attention below
+
+
+def clipped_softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Args and result as in softmax1.softmax_n_attention_forward. Packed sequences are kept apart by a mask (T, T)."""
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if cu_seq_lens_q is not None:
+        token = torch.arange(query.shape[2], device=query.device, dtype=cu_seq_lens_q.dtype)
+        sequence = torch.searchsorted(cu_seq_lens_q, token, right=True)
+        scores = scores.masked_fill(sequence[:, None] != sequence, -math.inf)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -math.inf)
+    weights = module.config.attention_weights(scores.float()).to(value.dtype)
+    weights = F.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(CLIPPED, clipped_softmax_attention)
+AttentionMaskInterface.register(CLIPPED, sdpa_mask)
+
+
+class ClippedSoftmaxForMaskedLM(RobertaForMaskedLM):
+    """RobertaForMaskedLM with clipped softmax."""
+
+    config_class = ClippedSoftmaxConfig
+
+
+class GatedAttentionForMaskedLM(RobertaForMaskedLM):
+    """RobertaForMaskedLM with gated attention. The gates come last, so that all else starts as in the stock class."""
+
+    config_class = GatedAttentionConfig
+
+    def __init__(self, config: GatedAttentionConfig):
+        super().__init__(config)
+        for layer in self.base_model.encoder.layer:
+            attention = layer.attention.self
+            attention.gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+            nn.init.normal_(attention.gate.weight, std=config.initializer_range)
+            nn.init.zeros_(attention.gate.bias)  # half open
+            attention.register_forward_hook(_gated, with_kwargs=True)
+
+
+def _gated(attention: nn.Module, inputs: tuple, keywords: dict, output: tuple) -> tuple:
+    hidden = inputs[0] if inputs else keywords["hidden_states"]
+    gate = torch.sigmoid(attention.gate(hidden))  # (B, T, H)
+    context = output[0].unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]
+    return context.flatten(-2), *output[1:]
+
+
+CONTROLS = {
+    "clipped": (ClippedSoftmaxConfig, ClippedSoftmaxForMaskedLM),
+    "gated": (GatedAttentionConfig, GatedAttentionForMaskedLM),
+}
+for _config, _model in CONTROLS.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForMaskedLM.register(_config, _model, exist_ok=True)
+
+
+def build_control(kind: str, config_kwargs: dict) -> PreTrainedModel:
+    """RoBERTa with random weights and a published remedy; it takes padded and, `prepared`, packed batches.
+
+    Args:
+        kind: "clipped" or "gated".
+        config_kwargs: of RobertaConfig; for "clipped" also clip_gamma and clip_zeta.
+
+    Raises:
+        ValueError: no such control.
+    """
+    if kind not in CONTROLS:
+        raise ValueError(f"a control is one of {', '.join(CONTROLS)}, got {kind!r}")
+    config, model = CONTROLS[kind]
+    return model(config(**config_kwargs))

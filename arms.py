@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM, set_seed
 from transformers.activations import ACT2FN
 
+from controls import build_control
 from packing import keep_masked_positions
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
 from tables import shortest
@@ -14,14 +15,14 @@ from tables import shortest
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": 514, "type_vocab_size": 1}
 
 
-def arm_name(softmax_n: float) -> str:
-    """softmax0, softmax1, softmax0.5: different n never share a name."""
-    return f"softmax{shortest(softmax_n)}"
+def arm_name(softmax_n: float, control: str | None = None) -> str:
+    """softmax0, softmax1, softmax0.5: different n never share a name. A control is an arm by itself: clipped, gated."""
+    return control or f"softmax{shortest(softmax_n)}"
 
 
-def run_name(softmax_n: float, seed: int) -> str:
+def run_name(softmax_n: float, seed: int, control: str | None = None) -> str:
     """esperberto-softmax1, with the seed behind it when it is not the published 42."""
-    return f"esperberto-{arm_name(softmax_n)}" + ("" if seed == 42 else f"-seed{seed}")
+    return f"esperberto-{arm_name(softmax_n, control)}" + ("" if seed == 42 else f"-seed{seed}")
 
 
 # What --config_overrides may change of RobertaConfig, and how a value is read. The rest is fixed by the data
@@ -85,7 +86,12 @@ def _check_override(key: str, value: int | float | str) -> None:
 
 
 def build_model(
-    softmax_n: float, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int, overrides: dict | None = None
+    softmax_n: float,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    overrides: dict | None = None,
+    control: str | None = None,
 ) -> PreTrainedModel:
     """RoBERTa with random weights that depend on `seed` alone: arms with the same seed start from the same point.
 
@@ -97,6 +103,7 @@ def build_model(
         tokenizer: gives the ids of its special tokens.
         seed: of the weights.
         overrides: changes to the published architecture, of `config_overrides`.
+        control: "clipped" or "gated" for a published remedy in place of softmax_n (controls.py).
     """
     settings = {
         "vocab_size": vocab_size,
@@ -107,6 +114,8 @@ def build_model(
         **(overrides or {}),
     }
     set_seed(seed)
+    if control is not None:
+        return build_control(control, settings)
     if softmax_n == 0:
         return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings))  # stock RoBERTa ignores the field
     return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))

@@ -234,6 +234,7 @@ class GatedAttentionConfig(_ControlConfig):
         super().__init__(**kwargs)
 
 
+GATE = ".gate."  # in the name of every parameter that the stock class does not have
 CLIPPED = "clipped_softmax"  # the name under which transformers knows the attention below
 
 

@@ -255,6 +255,8 @@ def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
         for file in weights:
             safe_open(file, "pt").keys()
         missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        if config["model_type"] not in ("roberta", "roberta-softmax-n"):
+            raise ValueError(f"a {config['model_type']} is a control of the experiment, and not for the Hub")
         if config["model_type"] == "roberta-softmax-n":
             missing += [] if (folder / "softmax1.py").is_file() else ["softmax1.py"]
             missing += [] if "AutoModelForMaskedLM" in config.get("auto_map", {}) else ["auto_map in config.json"]

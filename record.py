@@ -109,12 +109,18 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Hex SHA-256 of a model's weights: the float32 bytes of its state_dict, tensors in the order of their names."""
+def weights_sha256(model: torch.nn.Module, leave_out: str | None = None) -> str:
+    """Hex SHA-256 of a model's weights: the float32 bytes of its state_dict, tensors in the order of their names.
+
+    Args:
+        model: on any device.
+        leave_out: tensors with this in their name do not count.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        if leave_out is None or leave_out not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

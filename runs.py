@@ -72,8 +72,10 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """softmax0, softmax1, ...; a model without results file is an arm by itself."""
-        return arm_name(self.results["softmax_n"]) if self.results else self.name
+        """softmax0, softmax1, ..., clipped, gated; a model without results file is an arm by itself."""
+        if not self.results:
+            return self.name
+        return arm_name(self.results["softmax_n"], self.results.get("settings", {}).get("control"))
 
     @property
     def diverged(self) -> bool:
@@ -224,7 +226,7 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
     for run in runs:
         if not run.diverged and not Path(run.model).is_dir():
             sys.exit(f"error: {run.file} has no model folder {run.model}: set --models_dir, or move the file away")
-    return sorted(runs, key=lambda run: (run.results["softmax_n"], run.results["seed"]))
+    return sorted(runs, key=lambda run: (run.results["softmax_n"], run.arm, run.results["seed"]))
 
 
 def by_layer(kurtosis: dict[str, float | None], suffix: str) -> np.ndarray:

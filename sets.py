@@ -110,6 +110,9 @@ def shaping(run: Run) -> dict[str, str]:
     settings = run.results.get("settings", {})
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
+    model = _dict(run.results.get("model"))
+    if model.get("gate_parameters"):  # which make the control what it is
+        found[SHAPING["model.parameters"]] = str(model["parameters"] - model["gate_parameters"])
     found[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
     if run.diverged:
         found = {label: value for label, value in found.items() if label not in REACHED}

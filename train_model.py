@@ -42,6 +42,7 @@ import arms
 import hub
 import record
 from arms import prepared
+from controls import CONTROLS, GATE
 from corpus import load_data, load_tokenizer, tokenized
 from folder import locked
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
@@ -86,6 +87,10 @@ class ExperimentArguments:
 
     softmax_n: float | None = field(default=None, metadata={"help": "n of the attention, >= 0 (default 0: softmax)"})
     use_softmax1: bool = field(default=False, metadata={"help": "short for --softmax_n 1"})
+    control: str | None = field(
+        default=None,
+        metadata={"choices": list(CONTROLS), "help": "a published remedy in place of softmax_n (see controls.py)"},
+    )
     test_pipeline: bool = field(default=False, metadata={"help": "tiny numbers, embedded sample, files in scratch/"})
     data_dir: str = field(default="data", metadata={"help": "dataset of build_dataset.py"})
     tokenizer_dir: str = field(default="tokenizer", metadata={"help": "tokenizer of train_tokenizer.py"})
@@ -119,6 +124,8 @@ class ExperimentArguments:
         if self.use_softmax1 and self.softmax_n not in (None, 1):
             raise ValueError(f"--use_softmax1 means --softmax_n 1, which contradicts --softmax_n {self.softmax_n:g}")
         self.softmax_n = checked_softmax_n(1.0 if self.use_softmax1 else self.softmax_n or 0.0)
+        if self.control and self.softmax_n:
+            raise ValueError(f"--control {self.control} has an attention of its own, without --softmax_n")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability:g}")
         overrides = arms.config_overrides(self.config_overrides)
@@ -367,6 +374,7 @@ def shaping_settings(
     ).split()
     return {
         "softmax_n": experiment.softmax_n,
+        "control": experiment.control,
         "dataset": data_sha,
         "tokenizer": tokenizer_sha,
         "max_length": experiment.max_length,
@@ -453,8 +461,13 @@ def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: Exp
     """
     args, trained = trainer.args, trainer.model.state_dict()
     reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
-    if reloaded.config.softmax_n != experiment.softmax_n or not all(
-        torch.equal(trained[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in reloaded.state_dict().items()
+    if (
+        type(reloaded) is not type(trainer.model)
+        or reloaded.config.softmax_n != experiment.softmax_n
+        or not all(
+            torch.equal(trained[name].nan_to_num(), tensor.nan_to_num())
+            for name, tensor in reloaded.state_dict().items()
+        )
     ):
         sys.exit(f"error: the model in {args.output_dir} is not the one just trained: look at the disk, train again")
     return held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
@@ -485,7 +498,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     """Train one arm, save it, and write down what the run was and measured. `command` is what it was asked with."""
     transformers.logging.set_verbosity_warning()
     datasets.logging.set_verbosity_warning()
-    run = arms.run_name(experiment.softmax_n, args.seed)
+    run = arms.run_name(experiment.softmax_n, args.seed, experiment.control)
     args.output_dir = args.output_dir.replace("<run>", run)
     args.run_name = run
     results_path = Path(experiment.results_dir) / f"{run}.json"
@@ -515,9 +528,13 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         validation = validation.select(spread.astype(int))  # over all sources, which lie one behind the other
 
     overrides = arms.config_overrides(experiment.config_overrides)
-    model = arms.build_model(experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides)
-    initial_weights = record.weights_sha256(model)  # says that both arms of a pair started from the same point
+    model = arms.build_model(
+        experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control
+    )
+    # Says that both arms of a pair started from the same point; a control's gates are what it has beyond the other.
+    initial_weights = record.weights_sha256(model, leave_out=GATE)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
     needed = parameters * 4 * (3 + 3 + 1)
@@ -640,7 +657,12 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
             "sha256": data_sha,
         },
         "tokenizer": {"entries": len(tokenizer), "sha256": tokenizer_sha},
-        "model": {"path": args.output_dir, "parameters": parameters, "initial_weights": initial_weights},
+        "model": {
+            "path": args.output_dir,
+            "parameters": parameters,
+            "gate_parameters": gates,
+            "initial_weights": initial_weights,
+        },
         "training": {
             "steps": step,
             "planned_steps": trainer.state.max_steps,

@@ -21,9 +21,12 @@ import analyze_kurtosis
 import arms
 import train_model
 from arms import prepared
+from controls import CONTROLS
 from held_out import held_out_batches, held_out_loss, padded_batches
 from outliers import Emergence, measure_model
 from packing import MaskedLMCollator
+from runs import find_runs
+from sets import comparison_sets
 from softmax1 import RobertaSoftmaxNForMaskedLM
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +250,24 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
                 assert entry[f"{layer}.attention.{statistic}"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("control", ["clipped", "gated"])
+def test_controls_are_arms_of_their_own_and_start_where_softmax0_does(train, control):
+    softmax0 = train("--softmax_n", "0")
+    result = train("--control", control)
+    assert result["run"] == f"esperberto-{control}" and result["settings"]["control"] == control
+    assert result["model"]["initial_weights"] == softmax0["model"]["initial_weights"]
+    beyond = 2 * (32 * 4 + 4) if control == "gated" else 0  # a linear layer from the hidden state to a gate a head
+    assert result["model"]["gate_parameters"] == beyond
+    assert result["model"]["parameters"] == softmax0["model"]["parameters"] + beyond
+    assert result["loss_history"] != softmax0["loss_history"] and result["status"] == "complete"
+    runs = find_runs([], Path("results"), Path("results-models"))
+    assert [run.arm for run in runs] == sorted(["softmax0", control])
+    [group] = comparison_sets(runs)
+    assert list(group.pairs) == [control] and not group.refused
+    model = AutoModelForMaskedLM.from_pretrained(f"results-models/esperberto-{control}")
+    assert type(model) is CONTROLS[control][1]
+
+
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
@@ -468,6 +489,7 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
         (["--use_softmax1", "--softmax_n", "2"], "contradicts"),
         (["--softmax_n", "-1"], "n >= 0"),
         (["--softmax_n", "nan"], "n >= 0"),
+        (["--control", "clipped", "--softmax_n", "1"], "--control clipped has an attention of its own"),
         (["--max_length", "513"], "512 positions"),
         (["--mlm_probability", "1.5"], "between 0 and 1"),
         (["--max_eval_samples", "0"], "at least 1"),

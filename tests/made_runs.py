@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from outliers import EMBEDDINGS, LOGITS, PLACES, TOKEN_CLASSES
+from outliers import EMBEDDINGS, LOGITS, PLACES, SINK_RATES, TOKEN_CLASSES
 from runs import Run
 from tables import shortest
 
@@ -80,19 +80,20 @@ def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: 
     name = f"esperberto-softmax{shortest(n)}-seed{seed}" + ("" if steps == 3000 else f"-{steps}")
     if results.get("status") == "diverged":
         return Run(name, f"models/{name}", results)
-    schemes = {"float32": {"loss": loss, "gap": 0.0, "perplexity": 20.0 * size}}
+    noise = {"error": 1e-6, "floor": 2e-6}
+    schemes = {"float32": {"loss": loss, "gap": 0.0, "perplexity": 20.0 * size, **noise}}
     if gap is not None:
-        schemes["w8a8_static"] = {"loss": loss + gap, "gap": gap, "perplexity": 30.0 * size}
+        schemes["w8a8_static"] = {"loss": loss + gap, "gap": gap, "perplexity": 30.0 * size, **noise}
     values = dict.fromkeys(
         "kurtosis_sequence kurtosis_token kurtosis_pooled inf_norm outlier_share largest_channel_share top1_to_median"
         " max_abs".split(),
         size,
     )
     values["classes"] = {kind: {"kurtosis_token": size, "max_abs": size} for kind in TOKEN_CLASSES}
-    keys = (
-        "mass_first mass_separator mass_punctuation mass_self null_mass idle_mass sink_rate_first sink_rate_any entropy"
-    )
-    heads = {key: [size / 10, size / 10] for key in keys.split()}
+    top = {"value": size, "ratio": size, "token": "la", "position": 1, "channel": 2}
+    values["massive"] = {"count": 1, "above_100": 1, "above_1000_medians": 1, "top": [top]}
+    masses = "mass_first mass_separator mass_punctuation mass_self null_mass idle_mass entropy".split()
+    heads = {key: [size / 10, size / 10] for key in (*masses, *SINK_RATES)}
     places = {f"layer.{layer}.{place}": values for layer in range(2) for place in PLACES}
     parameter = "roberta.encoder.layer.0.output.dense.weight"
     return Run(
@@ -102,6 +103,7 @@ def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: 
         weights={parameter: {"kurtosis": size, "inf_norm": size, "int8_error": size, "int4_error": size}},
         places=places | dict.fromkeys((*EMBEDDINGS, LOGITS), values),
         attention={f"layer.{layer}": heads for layer in range(2)},
+        attention_uniform=dict.fromkeys(("null_mass", *SINK_RATES), size / 10),
         damage={"schemes": schemes, "sequences": 4, "masked_tokens": 9, "parts": {}, "ranges": {}},
         tokens=40,
     )

@@ -185,7 +185,7 @@ TABLES = {
 def test_a_short_run_changes_no_table_of_arms(name):
     full = pairs([1.0], [2.0])
     short = [made(0, 42, size=5.0, training__steps=600), made(0.5, 7, size=5.0, training__steps=600)]
-    written = report.arms_sections(headline(full + short))
+    written = report.arms_sections(headline(full + short), 9)
     assert TABLES[name](full) in written and TABLES[name](full) != TABLES[name](full + short[:1])
     text = whole(full + short)
     assert TABLES[name](full) in text

@@ -464,8 +464,8 @@ def report(
             "## All comparisons",
             *everything,
             f"*Exploratory but for the bold row: at {CONFIDENCE:.0%}, one in twenty intervals misses 0 by chance. "
-            "Lower is better except for the sink rates, the null mass and the idle heads, which are neither: they differ "
-            "between arms by construction, and stand beside step 0 and uniform attention further down.*",
+            "Lower is better except for the sink rates, the null mass and the idle heads, which are neither: they "
+            "differ between arms by construction, and stand beside step 0 and uniform attention further down.*",
         ]
     parts += [
         "## Quantization damage",

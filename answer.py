@@ -43,6 +43,9 @@ METRICS = {  # key: (label, the better end: -1 low, 0 neither)
     "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
     "sink_rate_first": ("sink rate of the first token, %", 0),
     "sink_rate_any": ("sink rate of any token, %", 0),
+    "sink_rate_first_renormalised": ("sink rate of the first token, weights renormalised, %", 0),
+    "sink_rate_any_renormalised": ("sink rate of any token, weights renormalised, %", 0),
+    "sink_rate_any_or_null": ("sink rate of any token or nowhere, %", 0),
     "null_mass": ("null mass, mean of heads, %", 0),
     "idle_heads": (f"heads that do nothing (> {IDLE[1]:.0%} idle mass)", 0),
     "half_idle_heads": (f"heads that do little (> {IDLE[0]:.0%} idle mass)", 0),
@@ -77,7 +80,8 @@ def metrics(run: Run) -> dict[str, float | None]:
         "attention_output_kurtosis": (np.mean, layers("attention_output", "kurtosis_sequence")),
         **{
             key: (lambda shares: 100 * shares.mean(), heads(key))
-            for key in ("sink_rate_first", "sink_rate_any", "null_mass")
+            for key in METRICS
+            if key.startswith("sink_rate") or key == "null_mass"
         },
         "half_idle_heads": (lambda masses: (masses > IDLE[0]).sum(), heads("idle_mass")),
         "idle_heads": (lambda masses: (masses > IDLE[1]).sum(), heads("idle_mass")),

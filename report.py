@@ -402,7 +402,8 @@ def report(
         self_check_table(runs),
         "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
         "the function stays and static quantization breaks, in the layer that is known; and the same function in "
-        "another class. DEFINITIONS.md says when a check passes; it is undecided where a model has learnt too little to lose.*",
+        "another class. DEFINITIONS.md says when a check passes; it is undecided where a model has learnt too little "
+        "to lose.*",
         "## Beside others' figures",
         qualcomm_table(runs),
         "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "

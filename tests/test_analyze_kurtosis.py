@@ -27,10 +27,11 @@ from transformers import (
 import analyze_kurtosis
 from analyze_kurtosis import EMERGING
 from answer import GLANCE, METRICS, PRIMARY, answer, comparisons
+from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss
 from outliers import weight_excess_kurtosis
 from packing import MaskedLMCollator
-from report import html_page
+from report import gap_cell, html_page
 from runs import Run, by_layer, notes, paired
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, plus_minus, table
@@ -212,7 +213,13 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
     assert rows(text, "Attention")["% null, softmax1"] == null
     static = one["quantization"]["schemes"]["w8a8_static"]
     cell = rows(text, "Quantization damage")["W8A8, static per tensor"][1]
-    assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {static['gap']:+.4f}"
+    assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {gap_cell(static)}"
+    assert len(static["draws"]) == 4 and static["gap"] == pytest.approx(np.mean(static["draws"]), abs=1e-5)
+    check = rows(text, "Self-check of the instrument")  # random weights have no context to lose
+    assert check[CHECKS["large_outlier"]][1].startswith("undecided: gap")
+    assert (
+        check[CHECKS["class_swap"]][1].startswith("pass: gap") and one["quantization"]["self_check"]["passed"] is None
+    )
     # Full kurtosis, as Bondarenko et al. have it, of both their places.
     places = [
         one["places"][f"layer.{layer}.{place}"]["kurtosis_sequence"] + 3
@@ -374,6 +381,14 @@ def test_only_runs_that_agree_are_paired():
     assert comparisons(runs[:1]) == {} and answer(runs[:1], {}).startswith("None: there is no pair here")
     runs[0].results["test_pipeline"] = True
     assert answer(runs, comparisons(runs)).startswith("None: --test_pipeline made these runs")
+
+
+def test_a_gap_under_its_noise_is_said_to_be():
+    gap = {"gap": 0.0301, "error": 0.002, "floor": 0.004}
+    assert gap_cell(gap) == "+0.0301 ± 0.0020" and gap_cell({**gap, "gap": -0.0301}) == "-0.0301 ± 0.0020"
+    assert gap_cell({**gap, "gap": -0.0039}) == gap_cell({**gap, "gap": 0.0039}) == "below its noise of 0.0040"
+    assert gap_cell({"gap": 0.03, "error": math.nan, "floor": math.nan}) == "+0.0300"  # one text
+    assert gap_cell({"gap": 0.0, "error": 0.0, "floor": 0.0}) == "–"  # float32 itself
 
 
 def test_figures_have_three_digits():

@@ -229,7 +229,7 @@ class _Range:
         """`chosen` selects the entries that are real: a boolean tensor over the leading dimensions of `values`."""
         owner = self.owner
         if owner.observing:
-            self._observe((values if chosen is None else values[chosen]).detach())
+            self._observe(values, chosen)
             if not owner.published:
                 return values
         if self.part not in owner.active:
@@ -246,16 +246,21 @@ class _Range:
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
-    def _observe(self, values: Tensor) -> None:
-        low, high = (value.item() for value in torch.aminmax(values))
-        low, high = min(low, 0.0), max(high, 0.0)  # 0 must be exact, as in every integer kernel
+    def _observe(self, values: Tensor, chosen: Tensor | None) -> None:
+        # Most tensors enter several modules: what was found of the one before is kept while it is the same one.
+        if self.owner.observed is None or self.owner.observed[0] is not values:
+            real = (values if chosen is None else values[chosen]).detach()
+            low, high = (value.item() for value in torch.aminmax(real))
+            counts = _histogram(real) if self.owner.histograms else None
+            # 0 must be exact, as in every integer kernel.
+            self.owner.observed = values, min(low, 0.0), max(high, 0.0), counts
+        _, low, high, counts = self.owner.observed
         self._extremes = min(self._extremes[0], low), max(self._extremes[1], high)
         if self._running is not None:
             low = MOMENTUM * self._running[0] + (1 - MOMENTUM) * low
             high = MOMENTUM * self._running[1] + (1 - MOMENTUM) * high
         self._running = self.low, self.high = low, high
-        if self.owner.histograms:
-            counts = _histogram(values)
+        if counts is not None:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def choose(self, estimator: str) -> None:
@@ -365,6 +370,7 @@ class StaticW8A8:
         self.published = published
         self.histograms = histograms
         self.observing = False
+        self.observed: tuple | None = None
         self.levels: dict[str, int] | None = None
         self.active: set[str] = set()
         self.ranges: dict[str, _Range] = {}
@@ -394,7 +400,7 @@ class StaticW8A8:
             else:
                 per_text_loss(self.model, calibration)
         finally:
-            self.observing = False
+            self.observing, self.observed = False, None
         unset = [name for name, found in self.ranges.items() if found.low is None]
         if unset:
             raise UnsetRange(
@@ -510,7 +516,7 @@ class StaticW8A8:
 
     def _remember_mask(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
         mask = keywords.get("attention_mask")
-        self._mask = None if mask is None else mask.bool()
+        self._mask = None if mask is None or mask.all() else mask.bool()
 
     def _round_weights(self, rounding) -> None:
         self._rounded = [rounding(exact) for _, _, exact in self._weights]

@@ -30,11 +30,12 @@ import analyze_kurtosis
 import arms
 from analyze_kurtosis import EMERGING, pictures
 from answer import GLANCE
+from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import measure_model, weight_excess_kurtosis
 from packing import MaskedLMCollator
 from record import weights_sha256
-from report import entry_cell, html_page
+from report import entry_cell, gap_cell, html_page
 from runs import Run, by_layer, find_runs
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
@@ -220,7 +221,13 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
     assert rows(text, "Attention")["% null, softmax1"] == null
     static = one["quantization"]["schemes"]["w8a8_static"]
     cell = rows(text, "Quantization damage")["W8A8, static per tensor"][1]
-    assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {static['gap']:+.4f}"
+    assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {gap_cell(static)}"
+    assert len(static["draws"]) == 4 and static["gap"] == pytest.approx(np.mean(static["draws"]), abs=1e-5)
+    check = rows(text, "Self-check of the instrument")  # random weights have no context to lose
+    assert check[CHECKS["large_outlier"]][1].startswith("undecided: gap")
+    assert (
+        check[CHECKS["class_swap"]][1].startswith("pass: gap") and one["quantization"]["self_check"]["passed"] is None
+    )
     # Full kurtosis, as Bondarenko et al. have it, of both their places.
     places = [
         one["places"][f"layer.{layer}.{place}"]["kurtosis_sequence"] + 3
@@ -303,7 +310,8 @@ def test_the_digest_of_weights_sees_every_tensor_and_not_their_dtype():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     digest = weights_sha256(model)
     names = sorted(model.state_dict())
-    by_hand = hashlib.sha256(b"".join(model.state_dict()[name].numpy().tobytes() for name in names)).hexdigest()
+    parts = (name.encode() + model.state_dict()[name].numpy().tobytes() for name in names)
+    by_hand = hashlib.sha256(b"".join(parts)).hexdigest()
     assert digest == by_hand == weights_sha256(model.double())
     for parameter in model.parameters():
         with torch.no_grad():
@@ -521,6 +529,14 @@ def test_an_earlier_report_survives_a_failed_write(workplace):
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_gap_under_its_noise_is_said_to_be():
+    gap = {"gap": 0.0301, "error": 0.002, "floor": 0.004}
+    assert gap_cell(gap) == "+0.0301 ± 0.0020" and gap_cell({**gap, "gap": -0.0301}) == "-0.0301 ± 0.0020"
+    assert gap_cell({**gap, "gap": -0.0039}) == gap_cell({**gap, "gap": 0.0039}) == "below its noise of 0.0040"
+    assert gap_cell({"gap": 0.03, "error": math.nan, "floor": math.nan}) == "+0.0300"  # one text
+    assert gap_cell({"gap": 0.0, "error": 0.0, "floor": 0.0}) == "–"  # float32 itself
 
 
 def test_figures_have_three_digits():

@@ -100,7 +100,7 @@ def unset_range(monkeypatch):
     monkeypatch.setattr(
         quantization._Range,
         "_observe",
-        lambda self, values: None if self.name.endswith("layer.1.output.dense.output") else observe(self, values),
+        lambda self, *seen: None if self.name.endswith("layer.1.output.dense.output") else observe(self, *seen),
     )
 
 

@@ -122,6 +122,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         sys.exit(
             f"error: {name} ({model.config.model_type}) has no layer.0.{FFN}: only BERT-shaped models fit the tables"
         )
+    if not model._supports_attention_backend:
+        sys.exit(f"error: {name} ({model.config.model_type}) does not take its attention from transformers' interface")
     return model, tokenizer
 
 
@@ -192,7 +194,7 @@ def measure(
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
     # As Bondarenko et al. have it: the first full sequences of the text that is scored, joined in its own order.
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    longest = model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
     limit = CALIBRATION_BATCHES * CALIBRATION_SIZE
     full = joined(in_order(tokenizer, texts), min(PUBLISHED_LENGTH, longest))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
@@ -319,13 +321,10 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
         if data:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
-    gaps = [
-        (
-            run.arm,
-            {SCHEMES[name]: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if one["gap"]},
-        )
-        for run in runs
-    ]
+    gaps = []
+    for run in runs:
+        found = {name: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if name != "float32"}
+        gaps.append((run.arm, {SCHEMES[name]: pair for name, pair in found.items()}))
     add("damage", "Quantization damage, one mark a run (bars: standard error)", plots.damage, gaps)
 
     def layers(statistic: str) -> dict[str, list[tuple]]:

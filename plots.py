@@ -119,7 +119,7 @@ def damage(gaps: list[tuple[str, dict[str, tuple[float, float]]]], title: str) -
     figure, axes = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
     arms = _arms(gaps)
     kinds = list(dict.fromkeys(kind for _, found in gaps for kind in found))
-    sizes = []
+    seen = [0.0]
     for number, (arm, found) in enumerate(gaps):
         look = _look(arm, arms)
         shift = (arms.index(arm) - (len(arms) - 1) / 2) * 0.8 / max(len(arms), 3)
@@ -130,10 +130,11 @@ def damage(gaps: list[tuple[str, dict[str, tuple[float, float]]]], title: str) -
         places = [kinds.index(kind) + shift for kind in shown]
         bars = {"yerr": np.nan_to_num(errors), "elinewidth": 1, "capsize": 2}
         axes.errorbar(places, values, **{**look, "linestyle": "", "markersize": 6}, **bars, label=arm)
-        sizes.extend(np.abs(values))
+        seen.extend(values)
     axes.axhline(0, color="0.3", linewidth=0.8)
-    if max(sizes, default=0) > 30 * max(np.median(sizes or [0]), 1):
+    if max(np.abs(seen)) > 30 * max(np.median(np.abs(seen[1:] or [0])), 1):
         axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(3 * min(*seen, -1), 3 * max(*seen, 1))
     axes.set_xticks(range(len(kinds)), [textwrap.fill(kind, 11) for kind in kinds], fontsize=9)
     axes.set_xlim(-0.6, len(kinds) - 0.4)
     axes.set_ylabel("held-out loss over float32 (millinats)")

@@ -164,6 +164,8 @@ def gap_cell(one: dict) -> str:
     """A gap with its standard error; where it is below twice that, only that it is."""
     if not one["gap"]:
         return "–"
+    if not np.isfinite(one["gap"]):
+        return "not finite"
     if abs(one["gap"]) < one["floor"]:
         return f"below its noise of {one['floor']:.4f}"
     return f"{one['gap']:+.4f}" + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")

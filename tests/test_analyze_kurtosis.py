@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
@@ -28,6 +30,7 @@ from transformers import (
 
 import analyze_kurtosis
 import arms
+import plots
 from analyze_kurtosis import EMERGING, pictures
 from answer import GLANCE
 from controls import CHECKS
@@ -536,6 +539,7 @@ def test_a_gap_under_its_noise_is_said_to_be():
     assert gap_cell(gap) == "+0.0301 ± 0.0020" and gap_cell({**gap, "gap": -0.0301}) == "-0.0301 ± 0.0020"
     assert gap_cell({**gap, "gap": -0.0039}) == gap_cell({**gap, "gap": 0.0039}) == "below its noise of 0.0040"
     assert gap_cell({"gap": 0.03, "error": math.nan, "floor": math.nan}) == "+0.0300"  # one text
+    assert gap_cell({"gap": math.nan, "error": math.nan, "floor": math.nan}) == "not finite"  # it has diverged
     assert gap_cell({"gap": 0.0, "error": 0.0, "floor": 0.0}) == "–"  # float32 itself
 
 
@@ -736,6 +740,10 @@ DAMAGE = {
         replace_model(RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300))),
         "not a complete masked language model",
     ),
+    "attention of its own": (
+        replace_model(MegatronBertForMaskedLM(MegatronBertConfig(**ARCHITECTURE, vocab_size=400))),
+        "does not take its attention from transformers' interface",
+    ),
     "another architecture": (
         replace_model(DistilBertForMaskedLM(DistilBertConfig(dim=16, n_layers=1, n_heads=2, vocab_size=400))),
         "(distilbert) has no layer.0.output.dense",
@@ -785,3 +793,10 @@ def test_a_hub_name_without_network_as_the_shell_sees_it(workplace):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nobody/nothing is neither a folder here nor loadable from the Hub: ")
+
+
+def test_the_damage_picture_takes_gaps_of_any_size():
+    runs = [("softmax0", {"a": (1.5, 0.1), "b": (math.nan, math.nan), "c": (math.inf, math.nan)})]
+    runs += [("softmax1", {"a": (0.001, math.nan), "b": (-0.002, 0.001), "c": (0.0, 0.0)})]
+    for some in (runs, runs[:1], [("softmax0", {"a": (math.nan, math.nan)})]):
+        assert plots.damage(some, "gaps").startswith(b"\x89PNG")

@@ -337,24 +337,23 @@ def test_the_published_setting_rounds_the_sum_of_embeddings_before_positions_are
 
 
 def test_the_published_setting_finds_ranges_on_the_model_as_it_is_quantized():
-    """The range of a later tensor is that of inputs that are rounded already, with the ranges so far."""
+    """A range is that of what rounded weights make of rounded inputs, with the ranges so far."""
     model = model_of("softmax0").eval()
-    known = batches(3, seed=3)
+    known = batches(1, seed=3)  # one batch, so that the ranges so far are the final ones
     static = StaticW8A8(model, known, published=True)
-    first = StaticW8A8(model, known[:1], published=True)
-    name = "roberta.encoder.layer.2.output.dense.output"
+    name = "roberta.encoder.layer.1.attention.self.query"
+    module = static.model.get_submodule(name)
     seen = {}
-    first.model.roberta.encoder.layer[2].output.dense.register_forward_hook(lambda _, __, out: seen.update(out=out))
+    module.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
+    held_out_loss(static.model, known)
     real = known[0]["attention_mask"].bool()
-    held_out_loss(first.model, known[:1])
-    found = first.ranges[name]
-    # The hook sees the rounded output, whose extremes are the ends of the range to within a step.
-    step = (found.high - found.low) / 255
-    assert seen["out"][real].max().item() == pytest.approx(found.high, abs=step)
-    ours = StaticW8A8(model, known).ranges[name]
-    theirs = static.ranges[name]
-    assert (theirs.low, theirs.high) != pytest.approx((ours.low, ours.high), rel=1e-6)
-    assert (theirs.low, theirs.high) == pytest.approx((ours.low, ours.high), rel=0.2)
+    assert len(seen["inputs"].unique()) <= 256  # rounded, and so was its range
+    found = static.ranges[f"{name}.output"]
+    with torch.no_grad():
+        expected = F.linear(seen["inputs"], module.weight, module.bias)[real]
+    assert (found.low, found.high) == pytest.approx((expected.min().item(), expected.max().item()), rel=1e-6)
+    ours = StaticW8A8(model, known).ranges[f"{name}.output"]
+    assert (found.low, found.high) != pytest.approx((ours.low, ours.high), rel=1e-5)
 
 
 def test_texts_are_joined_to_full_sequences():
@@ -574,8 +573,9 @@ def test_gaps_do_not_depend_on_the_class(pair):
 
 @pytest.mark.parametrize("scheme", ["dynamic_w8a8", "weight_only_w4", "measured_copy"])
 def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, scheme):
-    """bfloat16 too, whose rounding another kernel would change."""
+    """bfloat16 too, whose rounding another kernel would change: so both run the one attention."""
     stock, ours = (getattr(quantization, scheme)(model) for model in pair)
+    assert stock.config._attn_implementation == ours.config._attn_implementation == quantization.ATTENTION
     assert torch.equal(per_text_loss(stock, batches(3, seed=2)), per_text_loss(ours, batches(3, seed=2)))
     stock, ours = (model.to(torch.bfloat16) for model in (stock, ours))
     assert torch.equal(per_text_loss(stock, batches(3, seed=2)), per_text_loss(ours, batches(3, seed=2)))

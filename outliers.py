@@ -463,7 +463,7 @@ class _Place:
         self.ratio_sum += (norms / medians.double()).sum()
         if tokens is not None:
             self._add_massive(values, medians, sequence, tokens)
-        self.channel_squares += magnitudes.square_().sum(0, dtype=torch.float64)
+        self.channel_squares += magnitudes.square_().double().sum(0)  # faster than sum(0, dtype=torch.float64)
 
     def _add_massive(self, values: Tensor, medians: Tensor, sequence: Tensor, tokens: tuple[Tensor, Tensor]) -> None:
         magnitudes = values.abs()

@@ -477,7 +477,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results files; the report goes here")
     parser.add_argument("--models_dir", type=Path, default=Path("models"), help="model folders of the runs")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote")
-    parser.add_argument("--max_samples", type=positive, default=2_000, help="held-out texts, evenly spread")
+    parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts, evenly spread")
     parser.add_argument(
         "--max_scored",
         type=positive,

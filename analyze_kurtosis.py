@@ -362,7 +362,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     add("loss", "Training and held-out loss, one curve a run", plots.loss, curves)
 
     maps = [(f"{arm}: {caption}", *rest) for arm, found in arms(runs).items() for caption, *rest in found[0].maps]
-    add("attention", "Attention of the head that does least, with its null mass", plots.attention, maps)
+    add("attention_map", "Attention of the head that does least, with its null mass", plots.attention, maps)
 
     shown: dict[str, list] = {}
     for found in arms(runs).values():

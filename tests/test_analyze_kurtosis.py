@@ -153,7 +153,7 @@ def rows(text, section=None):
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
-PICTURES = ("damage", "kurtosis", "norms", "emergence", "loss", "attention", "histograms")
+PICTURES = ("damage", "kurtosis", "norms", "emergence", "loss", "attention_map", "histograms")
 
 
 def test_report_of_two_runs(workplace, capsys):

@@ -69,7 +69,10 @@ def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_
     driver = "import pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()
     main = source[source.index('if __name__ == "__main__":') :].replace("main()", "train_runs.main()", 1)
-    driver += "import signal\n" + main.replace('if __name__ == "__main__":', "if True:")
+    # Behind a shell's & it would be ignored, here as in pytest itself.
+    driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
+        'if __name__ == "__main__":', "if True:"
+    )
     command = [sys.executable, "-c", driver, "--parallel", "2", "--", "--mode", "hang"]
     environment = {**os.environ, "PYTHONPATH": str(Path(train_runs.__file__).parent)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole experiment, top to bottom, on one machine:
 #
-#     screen -S run "bash runner.sh"        the published experiment: data, tokenizer, both models, report
+#     screen -L -dmS run bash runner.sh     the published experiment: data, tokenizer, both models, report
 #     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44: what an interval needs
 #     bash runner.sh --seeds 3 --parallel 2 two of their trainings at a time, with a log each in results/logs/
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/

@@ -18,7 +18,7 @@ import random
 import re
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -64,6 +64,7 @@ from report import (
 from runs import Run, arms, by_layer, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
+PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
 MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
 HISTOGRAM_TEXTS = 32  # are held in memory at once, for the histograms
@@ -156,26 +157,34 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 # ------------------------------------------------------------------------------------------------------ what we measure
 
 
-def measure(
-    run: Run, texts: list[str], max_scored: int, calibration: list[str], batch_size: int, checked: bool
-) -> None:
-    """Fill in everything that is measured of a run.
+@dataclass
+class Texts:
+    """What the runs are measured on, the same for all of them."""
 
-    `max_scored` of the texts are scored under each quantization. `calibration`: training texts, dealt into several
-    draws. `checked`: the instrument checks itself on this model.
-    """
+    held_out: list[str]
+    scored: int  # as many of these are scored under each quantization
+    calibration: list[str]  # of the training split, dealt into several draws
+    published: list[str]  # of the held-out split, joined for the published setting
+    calibration_batches: int
+
+
+def measure(run: Run, texts: Texts, batch_size: int, checked: bool) -> None:
+    """Fill in everything that is measured of a run. `checked`: the instrument checks itself on this model."""
     model, tokenizer = load(run.model)
+    n = getattr(model.config, "softmax_n", 0.0)
+    if run.results and n != run.results["softmax_n"]:
+        sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
     run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = token_ids(tokenizer, texts)
+    ids = token_ids(tokenizer, texts.held_out)
     if not ids:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
 
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
     run.places, run.attention, seen = measure_model(model, batches, tokenizer)
     run.tokens = seen["tokens"]
-    run.attention_uniform = uniform_attention(seen["lengths"], getattr(model.config, "softmax_n", 0.0))
+    run.attention_uniform = uniform_attention(seen["lengths"], n, getattr(model.config, "attention_weights", None))
     if (before := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
         run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
@@ -186,17 +195,17 @@ def measure(
     run.maps = attention_maps(model, tokenizer, ids, run.attention)
 
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
-    some = [ids[i] for i in np.linspace(0, len(ids) - 1, min(max_scored, len(ids))).astype(int)]
+    some = [ids[i] for i in np.linspace(0, len(ids) - 1, min(texts.scored, len(ids))).astype(int)]
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
     few = [some[i] for i in np.linspace(0, len(some) - 1, min(INTERVENTION_TEXTS, len(some))).astype(int)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
-    draws = calibration_draws(tokenizer, calibration, masks)
+    draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
-    # As Bondarenko et al. have it: the first full sequences of the text that is scored, joined in its own order.
+    # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
     longest = model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
-    limit = CALIBRATION_BATCHES * CALIBRATION_SIZE
-    full = joined(in_order(tokenizer, texts), min(PUBLISHED_LENGTH, longest))[:limit]
+    limit = texts.calibration_batches * CALIBRATION_SIZE
+    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, longest))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
     run.damage = {
         "sequences": len(some),
@@ -321,11 +330,15 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
         if data:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
-    gaps = []
+    gaps, lost = [], [f"{run.name} (diverged)" for run in everyone if run.diverged]
     for run in runs:
         found = {name: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if name != "float32"}
+        lost += [
+            f"{run.name}, {SCHEMES[name]} (not finite)" for name, pair in found.items() if not np.isfinite(pair[0])
+        ]
         gaps.append((run.arm, {SCHEMES[name]: pair for name, pair in found.items()}))
-    add("damage", "Quantization damage, one mark a run (bars: standard error)", plots.damage, gaps)
+    without = f". Without a mark: {'; '.join(lost)}" if lost else ""
+    add("damage", f"Quantization damage, one mark a run (bars: standard error){without}", plots.damage, gaps)
 
     def layers(statistic: str) -> dict[str, list[tuple]]:
         found = {}
@@ -503,22 +516,28 @@ def main(argv: list[str] | None = None) -> None:
 
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     refuse_duplicates(runs)
-    texts = texts_of(args.data_dir, "validation", args.max_samples)
-    calibration = texts_of(args.data_dir, "train", DRAWS * args.calibration_batches * CALIBRATION_SIZE)
+    refuse_copies(runs)  # by what training wrote, before hours of measuring
+    texts = Texts(
+        texts_of(args.data_dir, "validation", args.max_samples),
+        args.max_scored,
+        texts_of(args.data_dir, "train", DRAWS * args.calibration_batches * CALIBRATION_SIZE),
+        texts_of(args.data_dir, "validation", PUBLISHED_TEXTS * args.calibration_batches),
+        args.calibration_batches,
+    )
     checked: set[str] = set()  # the arms on which the instrument has checked itself
     for i, run in enumerate(runs):
         if not run.diverged:
-            measure(run, texts, args.max_scored, calibration, args.batch_size, checked=run.arm not in checked)
+            measure(run, texts, args.batch_size, checked=run.arm not in checked)
             checked.add(run.arm)
         refuse_copies(runs[: i + 1])
     warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]
     found = findings(runs)
-    made = pictures(headline(runs), len(texts))
+    made = pictures(headline(runs), len(texts.held_out))
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, found, len(texts), args.data_dir, args.calibration_batches, captions, is_record(runs))
+    text = report(runs, warned, found, len(texts.held_out), args.data_dir, captions, is_record(runs))
     print(text)
 
-    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts), args.data_dir))
+    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts.held_out), args.data_dir))
     images = {name: picture for name, (_, picture) in made.items()}
     for name, picture in images.items():
         write(args.results_dir / name, picture)

@@ -14,6 +14,7 @@ the first (and for softmax1 the third), to rounding. DEFINITIONS.md says what is
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from held_out import kept_positions
 from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, watched
 from packing import IGNORED
-from softmax1 import apply_softmax_n
+from softmax1 import ATTENTION, apply_softmax_n
 
 INTERVENTIONS = {
     "as_trained": "as trained",
@@ -61,8 +62,8 @@ def interventions(
         {name out of INTERVENTIONS: {"loss" (nats per masked token), "ffn_output_kurtosis" (mean of layers),
         "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (how
         many were set to zero)}}. Absent are as_softmax* of a model that does not take its attention from transformers'
-        attention interface, without_*_heads where there is no sink head or too few others, and without_first_token
-        where texts do not all start with the same special token.
+        attention interface or keeps one of its own, without_*_heads where there is no sink head or too few others, and
+        without_first_token where texts do not all start with the same special token.
     """
     model.eval()
     found = {}
@@ -70,7 +71,8 @@ def interventions(
     if model._supports_attention_backend:
         for n in (0, 1):
             other = apply_softmax_n(copy.deepcopy(model), n)
-            found[f"as_softmax{n}"], _ = _measure(other, batches, tokenizer)
+            if other.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
+                found[f"as_softmax{n}"], _ = _measure(other, batches, tokenizer)
 
     every: Heads = {(layer, head) for layer, one in attention.items() for head in range(len(one["null_mass"]))}
     sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
@@ -118,7 +120,7 @@ def _measure(
     places, attention = outliers.result(), sinks.result()
 
     def layers(place: str, statistic: str) -> list[float]:
-        return [one[statistic] for name, one in places.items() if name.endswith(f".{place}")]
+        return [one[statistic] for name, one in places.items() if name.endswith(f".{place}")] or [math.nan]
 
     def heads(statistic: str) -> float:
         return float(np.mean([one[statistic] for one in attention.values()]))

@@ -25,7 +25,7 @@ import math
 import re
 import unicodedata
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -681,7 +681,9 @@ class AttentionSinks:
         self.remove()
 
 
-def uniform_attention(lengths: Iterable[int], n: float) -> dict[str, float | int]:
+def uniform_attention(
+    lengths: Iterable[int], n: float, attention_weights: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float | int]:
     """What attention that tells no key from another gives on sequences of these lengths: every weight 1 / (n + T).
 
     Sink rates and null mass differ by construction between values of n; this is what a model has to differ from.
@@ -689,15 +691,19 @@ def uniform_attention(lengths: Iterable[int], n: float) -> dict[str, float | int
     Args:
         lengths: tokens of each sequence, > 0.
         n: of softmax_n, >= 0.
+        attention_weights: of a model whose attention is not softmax_n: makes weights of scores (1, T).
 
     Returns:
         {"sequences", "sequences_short" (fewer than SHORT tokens), "null_mass" and every key of SINK_RATES}; NaN where
         there is no sequence of that length.
     """
     length = torch.tensor(list(lengths), dtype=torch.float64)
-    key, null, share = 1 / (n + length), n / (n + length), 1 / length
+    key = 1 / (n + length)
+    if attention_weights is not None:
+        key = torch.stack([attention_weights(torch.zeros(1, int(one), dtype=torch.float64))[0, 0] for one in length])
+    null, share = 1 - length * key, 1 / length
     found: dict[str, float | int] = {"null_mass": ((null * length).sum() / length.sum()).item()}
-    most = {"": key, "_renormalised": share}
+    most = {"": key, "_renormalised": torch.where(key > 0, share, 0)}  # a query without mass has no sink
     for suffix, chosen in (("", length >= SHORT), ("_short", length < SHORT)):
         found[f"sequences{suffix}"] = int(chosen.sum())
         rates = {f"{which}{kind}": mean for kind, mean in most.items() for which in ("first", "any")}

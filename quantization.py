@@ -49,7 +49,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 import softmax1
-from held_out import held_out_loss, per_text_loss
+from held_out import per_text_loss
 from softmax1 import apply_softmax_n
 
 CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
@@ -624,6 +624,7 @@ def measure_damage(
          "masked": masked tokens of every text scored,
          "texts": {scheme: sum of the losses of every text}, in the same order,
          "parts": {part: gap of w8a8_static, first draw, with nothing but that part quantized, on some of the batches},
+         "part_floors": {part: twice the standard error of that gap over the texts},
          "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
     found, draw_gaps, rest = {}, [], {}
@@ -645,7 +646,8 @@ def measure_damage(
             statics.append(score("w8a8_static", static.model))
             draw_gaps.append(((statics[-1][:, 0] - exact).sum() / masked.sum()).item())
             if i == 0:
-                rest["parts"] = part_gaps(static, plain, batches[:: math.ceil(len(batches) / PART_BATCHES)])
+                some = batches[:: math.ceil(len(batches) / PART_BATCHES)]
+                rest["parts"], rest["part_floors"] = part_gaps(static, plain, some)
                 rest["ranges"] = {name: [one.low, one.high] for name, one in static.ranges.items()}
                 bar.update()
                 for estimator in ("percentile", "mse"):
@@ -670,14 +672,18 @@ def measure_damage(
     }
 
 
-def part_gaps(static: StaticW8A8, plain: PreTrainedModel, batches: list[dict]) -> dict[str, float]:
-    """{part: gap to `plain` in nats per masked token with nothing but that part quantized}."""
-    exact = held_out_loss(plain, batches)[0]
-    gaps = {}
+def part_gaps(
+    static: StaticW8A8, plain: PreTrainedModel, batches: list[dict]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """({part: gap to `plain` in nats per masked token with nothing but that part quantized}, {part: its floor})."""
+    exact, masked = per_text_loss(plain, batches).T.numpy()
+    gaps, floors = {}, {}
     for part in static.parts:
         with static.only(part) as quantized:
-            gaps[part] = held_out_loss(quantized, batches)[0] - exact
-    return gaps
+            differences = per_text_loss(quantized, batches)[:, 0].numpy() - exact
+        gaps[part] = float(differences.sum() / masked.sum())
+        floors[part] = 2 * gap_error(differences, masked)
+    return gaps, floors
 
 
 def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:

@@ -32,7 +32,7 @@ from outliers import (
     TOKEN_CLASSES,
 )
 from pairs import TEST, Comparison, no_interval, percent
-from quantization import DRAWS, GROUP_SIZE, MOMENTUM, SCHEMES
+from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import Run, arms, by_layer, look_up
 from sets import BASELINE, comparison_sets, headline
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
@@ -171,6 +171,13 @@ def gap_cell(one: dict) -> str:
     return f"{one['gap']:+.4f}" + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
 
 
+def part_cell(damage: dict, part: str) -> str:
+    gap, floor = damage["parts"].get(part), damage.get("part_floors", {}).get(part, 0.0)
+    if gap is None:
+        return "–"
+    return f"below its noise of {floor:.4f}" if abs(gap) < floor else f"{gap:+.4f}"
+
+
 def damage_table(runs: list[Run]) -> str:
     rows = []
     for scheme, label in SCHEMES.items():
@@ -181,8 +188,7 @@ def damage_table(runs: list[Run]) -> str:
         rows.append(row)
     parts = list(dict.fromkeys(part for run in runs for part in run.damage["parts"]))
     for part in parts:
-        gaps = [run.damage["parts"].get(part) for run in runs]
-        rows.append([f"W8A8 static in {part} alone", *("–" if gap is None else f"{gap:+.4f}" for gap in gaps)])
+        rows.append([f"W8A8 static in {part} alone", *(part_cell(run.damage, part) for run in runs)])
     return table(["loss / perplexity / gap", *(run.name for run in runs)], rows)
 
 
@@ -431,17 +437,19 @@ def qualcomm_table(runs: list[Run]) -> str:
         values = [np.mean([mean_of([run], place, statistic, pick) for place in names]) + shift for run in found]
         return "–" if np.isnan(values).all() else over_runs(values)
 
-    rows = [[name, *cells] for name, cells in QUALCOMM.items()]
+    rows = [[name, *cells, "–"] for name, cells in QUALCOMM.items()]
     for arm, found in arms(runs).items():
         measured = [run for run in found if not run.diverged]
         cells = [
             perplexities(measured, "float32"),
             places(measured, ("ffn_output",), "inf_norm", np.max),
             places(measured, ("ffn_output", "ffn_layernorm"), "kurtosis_sequence", shift=3.0),
+            perplexities(measured, "w8a8_published"),
             perplexities(measured, "w8a8_static"),
         ]
-        rows.append([arm, *(cells if measured else ["diverged"] * 4)])
-    return table(["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity"], rows)
+        rows.append([arm, *(cells if measured else ["diverged"] * 5)])
+    header = ["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity", "W8A8 perplexity, our setting"]
+    return table(header, rows)
 
 
 # ----------------------------------------------------------------------------------------------- sections of the report
@@ -493,7 +501,6 @@ def set_tables(finding: Finding, keys) -> list[str]:
 
 def opening(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, record: bool) -> list[str]:
     """Question, answer, the headline's comparison at a glance, notes."""
-    others = ", ".join(found[0].compared) if found else ""
     glance = set_tables(found[0], GLANCE) if found else []
     measured = [run for run in runs if not run.diverged]
     if glance:
@@ -505,9 +512,9 @@ def opening(runs: list[Run], warned: list[str], found: list[Finding], sequences:
     return [
         "# Does softmax_n remove outliers and rescue quantization?",
         *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
-        f'**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
-        f"extremes, and that an attention that may attend to nothing ({others or 'softmax1'}) does not. Does 8-bit "
-        "quantization with static ranges, which extremes break, then cost less?",
+        '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
+        "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
+        "static ranges, which extremes break, then cost less?",
         f"**Answer.** {answer(runs, found)}",
         *glance,
         *(f"**Note.** {line}" for line in warned),
@@ -540,18 +547,32 @@ def comparisons_section(found: list[Finding]) -> list[str]:
     ]
 
 
-def damage_section(runs: list[Run], calibration_batches: int) -> list[str]:
+def calibrated_said(runs: list[Run]) -> str:
+    """How much training text the static ranges of the runs come from."""
+    said = []
+    for draws in (run.damage.get("calibration_tokens", {}).get("draws", []) for run in runs):
+        tokens = f"{min(draws):,} to {max(draws):,}" if draws else "unknown numbers of"
+        said.append(f"mean of {len(draws)} draws of {tokens} real tokens")
+    return " / ".join(dict.fromkeys(said))
+
+
+def published_said(runs: list[Run]) -> str:
+    tokens = [run.damage.get("calibration_tokens", {}).get("published") for run in runs]
+    return " / ".join(dict.fromkeys("an unknown number of" if one is None else f"{one:,}" for one in tokens))
+
+
+def damage_section(runs: list[Run]) -> list[str]:
     return [
         "## Quantization damage",
         damage_table(runs),
         "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
         f"{scored_said(runs)}. A gap stands with its standard error over texts (and draws of calibration texts); below "
         "twice that it is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
-        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, mean of {DRAWS} draws of "
-        f"{calibration_batches} batches), arithmetic simulated. Percentile, least squares: other ranges from the first "
-        "draw. As published: the setting of Bondarenko et al. 2023, calibrated on the text that is scored. Dynamic: a "
-        f"scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. The last rows "
-        "quantize one part alone, on some of the texts.*",
+        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, {calibrated_said(runs)}), "
+        "arithmetic simulated. Percentile, least squares: other ranges from the first draw. As published: the setting "
+        f"of Bondarenko et al. 2023, calibrated on {published_said(runs)} tokens of held-out text (there 65,536). "
+        f"Dynamic: a scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. "
+        "The last rows quantize one part alone, on some of the texts.*",
         "## Self-check of the instrument",
         self_check_table(runs),
         "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
@@ -677,7 +698,6 @@ def report(
     found: list[Finding],
     sequences: int,
     data_dir,
-    calibration_batches: int,
     pictures: dict[str, str],
     record: bool,
 ) -> str:
@@ -692,7 +712,7 @@ def report(
         *(f"![{caption}]({name})" for name, caption in pictures.items()),
         *summary_section(runs),
         *comparisons_section(found),
-        *(damage_section(measured, calibration_batches) if measured else []),
+        *(damage_section(measured) if measured else []),
         *arms_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),

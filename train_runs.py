@@ -18,10 +18,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from arms import run_name
+from controls import CONTROLS
 from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
@@ -44,10 +45,11 @@ class Job:
     first_step: int | None = None  # where this session found it, which differs from 0 after an interruption
     step: int = 0
     steps: int | None = None
-    failed: bool = field(default=False)
+    log_start: int = 0
 
     def start(self, threads: int) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0  # what an earlier session wrote
         self.started = time.monotonic()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -62,7 +64,7 @@ class Job:
     def look(self) -> None:
         """Read from the end of the log how far the run has come."""
         with open(self.log, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+            log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - TAIL_BYTES))
             found = STEP.findall(log.read())
         if found:
             self.step, self.steps = (int(number.replace(b",", b"")) for number in found[-1])
@@ -133,6 +135,7 @@ def train(jobs: list[Job], parallel: int) -> list[Job]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--softmax_n", type=float, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)")
+    parser.add_argument("--controls", nargs="+", default=[], choices=list(CONTROLS), help="controls to train too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="seeds (42)")
     parser.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (1)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="where <run>.json goes (results)")
@@ -141,6 +144,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.parallel < 1:
         parser.error("--parallel must be at least 1")
+    if any(flag.startswith("--control") for flag in args.flags):
+        parser.error("give controls by --controls, before the --")
     if "<run>" not in args.output_dir:
         parser.error("--output_dir needs <run> in it, or the runs overwrite each other")
     return args
@@ -151,9 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     places = ["--results_dir", str(args.results_dir), "--output_dir", args.output_dir]
     jobs = []
     for seed in args.seeds:  # both arms of a seed before the next, so that pairs come first
-        for n in args.softmax_n:
-            name = run_name(n, seed)
-            command = [sys.executable, str(TRAIN), "--softmax_n", repr(n), "--seed", str(seed), *places, *args.flags]
+        arms = [(run_name(n, seed), ["--softmax_n", repr(n)]) for n in args.softmax_n]
+        arms += [(run_name(0.0, seed, control), ["--control", control]) for control in args.controls]
+        for name, arm in arms:
+            command = [sys.executable, str(TRAIN), *arm, "--seed", str(seed), *places, *args.flags]
             jobs.append(
                 Job(name, command, args.results_dir / "logs" / f"{name}.log", args.results_dir / f"{name}.json")
             )

@@ -17,10 +17,11 @@ from train_runs import Job, seconds_left
 TRAIN = """
 import argparse, json, os, pathlib, sys, time
 parser = argparse.ArgumentParser()
-for name in ("softmax_n", "seed", "results_dir", "output_dir", "mode"):
+for name in ("softmax_n", "control", "seed", "results_dir", "output_dir", "mode"):
     parser.add_argument("--" + name)
 args = parser.parse_args()
-run = f"esperberto-softmax{float(args.softmax_n):g}" + ("" if args.seed == "42" else "-seed" + args.seed)
+arm = args.control or f"softmax{float(args.softmax_n):g}"
+run = f"esperberto-{arm}" + ("" if args.seed == "42" else "-seed" + args.seed)
 results = pathlib.Path(args.results_dir)
 (results / "started").mkdir(parents=True, exist_ok=True)
 (results / "started" / f"{run}-{os.getpid()}").touch()
@@ -55,6 +56,21 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert "step 10 of 1,000" in Path("results/logs/esperberto-softmax0.log").read_text()
     train_runs.main(flags)
     assert len(started()) == 6 and "6 of 6 runs have their results file" in capsys.readouterr().out
+
+
+def test_controls_are_runs_of_their_own(stand_in):
+    train_runs.main(["--softmax_n", "0", "--controls", "clipped", "gated"])
+    assert started() == ["esperberto-clipped", "esperberto-gated", "esperberto-softmax0"]
+
+
+def test_what_an_earlier_session_logged_is_not_this_session_s_progress(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("step 500 of 1,000, 9 m 0 s left\n")
+    job = Job("run", [sys.executable, "-c", "print('step 401 of 1,000')"], log, tmp_path / "run.json")
+    job.start(1)
+    job.process.wait(60)
+    job.look()
+    assert (job.first_step, job.step, job.seconds_a_step) == (401, 401, None)
 
 
 def test_a_run_that_fails_is_named_and_costs_no_other(stand_in, capsys):
@@ -110,6 +126,8 @@ def test_the_time_left_is_that_of_all_runs():
         (["--parallel", "two"], "invalid int value"),
         (["--output_dir", "models"], "needs <run> in it"),
         (["--seeds"], "expected at least one argument"),
+        (["--controls", "open"], "invalid choice: 'open'"),
+        (["--", "--control", "clipped"], "give controls by --controls"),
     ],
 )
 def test_bad_flags(flags, said, capsys):

@@ -706,6 +706,10 @@ def stock_without_tokenizer(root):
 
 
 DAMAGE = {
+    "model of another n": (
+        lambda root: edit_results(root, lambda results: results.update(softmax_n=2.0)),
+        "has n = 1.0, but",
+    ),
     "no results": (lambda root: shutil.rmtree(root / "results"), "no results in"),
     "no model folder": (lambda root: shutil.rmtree(model_folder(root)), "has no model folder"),
     "not JSON": (lambda root: truncate(results_file(root)), "esperberto-softmax1.json is not valid JSON"),

@@ -4,14 +4,21 @@ import math
 
 import pytest
 import torch
-from test_quantization import SMALL, batches, learn, model_of
-from transformers import AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from test_quantization import SMALL, Tokenizer, batches, learn, model_of
+from transformers import (
+    AutoModelForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
+)
 
 import controls
+import interventions
 import quantization
 from controls import CHECKS, build_control, compensated_outlier, other_class, self_check
 from held_out import held_out_loss
-from outliers import measure_model
+from outliers import measure_model, uniform_attention
 from packing import keep_masked_positions, pack
 from quantization import StaticW8A8
 from report import self_check_notes, self_check_table
@@ -69,6 +76,17 @@ def test_self_check_does_not_judge_by_a_model_that_has_learnt_nothing():
     with torch.no_grad():
         diverged.roberta.encoder.layer[0].output.dense.bias[0] = math.nan
     assert checked(diverged)["large_outlier"]["passed"] is None
+
+
+def test_a_model_that_is_not_post_layernorm_is_measured_as_far_as_it_goes():
+    """It has no LayerNorm behind the attention that could make up for an outlier, and no residual place."""
+    torch.manual_seed(0)
+    model = RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**SMALL)).eval()
+    found = checked(model)
+    assert found["passed"] is None and found["rounding"]["passed"] is True
+    assert found["large_outlier"] == {"passed": None, "said": "not a post-LayerNorm model"}
+    texts = interventions.interventions(model, batches(2, seed=2), Tokenizer())
+    assert math.isnan(texts["as_trained"]["residual_inf_norm"]) and texts["as_trained"]["loss"] > 0
 
 
 def test_the_other_class_computes_the_same_function(trained):
@@ -199,14 +217,6 @@ def test_weights_of_clipped_softmax_and_gates_by_hand():
     assert closed[:, :, 1].abs().max() == 0 and torch.equal(closed[:, :, [0, 2, 3]], heads[:, :, [0, 2, 3]])
 
 
-class Tokenizer:
-    bos_token_id = cls_token_id = 0
-    eos_token_id = sep_token_id = 2
-
-    def decode(self, ids):
-        return "vorto"
-
-
 def test_the_instrument_takes_a_control(control):
     scored = batches(3, seed=2)
     expected = held_out_loss(control, scored)[0]
@@ -225,6 +235,22 @@ def test_the_instrument_takes_a_control(control):
     null = [mass for layer in attention.values() for mass in layer["null_mass"]]
     assert max(null) < 1e-5 if gated else max(null) > 1e-3  # clipped weights need not sum to 1
     assert places["layer.0.context"]["max_abs"] > 0
+
+
+def test_clipped_softmax_has_no_null_slot_to_take_and_its_own_uniform_attention():
+    """clip(1.025 / T - 0.025, 0, 1): nothing is left of a weight from 41 tokens on."""
+    clipped = build_control("clipped", SMALL).eval()
+    found = interventions.interventions(clipped, batches(2, seed=2), Tokenizer())
+    assert not {"as_softmax0", "as_softmax1"} & found.keys() and "as_trained" in found
+    gated = interventions.interventions(build_control("gated", SMALL).eval(), batches(2, seed=2), Tokenizer())
+    assert {"as_softmax0", "as_softmax1"} <= gated.keys()
+    weights = clipped.config.attention_weights
+    for length in (2, 16, 41, 60):
+        weight = max(1.025 / length - 0.025, 0)
+        uniform = uniform_attention([length], 0.0, weights)
+        assert uniform["null_mass"] == pytest.approx(1 - length * weight, abs=1e-12)
+        key = "sink_rate_first" if length >= 16 else "sink_rate_first_short"
+        assert uniform[key] == float(weight > 0.3)
 
 
 def test_an_unknown_control_is_refused():

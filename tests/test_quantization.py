@@ -381,7 +381,8 @@ def test_damage_is_the_gap_to_float32(trained):
     scored = batches(6, seed=2)
     found = measure_damage(trained, scored, *known_text())
     schemes = found["schemes"]
-    assert list(schemes) == list(SCHEMES) and list(found["parts"]) == PARTS
+    assert list(schemes) == list(SCHEMES) and list(found["parts"]) == list(found["part_floors"]) == PARTS
+    assert all(0 < floor < 1 for floor in found["part_floors"].values())
     loss, count = held_out_loss(trained, scored)
     assert found["masked_tokens"] == count == sum(found["masked"]) and schemes["float32"]["gap"] == 0
     assert schemes["float32"]["loss"] == pytest.approx(loss, rel=1e-5)

@@ -132,7 +132,42 @@ def test_the_headline_is_trained_on_most_among_those_with_a_pair(tmp_path):
     assert comparison_sets(smoke)[0].runs == smoke == findings(smoke)[0].group.runs
     said = notes(full + smoke + alone, tmp_path)
     assert any("--test_pipeline made" in line and "left out of every comparison" in line for line in said)
-    assert any(line == f"Without a pair, so in no comparison: {alone[0].name}." for line in said)
+    assert any(
+        line == f"Without a pair, so in no comparison and in no table of arms: {alone[0].name}." for line in said
+    )
+
+
+def test_tables_of_arms_are_made_of_pairs_alone(tmp_path):
+    full = pairs([1.0, 1.1], [2.0, 2.1])
+    halves = [made(0.5, 42), made(0.5, 43)]
+    alone = [made(1, 99), made(0, 98), made(0.25, 97)]  # the last arm has no pair at all
+    refused = [made(0, 44, model__initial_weights="a"), made(1, 44, model__initial_weights="b")]
+    runs = [*alone, *full, *refused, *halves]
+    assert headline(runs) == full + halves
+    said = notes(runs, tmp_path)
+    names = ", ".join(run.name for run in alone + refused)
+    assert f"Without a pair, so in no comparison and in no table of arms: {names}." in said
+    assert any("softmax0-seed44 and esperberto-softmax1-seed44 are no pair" in line for line in said)
+    assert headline([made(0, 42), made(1, 43)])[1].arm == "softmax1"  # no pair at all: all of the set
+    model = made(1, 42)
+    model.results = None
+    assert headline([*full, *alone, model]) == [*full, model]
+    assert report.places_table(full + halves) in report.arms_sections(headline(runs), 9)
+
+
+def test_only_hashes_are_cut_in_notes(tmp_path):
+    schedules = ["cosine_with_restarts", "cosine_with_min_lr"]
+    runs = [
+        made(0, 42, settings__lr_scheduler_type=schedules[0]),
+        made(1, 42, settings__lr_scheduler_type=schedules[1]),
+    ]
+    (line,) = (line for line in notes(runs, tmp_path) if "differ in schedule (" in line)
+    assert all(f": {name}" in line for name in schedules)
+    runs = [made(0, 42), made(1, 42, dataset__sha256="f" * 64)]
+    (line,) = (line for line in notes(runs, tmp_path) if "differ in training text (" in line)
+    assert f"{'d' * 12}, " in line and "d" * 13 not in line
+    runs = [made(0, 42), made(1, 42, hardware__name="a name of more than forty characters, " * 2 + "end")]
+    assert any("end): compared all the same." in line for line in notes(runs, tmp_path))
 
 
 def test_a_batch_counts_as_training_too():

@@ -341,8 +341,8 @@ def test_a_longer_run_without_a_pair_is_named():
     full = pairs(*LESS)
     alone = made(0, 42, training__steps=285_899)
     said_of_it = (
-        " esperberto-softmax0-seed42-285899 was trained on more (285,899 steps of 16 sequences), but has no pair: it is "
-        "not compared."
+        " esperberto-softmax0-seed42-285899 was trained on more (285,899 steps of 16 sequences), but has no pair: it "
+        "is not compared."
     )
     assert said([*full, alone]) == said(full) + said_of_it
     shorter = made(0, 43, training__steps=600)

@@ -385,6 +385,8 @@ def size(count: int, arm: str, group: ComparisonSet) -> str:
     said = "one pair" if count == 1 else f"{count} pairs"
     if not all(run.diverged for run in group.runs):  # those that diverged did not get as far as they were to
         said += f" of {group.steps:,} steps"
+    if 0 < count < len(trained_pairs(group, arm)):
+        return f"{said} in which it was measured"
     return said + (" in which both arms were trained" if 0 < count < len(group.pairs[arm]) else "")
 
 

@@ -229,6 +229,13 @@ def test_a_divergence_in_training_is_no_damage_by_quantization():
     assert "diverged" not in said(pairs(*LESS))
 
 
+def test_pairs_that_were_not_measured_are_not_called_untrained():
+    text = said([*pairs(*LESS), made(0, 60), made(1, 60, None)])
+    assert text.startswith(
+        "Softmax1 makes quantization less harmful here: over 3 pairs of 3,000 steps in which it was measured static"
+    )
+
+
 @pytest.mark.parametrize("in_pair", [True, False])
 def test_an_arm_that_diverged_is_not_harmless(in_pair):
     harmless = pairs([0.0020, 0.0021, 0.0010], [-0.0010, -0.0009, -0.0021])
@@ -449,7 +456,7 @@ def test_every_rule_is_written_down():
         "None about softmax1", "but the quantized model is better", "but the quantized model is no worse",
         "below its noise of", "None: the instrument failed its own check on", "was trained on more",
         "The positive control is undecided on these models", "before any quantization", "counts as worse than every",
-        "pairs of S steps", "in which both arms were trained",
+        "pairs of S steps", "in which both arms were trained", "in which it was measured",
     ):  # fmt: skip
         assert phrase in rules, phrase
     assert f"{module.MARGIN:g} nats" in rules

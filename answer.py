@@ -12,10 +12,10 @@ import scipy.stats
 
 import quantization
 from outliers import IDLE, OUTLIER
-from pairs import POWER, SIGN_TEST, Comparison, compare, no_interval, percent
+from pairs import POWER, SIGN_TEST, Comparison, below_noise, compare, no_interval, percent
 from quantization import SCHEMES
 from runs import Run
-from sets import BASELINE, ComparisonSet, comparison_sets
+from sets import BASELINE, ComparisonSet, comparison_sets, in_a_pair
 from tables import figure, spread
 
 # One metric and one arm were named beforehand, because the hypothesis ends there: outliers matter for what they do to
@@ -56,10 +56,10 @@ GLANCE = (PRIMARY, QUANTIZED, FLOAT32, "ffn_output_kurtosis", "residual_inf_norm
 def metrics(run: Run) -> dict[str, float | None]:
     """Every metric of METRICS; None where it was not measured, as where the model lacks the place.
 
-    Of a run that diverged every loss and every gap is NaN, which is worse than any number, and nothing else is known.
+    Of a run that diverged nothing was measured: there is no model, so nothing was quantized that could be compared.
     """
     if run.diverged:
-        return {key: np.nan if key in (QUANTIZED, FLOAT32, *GAPS) else None for key in METRICS}
+        return dict.fromkeys(METRICS)
 
     def layers(place: str, statistic: str) -> np.ndarray | None:
         found = [values[statistic] for name, values in run.places.items() if name.endswith(f".{place}")]
@@ -99,7 +99,10 @@ def metrics(run: Run) -> dict[str, float | None]:
 
 @dataclass
 class Finding:
-    """A set of runs that agree, and what its pairs show: {arm: {metric: comparison with softmax0}}."""
+    """A set of runs that agree, and what its pairs show: {arm: {metric: comparison with softmax0}}.
+
+    An arm of which no pair was trained in both arms is in `group.pairs`, and not in `compared`.
+    """
 
     group: ComparisonSet
     compared: dict[str, dict[str, Comparison]]
@@ -112,14 +115,16 @@ def findings(runs: list[Run]) -> list[Finding]:
 
 
 def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
-    """{arm: {metric: comparison with softmax0}} of all arms that have a pair, the primary arm first.
+    """{arm: {metric: comparison with softmax0}} of all arms with a pair trained in both arms, the primary arm first.
 
     The arms but the primary one share an error of 5 % (Bonferroni).
     """
     found: dict[str, dict[str, Comparison]] = {}
-    exploratory = [arm for arm in group.pairs if arm != PRIMARY_ARM]
-    for arm in sorted(group.pairs, key=lambda arm: arm != PRIMARY_ARM):
-        pairs = group.pairs[arm]
+    by_arm = {arm: trained_pairs(group, arm) for arm in ordered(group)}
+    exploratory = [arm for arm, pairs in by_arm.items() if pairs and arm != PRIMARY_ARM]
+    for arm, pairs in by_arm.items():
+        if not pairs:
+            continue
         before = {seed: metrics(pair[0]) for seed, pair in pairs.items()}
         after = {seed: metrics(pair[1]) for seed, pair in pairs.items()}
         found[arm] = {}
@@ -131,9 +136,29 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
             )
             if one is not None:
                 if metric in GAPS:
-                    one.texts_low, one.texts_high = over_texts(list(pairs.values()), GAPS[metric])
+                    of_pairs = [pairs[seed] for seed in one.seeds]
+                    one.texts_low, one.texts_high = over_texts(of_pairs, GAPS[metric])
+                    one.baseline_floor, one.floor = (
+                        noise(list(runs), GAPS[metric]) for runs in zip(*of_pairs, strict=True)
+                    )
                 found[arm][metric] = one
     return found
+
+
+def ordered(group: ComparisonSet) -> list[str]:
+    """The arms that have a pair, the primary arm first."""
+    return sorted(group.pairs, key=lambda arm: arm != PRIMARY_ARM)
+
+
+def trained_pairs(group: ComparisonSet, arm: str) -> dict[int, tuple[Run, Run]]:
+    """{seed: pair} of those in which both arms were trained, that is, neither diverged."""
+    return {seed: pair for seed, pair in group.pairs[arm].items() if not any(run.diverged for run in pair)}
+
+
+def noise(runs: list[Run], scheme: str) -> float | None:
+    """Noise of the mean gap of runs in nats: sqrt(sum of their squared floors) / number; None where one is unknown."""
+    floors = np.array([run.damage["schemes"][scheme].get("floor") for run in runs], dtype=float)  # None becomes NaN
+    return float(np.sqrt((floors**2).sum()) / len(floors)) if np.isfinite(floors).all() else None
 
 
 def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None, float | None]:
@@ -194,6 +219,13 @@ def harmless(one: Comparison) -> tuple[bool, bool]:
     return tuple(upper is not None and upper < MARGIN for upper in (one.baseline_upper, one.upper))
 
 
+def direction(one: Comparison) -> int:
+    """Of the gap that the verdict claims: -1 less, 1 more; 0 where it claims none, or one below the margin."""
+    if not shown(one) or (one.test != SIGN_TEST and within_margin(one)):
+        return 0
+    return -1 if less(one) else 1
+
+
 def verdict(one: Comparison, arm: str) -> str:
     """What is concluded about the gap of static W8A8, without figures."""
     amount = "less" if one.difference is not None and one.difference < 0 else "more"
@@ -209,28 +241,62 @@ def verdict(one: Comparison, arm: str) -> str:
         sure = f"{arm} makes quantization {amount} harmful here"
         return sure if beyond_margin(one) else f"{sure}, though perhaps by less than the margin of {MARGIN:g} nats"
     if within_margin(one):
-        return f"{arm} and {BASELINE} are equivalent (TOST, margin ±{MARGIN:g} nats)"
+        return f"{arm} and {BASELINE} are equivalent in what quantization costs (TOST, margin ±{MARGIN:g} nats)"
     return "undecided"
 
 
-def rescue(one: Comparison, arm: str) -> str:
-    """Whether there is anything to rescue, as the beginning of a sentence; empty where there may be."""
+def rescue(one: Comparison, arm: str, group: ComparisonSet) -> str:
+    """Whether there is anything to rescue, as the beginning of a sentence; empty where there may be.
+
+    An arm of which a run diverged, in a pair or not, is never one without harm: its worst run was not quantized.
+    """
+    lost = {run.arm for run in group.runs if run.diverged}
     baseline, other = harmless(one)
-    if not baseline:
+    if not baseline or BASELINE in lost:
         return ""
     ends = f"upper end of the {percent(one.confidence)} interval of its mean gap under {MARGIN:g} nats"
-    if other:
+    if other and arm not in lost:
         return f"there is nothing to rescue, quantization harms neither {BASELINE} nor {arm} (of each, {ends}); "
     return f"there is nothing to rescue in {BASELINE} ({ends}); "
 
 
-def no_better(gap: Comparison, loss: Comparison | None) -> str:
-    """What must not be left out beside a smaller gap: that the quantized model itself is no better."""
-    if loss is None or not (shown(gap) and less(gap)) or (shown(loss) and less(loss)):
+def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
+    """What must not be left out beside the verdict on the gap: how the quantized models themselves compare."""
+    if loss is None:
         return ""
+    claimed = direction(gap)
     if shown(loss):
-        return ", but the quantized model is worse"
-    return ", but the quantized model is no better (its loss is not shown to be lower)"
+        better = less(loss)
+        if claimed == (-1 if better else 1):
+            return ""
+        whose = "" if claimed else f" with {arm}"
+        return f", but the quantized model is {'better' if better else 'worse'}{whose}"
+    if not claimed:
+        return ""
+    no, lower = ("no better", "lower") if claimed < 0 else ("no worse", "higher")
+    return f", but the quantized model is {no} (its loss is not shown to be {lower})"
+
+
+def failed_check(group: ComparisonSet) -> str:
+    """That the instrument failed its own check on a run of the set, as a whole answer; empty where it did not."""
+    failed = [run.name for run in group.runs if run.damage.get("self_check", {}).get("passed") is False]
+    if not failed:
+        return ""
+    return (
+        f"None: the instrument failed its own check on {', '.join(failed)}, so no figure of quantization in this set "
+        "may be used."
+    )
+
+
+def undecided_check(group: ComparisonSet) -> str:
+    """That the positive control is undecided on every run of the set that was checked; empty otherwise."""
+    checks = [run.damage["self_check"]["passed"] for run in group.runs if "self_check" in run.damage]
+    if not checks or any(passed is not None for passed in checks):
+        return ""
+    return (
+        " The positive control is undecided on these models: they have learnt too little that quantization could "
+        "destroy."
+    )
 
 
 def few_pairs(one: Comparison) -> str:
@@ -265,26 +331,63 @@ def losses(metric: dict[str, Comparison], arm: str) -> str:
     return "; ".join(said)
 
 
-def failures(one: Comparison, arm: str, group: ComparisonSet) -> list[str]:
-    """Which runs diverged in training, and in how many pairs which arm's quantized loss is not a number."""
+def failures(one: Comparison, arm: str) -> list[str]:
+    """In how many pairs which arm's quantized loss is not finite."""
     said = []
-    diverged = {(run.arm, run.results["seed"]): run for run in group.runs if run.diverged}
-    for name, seeds in ((BASELINE, one.baseline_not_finite), (arm, one.not_finite)):
-        if lost := [seed for seed in seeds if (name, seed) not in diverged]:
+    for name, lost in ((BASELINE, one.baseline_not_finite), (arm, one.not_finite)):
+        if lost:
             listed = ", ".join(map(str, lost))
             pairs = "the one pair" if one.pairs == 1 else f"{len(lost)} of {one.pairs} pairs"
-            said.append(f"{name}'s loss after quantization is not a number in {pairs} (seed {listed})")
-    for (name, seed), run in diverged.items():
-        if name in (BASELINE, arm):
-            said.append(f"seed {seed}: {name} diverged at step {run.results['diverged']['step']:,}")
+            said.append(f"{name}'s loss after quantization is not finite in {pairs} (seed {listed})")
     return said
 
 
-def costs(one: Comparison, arm: str) -> str:
-    return (
-        f"static W8A8 quantization costs {arm} {spread(one.mean, one.std)} nats of held-out loss, "
-        f"{BASELINE} {spread(one.baseline_mean, one.baseline_std)}"
+def divergences(arm: str, group: ComparisonSet) -> str:
+    """A sentence about the runs of both arms that diverged in training; empty where none did.
+
+    A divergence is no damage by quantization: it has an exact two-sided sign test of its own, over the pairs in which
+    one arm alone diverged.
+    """
+    lost = [run for run in group.runs if run.diverged and run.arm in (BASELINE, arm)]
+    if not lost:
+        return ""
+    pairs = list(group.pairs[arm].values())
+    before, after = (sum(pair[i].diverged for pair in pairs) for i in (0, 1))
+    alone = sum(pair[0].diverged and not pair[1].diverged for pair in pairs)
+    one_arm = sum(pair[0].diverged != pair[1].diverged for pair in pairs)
+    p = scipy.stats.binomtest(alone, one_arm).pvalue if one_arm else 1.0
+    test = f": sign test p = {p:.2g}" if len(pairs) > 1 and before + after else ""
+    of = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+    listed = "; ".join(
+        f"seed {run.results['seed']}{'' if any(run in pair for pair in pairs) else ', without a pair'}: {run.arm} "
+        f"diverged at step {run.results['diverged']['step']:,}"
+        for run in lost
     )
+    return (
+        f" {capital(BASELINE)} diverged in training in {before} of {of}, {arm} in {after}, before any "
+        f"quantization{test} ({listed})."
+    )
+
+
+def costs(one: Comparison, arm: str) -> str:
+    said = [
+        f"an amount {below} nats" if (below := below_noise(mean, floor)) else f"{spread(mean, std)}{unit}"
+        for mean, std, floor, unit in (
+            (one.mean, one.std, one.floor, " nats"),
+            (one.baseline_mean, one.baseline_std, one.baseline_floor, ""),
+        )
+    ]
+    return f"static W8A8 quantization costs {arm} {said[0]} of held-out loss, {BASELINE} {said[1]}"
+
+
+def size(count: int, arm: str, group: ComparisonSet) -> str:
+    """How many pairs a sentence is about, of how many steps."""
+    said = "one pair" if count == 1 else f"{count} pairs"
+    if not all(run.diverged for run in group.runs):  # those that diverged did not get as far as they were to
+        said += f" of {group.steps:,} steps"
+    if 0 < count < len(trained_pairs(group, arm)):
+        return f"{said} in which it was measured"
+    return said + (" in which both arms were trained" if 0 < count < len(group.pairs[arm]) else "")
 
 
 def texts(one: Comparison) -> str:
@@ -297,28 +400,27 @@ def texts(one: Comparison) -> str:
 def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
     """One pair is told as a fact."""
     one = metric[PRIMARY]
-    begin = f"Open: one pair (seed {one.seeds[0]}), no test"
+    begin = f"Open: {size(1, arm, group)} (seed {one.seeds[0]}), no test"
     if not one.finite:
-        told = ". ".join([begin, *failures(one, arm, group), losses(metric, arm)])
+        told = ". ".join([begin, *failures(one, arm), losses(metric, arm)])
     else:
         sure = f" ({texts(one)})" if texts(one) else ""
-        told = f"{begin}. In it {costs(one, arm)}, a difference of {figure(one.difference)} nats{sure}; " + "; ".join(
-            [losses(metric, arm), *failures(one, arm, group)]
-        )
+        difference = f"a difference of {figure(one.difference)} nats{sure}"
+        told = f"{begin}. In it {costs(one, arm)}, {difference}; {losses(metric, arm)}"
     return f"{told}. Nothing can be concluded about {arm} beyond this pair."
 
 
 def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
-    """Several pairs with a loss that is no number, or a run that diverged."""
+    """Several pairs, one with a loss that is not finite."""
     one = metric[PRIMARY]
     decided = one.lower + one.higher
     least = f"; {decided} pairs cannot give less than p = {min(1, 2 * 0.5**decided):.2g}" if decided else ""
     ties = f", {one.ties} tied and left out" if one.ties else ""
     said = (
-        f"{capital(verdict(one, arm))}{no_better(one, metric.get(QUANTIZED))}: "
-        f"{'; '.join(failures(one, arm, group))}. A loss that is not a number is worse than any that is one: static "
-        f"W8A8 quantization costs {arm} less than {BASELINE} in {one.lower} of {one.pairs} pairs and more in "
-        f"{one.higher}{ties} ({SIGN_TEST}, p = {one.p:.2g}{least})."
+        f"{capital(verdict(one, arm))}{retraction(one, metric.get(QUANTIZED), arm)}, over "
+        f"{size(one.pairs, arm, group)}: {'; '.join(failures(one, arm))}. A loss that is not finite counts as worse "
+        f"than every finite one: static W8A8 quantization costs {arm} less than {BASELINE} in {one.lower} of "
+        f"{one.pairs} pairs and more in {one.higher}{ties} ({SIGN_TEST}, p = {one.p:.2g}{least})."
     )
     return f"{said} {capital(losses(metric, arm))}."
 
@@ -326,17 +428,18 @@ def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> st
 def by_mean(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
     """Several pairs, all finite."""
     one = metric[PRIMARY]
-    said = rescue(one, arm) + verdict(one, arm) + no_better(one, metric.get(QUANTIZED)) + few_pairs(one)
+    retracted = retraction(one, metric.get(QUANTIZED), arm)
+    said = rescue(one, arm, group) + verdict(one, arm) + retracted + few_pairs(one)
     sure = f"{interval(one)}, {one.test}, p = {one.p:.2g}" if one.low is not None else interval(one)
     told = (
-        f"{capital(said)}: over {one.pairs} pairs of runs {costs(one, arm)} (mean ± standard deviation over seeds), a "
-        f"difference of {figure(one.difference)} nats ({sure})"
+        f"{capital(said)}: over {size(one.pairs, arm, group)} {costs(one, arm)} (mean ± standard deviation over "
+        f"seeds), a difference of {figure(one.difference)} nats ({sure})"
     )
-    parts = [told, texts(one), losses(metric, arm), *failures(one, arm, group)]
+    told = "; ".join(part for part in (told, texts(one), losses(metric, arm)) if part) + "."
     if verdict(one, arm) == "undecided" and one.detectable is not None:
-        effect = f"a difference of {figure(one.detectable)} nats or more"
-        parts.append(f"{one.pairs} pairs of this spread show {effect} with {POWER:.0%} power")
-    return "; ".join(part for part in parts if part) + "."
+        effect = f"a true difference of {figure(one.detectable)} nats in {POWER:.0%} of cases"
+        told += f" With this spread, {one.pairs} pairs would show {effect}."
+    return told
 
 
 def capital(text: str) -> str:
@@ -345,16 +448,22 @@ def capital(text: str) -> str:
 
 def of_arm(finding: Finding, arm: str) -> str:
     """The sentences about one arm."""
-    metric = finding.compared[arm]
+    group = finding.group
+    metric = finding.compared.get(arm, {})
+    lost = divergences(arm, group)
+    if not metric:
+        return f"None about {arm}: both arms were trained in 0 of {size(len(group.pairs[arm]), arm, group)}.{lost}"
     if PRIMARY not in metric:
-        return f"None about {arm}: static W8A8 quantization was not measured in a pair."
+        of = size(len(trained_pairs(group, arm)), arm, group)
+        return f"None about {arm}: static W8A8 quantization was not measured in a pair ({of}).{lost}"
     one = metric[PRIMARY]
     if one.pairs == 1:
-        said = one_pair(metric, arm, finding.group)
+        said = one_pair(metric, arm, group)
     elif not one.finite:
-        said = by_sign(metric, arm, finding.group)
+        said = by_sign(metric, arm, group)
     else:
-        said = by_mean(metric, arm, finding.group)
+        said = by_mean(metric, arm, group)
+    said += lost
     if arm == PRIMARY_ARM:
         return said
     others = sum(name != PRIMARY_ARM for name in finding.compared)
@@ -362,11 +471,30 @@ def of_arm(finding: Finding, arm: str) -> str:
     return f"Exploratory: {said}{corrected}"
 
 
-def of_set(finding: Finding) -> str:
-    said = [of_arm(finding, arm) for arm in finding.compared]
-    if PRIMARY_ARM not in finding.compared:
+def of_set(finding: Finding, others: list[str] | None = None) -> str:
+    """The sentences about one set, then those about `others`; no verdict where the instrument failed on the set."""
+    if failed := failed_check(finding.group):
+        return failed
+    said = [of_arm(finding, arm) for arm in ordered(finding.group)]
+    if PRIMARY_ARM not in finding.group.pairs:
         said.insert(0, f"None about {PRIMARY_ARM}, the arm named beforehand: it has no pair here.")
-    return " ".join(said)
+    return " ".join([*said, *(others or [])]) + undecided_check(finding.group)
+
+
+def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
+    """A sentence for every run outside the set that was trained on more sequences and has no pair."""
+    said = []
+    for one in comparison_sets(runs):
+        paired = in_a_pair(one)
+        for run in one.runs:
+            steps, batch = run.results["training"]["steps"], run.results["effective_batch_size"]
+            if one.test_pipeline or run in paired or run in group.runs or steps * batch <= group.samples:
+                continue
+            said.append(
+                f"{run.name} was trained on more ({steps:,} steps of {batch:,} sequences), but has no pair: it is not "
+                "compared."
+            )
+    return said
 
 
 def answer(runs: list[Run], found: list[Finding]) -> str:
@@ -379,7 +507,10 @@ def answer(runs: list[Run], found: list[Finding]) -> str:
             f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
             "tokenizer, steps and settings."
         )
-    said = [of_set(found[0])]
+    first = found[0].group
+    if failed := failed_check(first):
+        return failed
+    said = [of_set(found[0], trained_on_more(runs, first))]
     for other in found[1:]:
-        said.append(f"Another set of {len(other.group.runs)} runs, {other.group.steps:,} steps: {of_set(other)}")
+        said.append(f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {of_set(other)}")
     return " ".join(said)

@@ -13,6 +13,8 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
+from tables import figure, spread
+
 CONFIDENCE = 0.95
 POWER = 0.8  # of the smallest effect that the pairs could have shown
 TEST = "paired two-sided t-test over seeds"
@@ -23,8 +25,8 @@ SIGN_TEST = "exact two-sided sign test over seeds"
 class Comparison:
     """One metric in two arms, by pairs. What could not be computed is None.
 
-    A value that is NaN or infinite is worse than any finite one. Where there is one, `test` is the sign test, and
-    means, deviations and intervals that it would enter are None.
+    A value that is not finite (NaN or infinite) counts as worse than every finite one. Where there is one, `test` is
+    the sign test, and means, deviations and intervals that it would enter are None.
     """
 
     pairs: int
@@ -51,6 +53,8 @@ class Comparison:
     detectable: float | None = None  # smallest |mean difference| that this many pairs of this spread show at POWER
     texts_low: float | None = None  # of the bootstrap interval over texts, where answer.py has made one
     texts_high: float | None = None
+    baseline_floor: float | None = None  # of gaps: noise of the baseline's mean, where answer.py knows it
+    floor: float | None = None  # the same of the arm's mean
 
     @property
     def finite(self) -> bool:
@@ -159,12 +163,24 @@ def percent(confidence: float) -> str:
     return f"{100 * confidence:.3g}%"
 
 
+def below_noise(mean: float | None, floor: float | None) -> str:
+    """That a mean gap is below its noise, in words; empty where it is not, or where one of the two is unknown."""
+    if mean is None or floor is None or abs(mean) >= floor:
+        return ""
+    return f"below its noise of {figure(floor)}"
+
+
+def own_mean(mean: float | None, std: float | None, floor: float | None) -> str:
+    """An arm's mean and deviation over its seeds, or that the mean is below its noise."""
+    return below_noise(mean, floor) or spread(mean, std)
+
+
 def no_interval(one: Comparison) -> str | None:
     """Why a comparison has no interval, in words; None where it has one."""
     if one.low is not None:
         return None
     if not one.finite:
         count = len({*one.not_finite, *one.baseline_not_finite})
-        said = f"not a number in {count} of {one.pairs} pairs"
+        said = f"not finite in {count} of {one.pairs} pairs"
         return said if one.p is None else f"{said}; sign test, p = {one.p:.2g}"
     return "one pair: no interval" if one.pairs == 1 else f"no spread over {one.pairs} pairs"

@@ -31,7 +31,7 @@ from outliers import (
     SINK_RATES,
     TOKEN_CLASSES,
 )
-from pairs import TEST, Comparison, no_interval, percent
+from pairs import TEST, Comparison, no_interval, own_mean, percent
 from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import Run, arms, by_layer, look_up
 from sets import BASELINE, comparison_sets, headline
@@ -141,16 +141,16 @@ def last(history: list[list]) -> str:
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
     """A row a metric: both arms, the paired difference, its interval over seeds and, of gaps, that over texts."""
 
-    def own(mean: float | None, std: float | None, lost: list[int], pairs: int) -> str:
-        return f"not a number in {len(lost)} of {pairs}" if lost else spread(mean, std)
+    def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
+        return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
 
     rows = []
     for one, key in ((compared[key], key) for key in keys if key in compared):
         rows.append(
             [
                 f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
-                own(one.baseline_mean, one.baseline_std, one.baseline_not_finite, one.pairs),
-                own(one.mean, one.std, one.not_finite, one.pairs),
+                own(one.baseline_mean, one.baseline_std, one.baseline_floor, one.baseline_not_finite, one.pairs),
+                own(one.mean, one.std, one.floor, one.not_finite, one.pairs),
                 figure(one.difference),
                 no_interval(one) or f"{figure(one.low)} to {figure(one.high)}",
                 "–" if one.texts_low is None else f"{figure(one.texts_low)} to {figure(one.texts_high)}",
@@ -426,7 +426,7 @@ QUALCOMM = {
 def qualcomm_table(runs: list[Run]) -> str:
     def over_runs(values: list[float]) -> str:
         if not np.isfinite(values).all():
-            return f"not a number in {int((~np.isfinite(values)).sum())} of {len(values)}"
+            return f"not finite in {int((~np.isfinite(values)).sum())} of {len(values)}"
         return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
     def perplexities(found: list[Run], name: str) -> str:

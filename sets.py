@@ -7,6 +7,7 @@ set, the headline's. DEFINITIONS.md ("Pairs of runs") says the rules in words.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,16 +162,27 @@ def paired(group: ComparisonSet) -> ComparisonSet:
 
 
 def headline(runs: list[Run]) -> list[Run]:
-    """The runs that tables of arms are made of: the first set's, and models without results, each its own arm."""
-    first = [run for one in comparison_sets(runs)[:1] for run in one.runs]
+    """The runs that tables of arms are made of: the first set's, and models without results, each its own arm.
+
+    Where the set has a pair, only its runs that are in one: the arms of a table then have their seeds in common.
+    """
+    first = [run for one in comparison_sets(runs)[:1] for run in in_a_pair(one) or one.runs]
     return [run for run in runs if run in first or not run.results]
+
+
+def in_a_pair(group: ComparisonSet) -> list[Run]:
+    found = [run for pairs in group.pairs.values() for pair in pairs.values() for run in pair]
+    return list(dict.fromkeys(found))
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
 def refuse_duplicates(runs: list[Run]) -> None:
-    """Exit with one line where two runs of one set have the same arm and seed: either could stand for that pair."""
+    """Exit with one line where two runs of one set have the same arm and seed.
+
+    It is not known which of them belongs in the pair.
+    """
     for one in comparison_sets(runs):
         for arm, found in arms(one.runs).items():
             seen: dict[int, Run] = {}
@@ -224,7 +236,7 @@ def _of_the_sets(runs: list[Run]) -> list[str]:
         )
     values = {run.name: shaping(run) for run in trained}
     for label in dict.fromkeys(label for found in values.values() for label in found):
-        told = {name: found[label][:12] for name, found in values.items() if label in found}
+        told = {name: shortened(found[label]) for name, found in values.items() if label in found}
         if len({found[label] for found in values.values() if label in found}) > 1:
             listed = ", ".join(f"{name}: {value}" for name, value in told.items())
             lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
@@ -237,11 +249,16 @@ def _of_the_sets(runs: list[Run]) -> list[str]:
     if len(seeds) > 1 and (alone := set.union(*seeds) - set.intersection(*seeds)):
         listed = ", ".join(map(str, sorted(alone)))
         lines.append(f"Not every arm has seed {listed}: only seeds that two arms share are compared.")
-    in_pair = [run for one in sets for found in one.pairs.values() for pair in found.values() for run in pair]
+    in_pair = [run for one in sets for run in in_a_pair(one)]
     lonely = [run.name for run in trained if run not in in_pair and not run.results["test_pipeline"]]
     if pairs and lonely:
-        lines.append(f"Without a pair, so in no comparison: {', '.join(lonely)}.")
+        lines.append(f"Without a pair, so in no comparison and in no table of arms: {', '.join(lonely)}.")
     return lines
+
+
+def shortened(value: str) -> str:
+    """The first 12 digits of a SHA-256; every other value whole, because its end may be what differs."""
+    return value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _of_the_circumstances(runs: list[Run]) -> list[str]:
@@ -253,7 +270,7 @@ def _of_the_circumstances(runs: list[Run]) -> list[str]:
         for key, label in keys.items():
             values = {run.name: recorded(run, key) for run in one.runs}
             if len(set(values.values())) > 1:
-                listed = ", ".join(f"{name}: {value[:40]}" for name, value in values.items())
+                listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
                 lines.append(f"The runs differ in {label} ({listed}): compared all the same.")
     if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
         lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")

@@ -417,7 +417,7 @@ def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
     monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": "c", "dirty": False})
     analyse(workplace)
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
-    assert "softmax0's loss after quantization is not a number in the one pair (seed 42)" in text
+    assert "softmax0's loss after quantization is not finite in the one pair (seed 42)" in text
     assert "seed 43: softmax1 diverged at step 1,200" in text and "not a record" not in text
     assert rows(text, "Summary of the runs")["training"][2:] == ["complete", "complete", "diverged at step 1,200"]
     found = strict_json(workplace / "results" / "analysis.json")

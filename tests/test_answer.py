@@ -40,7 +40,7 @@ NAN = math.nan
         (
             [0.500, 0.601, 0.700],
             [0.501, 0.600, 0.700],
-            "Softmax1 and softmax0 are equivalent (TOST, margin ±0.01 nats)",
+            "Softmax1 and softmax0 are equivalent in what quantization costs (TOST, margin ±0.01 nats): over 3 pairs",
         ),
         ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5], "Undecided: over 3 pairs"),
         # The means are near 0, the intervals are not.
@@ -71,7 +71,7 @@ def test_several_pairs(before, after, begins):
     else:
         assert f"95% interval from {figure(one.low)} to {figure(one.high)}" in text and "p = " in text
     # What is undecided says what could have been shown; nothing else does.
-    effect = f"show a difference of {figure(one.detectable)} nats or more with 80% power"
+    effect = f"3 pairs would show a true difference of {figure(one.detectable)} nats in 80% of cases."
     assert (effect in text) == (begins.startswith("Undecided") and one.detectable is not None)
 
 
@@ -112,6 +112,36 @@ def test_a_smaller_gap_of_a_model_that_is_no_better():
     assert ", but" not in said(pairs(*LESS[::-1]))  # a larger gap has nothing to be taken back
 
 
+def with_losses(runs, of_arm):
+    """The quantized losses of the second arm replaced, and the gaps kept."""
+    for run, loss in zip([run for run in runs if run.arm != "softmax0"], of_arm, strict=True):
+        run.damage["schemes"]["w8a8_static"]["loss"] = loss
+    return runs
+
+
+EQUIVALENT = ([0.500, 0.601, 0.700], [0.501, 0.600, 0.700])
+
+
+@pytest.mark.parametrize(
+    ("gaps", "quantized", "said_of_it"),
+    [
+        (LESS[::-1], [2.0, 2.3, 2.05], "more harmful here, but the quantized model is better: over"),
+        (LESS[::-1], [3.0, 4.2, 9.1], "more harmful here, but the quantized model is no worse (its loss is not shown"),
+        (EQUIVALENT, [4.5, 4.7, 4.8], "nats), but the quantized model is worse with softmax1: over"),
+        (EQUIVALENT, [2.5, 2.7, 2.8], "nats), but the quantized model is better with softmax1: over"),
+        (([1.0, 2.0, 3.0], [3.0, 2.0, 1.5]), [9.0, 9.5, 11], "Undecided, but the quantized model is worse with soft"),
+        (([0.5, 0.601, 0.7], [0.495, 0.5961, 0.6951]), [4.5, 4.7, 4.8], "0.01 nats, but the quantized model is worse"),
+        (([0.5, 0.601, 0.7], [0.495, 0.5961, 0.6951]), [2.5, 2.7, 2.8], "0.01 nats, but the quantized model is better"),
+        (EQUIVALENT, [3.5, 3.6, 3.71], None),
+        (LESS, [2.0, 2.3, 2.05], None),
+        (LESS[::-1], [7.0, 7.3, 7.05], None),
+    ],
+)
+def test_the_quantized_loss_takes_back_in_every_direction(gaps, quantized, said_of_it):
+    text = said(with_losses(pairs(*gaps), quantized))
+    assert said_of_it in text if said_of_it else ", but" not in text
+
+
 def test_two_pairs_say_so():
     text = said(pairs([2.0, 2.1], [1.0, 1.101]))
     assert text.startswith(
@@ -126,8 +156,9 @@ def test_two_pairs_say_so():
 def test_one_pair_is_a_fact_and_no_test():
     text = said(pairs([2.0], [1.0]))
     assert text.startswith(
-        "Open: one pair (seed 42), no test. In it static W8A8 quantization costs softmax1 1.00 nats of held-out loss, "
-        "softmax0 2.00, a difference of -1.00 nats; loss after quantization: softmax1 4.00 nats, softmax0 5.00, "
+        "Open: one pair of 3,000 steps (seed 42), no test. In it static W8A8 quantization costs softmax1 1.00 nats of "
+        "held-out loss, softmax0 2.00, a difference of -1.00 nats; loss after quantization: softmax1 4.00 nats, "
+        "softmax0 5.00, "
     )
     assert text.endswith("Nothing can be concluded about softmax1 beyond this pair.") and "interval" not in text
 
@@ -135,10 +166,13 @@ def test_one_pair_is_a_fact_and_no_test():
 def test_one_pair_that_is_no_number():
     text = said(pairs([NAN], [1.0]))
     assert text.startswith(
-        "Open: one pair (seed 42), no test. softmax0's loss after quantization is not a number in the"
+        "Open: one pair of 3,000 steps (seed 42), no test. softmax0's loss after quantization is not finite in the one"
     )
     text = said([made(0, 42), diverged(1, 42)])
-    assert text.startswith("Open: one pair (seed 42), no test. seed 42: softmax1 diverged at step 1,200")
+    assert text == (
+        "None about softmax1: both arms were trained in 0 of one pair of 3,000 steps. Softmax0 diverged in training in "
+        "0 of 1 pair, softmax1 in 1, before any quantization (seed 42: softmax1 diverged at step 1,200)."
+    )
 
 
 # ------------------------------------------------------------------------------------------- what is no number, or fell
@@ -147,42 +181,141 @@ def test_one_pair_that_is_no_number():
 def test_losses_that_are_no_number_are_ranked():
     text = said(pairs([NAN, math.inf, 1.0], [1.0, 1.0, 2.0]))
     assert text.startswith(
-        "Undecided: softmax0's loss after quantization is not a number in 2 of 3 pairs (seed 42, 43). A loss that is "
-        "not a number is worse than any that is one: static W8A8 quantization costs softmax1 less than softmax0 in 2 "
-        "of 3 pairs and more in 1 (exact two-sided sign test over seeds, p = 1; 3 "
-        "pairs cannot give less than p = 0.25)."
+        "Undecided, over 3 pairs of 3,000 steps: softmax0's loss after quantization is not finite in 2 of 3 pairs "
+        "(seed 42, 43). A loss that is not finite counts as worse than every finite one: static W8A8 quantization "
+        "costs softmax1 less than softmax0 in 2 of 3 pairs and more in 1 (exact two-sided sign test over seeds, p = "
+        "1; 3 pairs cannot give less than p = 0.25)."
     )
     text = said(pairs([NAN] * 6, [1.0] * 6))
-    assert text.startswith("Softmax1 makes quantization less harmful here: softmax0's loss") and "p = 0.031" in text
+    assert (
+        text.startswith("Softmax1 makes quantization less harmful here, over 6 pairs of 3,000 steps: softmax0's")
+        and "p = 0.031" in text
+    )
     text = said(pairs([1.0] * 6, [NAN] * 6))
-    assert text.startswith("Softmax1 makes quantization more harmful here: softmax1's loss") and "p = 0.031" in text
+    assert (
+        text.startswith("Softmax1 makes quantization more harmful here, over 6 pairs of 3,000 steps: softmax1's")
+        and "p = 0.031" in text
+    )
     text = said(pairs([NAN, NAN, 1.0], [NAN, 1.0, 0.5]))
     assert "in 2 of 3 pairs and more in 0, 1 tied and left out" in text
 
 
-def test_diverged_runs_count_and_are_named():
-    runs = [*pairs([1.0] * 5, [0.5] * 5), diverged(0, 60), made(1, 60)]
+def test_a_divergence_in_training_is_no_damage_by_quantization():
+    """softmax0 diverged in 6 pairs of 8, softmax1 in none: nothing of softmax0 was quantized there."""
+    runs = pairs([0.5, 0.6], [0.5, 0.6])
+    runs += [run for seed in range(60, 66) for run in (diverged(0, seed), made(1, seed))]
     text = said(runs)
-    assert text.startswith("Softmax1 makes quantization less harmful here: seed 60: softmax0 diverged at step 1,200. ")
-    assert "in 6 of 6 pairs and more in 0 (exact two-sided sign test over seeds, p = 0.031" in text
-    lost = said([*pairs([1.0] * 5, [0.5] * 5), made(0, 60), diverged(1, 60)])
-    assert "in 5 of 6 pairs and more in 1" in lost and "softmax1 diverged at step 1,200" in lost
-    both = said([*pairs([0.001, 0.002], [0.002, 0.003]), diverged(0, 60), diverged(1, 60, step=7)])
-    assert both.startswith(
-        "Undecided: seed 60: softmax0 diverged at step 1,200; seed 60: softmax1 diverged at step 7. "
+    assert text.startswith("Undecided: over 2 pairs of 3,000 steps in which both arms were trained static W8A8")
+    assert "harmful" not in text and "nothing to rescue" not in text
+    assert (
+        " Softmax0 diverged in training in 6 of 8 pairs, softmax1 in 0, before any quantization: sign test p = 0.031 "
+        "(seed 60: softmax0 diverged at step 1,200; seed 61: "
+    ) in text
+    one = findings(runs)[0].compared["softmax1"][PRIMARY]
+    assert (one.seeds, one.baseline_not_finite, one.not_finite) == ([42, 43], [], [])
+    # A loss of a trained model that is not finite stays in the sign test, over the pairs that were trained.
+    text = said([*pairs([NAN] * 6, [1.0] * 6), made(0, 60), diverged(1, 60)])
+    assert text.startswith(
+        "Softmax1 makes quantization less harmful here, over 6 pairs of 3,000 steps in which both arms were trained: "
     )
-    assert "1 tied and left out" in both and "nothing to rescue" not in both
-    # Without a partner it is in no pair, and named all the same.
-    assert "seed 61: softmax0 diverged at step 1,200" in said([*pairs(*LESS), diverged(0, 61)])
+    assert (
+        "in 6 of 6 pairs and more in 0" in text
+        and "Softmax0 diverged in training in 0 of 7 pairs, softmax1 in 1" in text
+    )
+    # Pairs in which both diverged decide nothing; a run without a partner is in no pair, and named all the same.
+    both = said([*pairs(*LESS), diverged(0, 60), diverged(1, 60, step=7)])
+    assert "softmax1 in 1, before any quantization: sign test p = 1 (seed 60: softmax0" in both
+    assert "(seed 61, without a pair: softmax0 diverged at step 1,200)" in said([*pairs(*LESS), diverged(0, 61)])
+    assert "diverged" not in said(pairs(*LESS))
+
+
+def test_pairs_that_were_not_measured_are_not_called_untrained():
+    text = said([*pairs(*LESS), made(0, 60), made(1, 60, None)])
+    assert text.startswith(
+        "Softmax1 makes quantization less harmful here: over 3 pairs of 3,000 steps in which it was measured static"
+    )
+
+
+@pytest.mark.parametrize("in_pair", [True, False])
+def test_an_arm_that_diverged_is_not_harmless(in_pair):
+    harmless = pairs([0.0020, 0.0021, 0.0010], [-0.0010, -0.0009, -0.0021])
+    assert "nothing to rescue, quantization harms neither" in said(harmless)
+    assert "nothing to rescue" not in said([*harmless, diverged(0, 60), *[made(1, 60)] * in_pair])
+    text = said([*harmless, diverged(1, 60), *[made(0, 60, 0.0015)] * in_pair])
+    assert text.startswith("There is nothing to rescue in softmax0 (upper") and "harms neither" not in text
 
 
 def test_two_diverged_models():
     text = said([diverged(0, 42), diverged(1, 42)])
     assert text.startswith(
-        "Open: one pair (seed 42), no test. seed 42: softmax0 diverged at step 1,200. seed 42: softmax1"
+        "None about softmax1: both arms were trained in 0 of one pair. Softmax0 diverged in training"
     )
     text = said([diverged(n, seed) for n in (0, 1) for seed in (42, 43)])
-    assert text.startswith("Undecided: ") and "p = 1)" in text and "nothing to rescue" not in text
+    assert text.startswith("None about softmax1: both arms were trained in 0 of 2 pairs. Softmax0 diverged in training")
+    assert "in 2 of 2 pairs, softmax1 in 2, before any quantization: sign test p = 1 (" in text
+    assert "nothing to rescue" not in text
+
+
+def test_an_arm_that_only_diverged_corrects_nothing():
+    halves = [diverged(0.5, seed) for seed in (42, 43, 44)]
+    twos = [made(2, seed, gap) for seed, gap in zip((42, 43, 44), (1.0, 1.2, 1.1), strict=True)]
+    found = findings([*pairs(*LESS), *halves, *twos])[0]
+    assert list(found.compared) == ["softmax1", "softmax2"]
+    assert found.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
+    assert "None about softmax0.5: both arms were trained in 0 of 3 pairs" in answer(found.group.runs, [found])
+
+
+# ----------------------------------------------------------------------------------------- the instrument and its noise
+
+
+def with_floors(runs, floor, arm):
+    for run in runs:
+        for scheme in run.damage["schemes"].values():
+            scheme["floor"] = floor if run.arm == arm else 1e-9
+    return runs
+
+
+def test_a_mean_gap_below_its_noise_is_no_number():
+    runs = with_floors(pairs([0.010, -0.012, 0.011], [1.0, 1.2, 1.1]), 0.03, "softmax0")
+    one = findings(runs)[0].compared["softmax1"]
+    assert one[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
+    assert (
+        "costs softmax1 1.10 ± 0.1000 nats of held-out loss, softmax0 an amount below its noise of 0.0173 nats ("
+        in (said(runs))
+    )
+    row = comparison_table(one, "softmax1", [PRIMARY])
+    assert "| below its noise of 0.0173 |" in row and "1.10 ± 0.10" in row
+    runs = with_floors(pairs([1.0], [0.001]), 0.002, "softmax1")
+    assert "costs softmax1 an amount below its noise of 0.0020 nats of held-out loss, softmax0 1.00, a" in said(runs)
+    assert "below its noise" not in said(with_floors(pairs([1.0], [0.001]), 0.0005, "softmax1"))
+    del runs[1].damage["schemes"]["w8a8_static"]["floor"]  # unknown: nothing is claimed
+    assert findings(runs)[0].compared["softmax1"][PRIMARY].floor is None and "below its noise" not in said(runs)
+
+
+def checked(runs, *passed):
+    for run, verdict in zip(runs, passed, strict=False):
+        run.damage["self_check"] = {"passed": verdict}
+    return runs
+
+
+def test_a_failed_self_check_stops_the_answer():
+    text = said(checked(pairs(*LESS), True, False))
+    assert text.startswith("None: the instrument failed its own check on esperberto-softmax1-seed42, so")
+    assert "harmful" not in text and "p =" not in text
+    assert said(checked(pairs(*LESS), True, True)) == said(checked(pairs(*LESS), True, None)) == said(pairs(*LESS))
+    toys = checked(pairs(*LESS, training__steps=600), True, False)
+    text = said(pairs(*LESS) + toys)
+    assert (
+        text.startswith("Softmax1 makes") and "Another set of 6 runs of 600 steps: None: the instrument failed" in text
+    )
+
+
+def test_an_undecided_control_is_said():
+    ends = (
+        " The positive control is undecided on these models: they have learnt too little that quantization could "
+        "destroy."
+    )
+    assert said(checked(pairs(*LESS), None, None)) == said(pairs(*LESS)) + ends
 
 
 # ------------------------------------------------------------------------------------------------- which runs and arms
@@ -206,8 +339,24 @@ def test_the_pair_that_is_trained_longest_answers_first():
     full = pairs([2.0], [1.0], training__steps=285_899)
     short = [made(0, 1, training__steps=600), made(1, 2, training__steps=600), made(1, 3, training__steps=600)]
     assert said(full + short) == said(full)
+    assert "Open: one pair of 285,899 steps" in said(full)
     toys = pairs(*LESS, training__steps=600)
-    assert said(toys + full) == f"{said(full)} Another set of 6 runs, 600 steps: {said(toys)}"
+    assert said(toys + full) == f"{said(full)} Another set of 6 runs of 600 steps: {said(toys)}"
+
+
+def test_a_longer_run_without_a_pair_is_named():
+    full = pairs(*LESS)
+    alone = made(0, 42, training__steps=285_899)
+    said_of_it = (
+        " esperberto-softmax0-seed42-285899 was trained on more (285,899 steps of 16 sequences), but has no pair: it "
+        "is not compared."
+    )
+    assert said([*full, alone]) == said(full) + said_of_it
+    shorter = made(0, 43, training__steps=600)
+    assert said([*full, shorter, made(1, 99, 9.0)]) == said(full)  # trained on less, and in the set itself
+    assert said([*full, made(0, 42, training__steps=10**6, test_pipeline=True)]) == said(full)
+    batch = made(0, 42, effective_batch_size=32)
+    assert "was trained on more (3,000 steps of 32 sequences)" in said([*full, batch])
 
 
 def test_other_arms_are_exploratory_and_share_the_error():
@@ -283,10 +432,10 @@ def test_the_comparison_table_drops_nothing():
              comparison_table(compared, "softmax1", METRICS).splitlines()]  # fmt: skip
     gap = next(row for row in table if row[0].startswith("**W8A8 static"))
     assert gap[1:] == [
-        "not a number in 1 of 3",
+        "not finite in 1 of 3",
         "0.50 ± 0.00",
         "–",
-        "not a number in 1 of 3 pairs; sign test, p = 0.25",
+        "not finite in 1 of 3 pairs; sign test, p = 0.25",
         "–",
     ]
     assert next(row for row in table if row[0].startswith("heads that do nothing"))[4] == "no spread over 3 pairs"
@@ -298,11 +447,16 @@ def test_every_rule_is_written_down():
     rules = text.partition("## What is concluded")[2].partition("\n## ")[0]
     for phrase in (
         "less harmful here", "though perhaps by less than the margin", "differs, by less than the margin",
-        "are equivalent (TOST", "Undecided", "There is nothing to rescue in softmax0", "quantization harms neither",
+        "are equivalent in what quantization costs (TOST",
+        "Undecided", "There is nothing to rescue in softmax0", "quantization harms neither",
         "but the quantized model is worse", "but the quantized model is no better", "from two pairs only",
-        "Open: one pair", "is not a number in", "diverged at step", "Exploratory:", "None: there is no pair here",
-        "None: --test_pipeline made these runs", "Another set of", "no spread over", "with 80% power",
-        "None about softmax1",
+        "Open: one pair", "is not finite in", "diverged at step", "diverged in training in",
+        "both arms were trained in 0 of", "Exploratory:", "None: there is no pair here",
+        "None: --test_pipeline made these runs", "Another set of", "no spread over", "in 80% of cases",
+        "None about softmax1", "but the quantized model is better", "but the quantized model is no worse",
+        "below its noise of", "None: the instrument failed its own check on", "was trained on more",
+        "The positive control is undecided on these models", "before any quantization", "counts as worse than every",
+        "pairs of S steps", "in which both arms were trained", "in which it was measured",
     ):  # fmt: skip
         assert phrase in rules, phrase
     assert f"{module.MARGIN:g} nats" in rules

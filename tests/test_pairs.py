@@ -56,7 +56,7 @@ def test_what_is_no_number_is_ranked_and_never_dropped():
     assert found.baseline_not_finite == [1, 2, 4] and found.not_finite == [4]
     assert found.test == SIGN_TEST and found.p == pytest.approx(2 * (1 + 4) / 16)  # 3 of 4, by hand
     assert found.difference is found.low is found.low90 is found.mean is found.baseline_upper is None
-    assert no_interval(found) == "not a number in 3 of 6 pairs; sign test, p = 0.62"
+    assert no_interval(found) == "not finite in 3 of 6 pairs; sign test, p = 0.62"
     one = compare({1: math.nan}, {1: 1.0})
     assert (one.pairs, one.lower, one.p, one.test) == (1, 1, None, None)
     both = compare({1: math.nan, 2: math.nan}, {1: math.nan, 2: math.nan})

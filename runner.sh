@@ -96,7 +96,7 @@ if [ "$mode" = --test_pipeline ]; then
     dataset=(--sample --validation_fraction 0.1)
     tokenizer=(--vocab_size 2048)
     training=(--test_pipeline)
-    analysis=(--max_samples 16 --calibration_batches 1)
+    analysis=(--max_samples 8 --calibration_batches 1)
     if [ -f $work/results/report.md ]; then
         rm -rf $work # the last test run is complete: start a new one
     fi

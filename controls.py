@@ -11,6 +11,7 @@ them known to transformers' Auto classes; without it, no class loads their folde
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import torch
@@ -174,6 +175,8 @@ def check_outliers(
             "parts": parts,
             "largest_part": max(parts, key=parts.get),
         }
+        del control, static, plain
+        gc.collect()  # hooks refer to what holds them: without this, every copy of the model stays in memory
     gaps = [one["gap"] for one in layers.values()]
     right = sum(name == one["largest_part"] for name, one in layers.items())
     felt = all(abs(one["float32_change"]) < UNCHANGED and one["gap"] - gap > FELT for one in layers.values())

@@ -119,19 +119,21 @@ def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dic
         found["rounding"] = check_rounding(static, scored[-1:])
         gap = held_out_loss(static.model, scored)[0] - exact
         found["class_swap"] = check_class(model, gap, scored, calibration)
-        if can_be_compensated(model):
-            found |= check_outliers(model, gap, exact, scored, calibration)
+        if not can_be_compensated(model):
+            found |= undecided("not a post-LayerNorm model")
+        elif not context >= LEARNT:  # or not finite: too little that quantization could destroy
+            found |= undecided("the model has learnt too little")
         else:
-            for key in ("large_outlier", "small_outlier"):
-                found[key] = {"passed": None, "said": "not a post-LayerNorm model"}
+            found |= check_outliers(model, gap, exact, scored, calibration)
     except UnsetRange as error:
         return found | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
-    if not context >= LEARNT or not can_be_compensated(model):  # or not finite
-        for key in ("large_outlier", "small_outlier"):
-            found[key]["passed"] = None
     verdicts = [found[key]["passed"] for key in CHECKS]
     found["passed"] = False if False in verdicts else found["large_outlier"]["passed"]
     return found
+
+
+def undecided(why: str) -> dict[str, dict]:
+    return {key: {"passed": None, "said": why} for key in ("large_outlier", "small_outlier")}
 
 
 def spread_out(batches: list[dict]) -> list[dict]:

@@ -35,7 +35,7 @@ import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from answer import PRIMARY, Finding, answer, findings
 from controls import GATE, self_check  # which registers the controls' classes too
-from held_out import HELD_OUT_SEED, held_out_batches, padded_batches
+from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, padded_batches
 from interventions import interventions
 from outliers import PLACES, eager_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
@@ -134,7 +134,7 @@ def texts_of(data_dir: Path, split: str, max_samples: int) -> list[str]:
         rows = datasets.load_from_disk(str(data_dir))[split]
         if not len(rows):
             raise ValueError("it is empty")
-        return rows[np.linspace(0, len(rows) - 1, min(max_samples, len(rows))).astype(int)]["text"]
+        return rows[evenly_spread(len(rows), max_samples)]["text"]
     except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
         sys.exit(f"error: no texts in the {split} split of {data_dir} ({one_line(error)}): run build_dataset.py first")
 
@@ -195,9 +195,9 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool) -> None:
     run.maps = attention_maps(model, tokenizer, ids, run.attention)
 
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
-    some = [ids[i] for i in np.linspace(0, len(ids) - 1, min(texts.scored, len(ids))).astype(int)]
+    some = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
-    few = [some[i] for i in np.linspace(0, len(some) - 1, min(INTERVENTION_TEXTS, len(some))).astype(int)]
+    few = [some[i] for i in evenly_spread(len(some), INTERVENTION_TEXTS)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
     draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
@@ -381,7 +381,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     for found in arms(runs).values():
         for layer, counts in found[0].histograms.items():
             shown.setdefault(layer, []).append((found[0].arm, counts))
-    chosen = np.linspace(0, len(shown) - 1, min(6, len(shown))).astype(int)  # of deeper models, some layers
+    chosen = evenly_spread(len(shown), 6)  # of deeper models, some layers
     shown = {name: curves for i, (name, curves) in enumerate(shown.items()) if i in chosen}
     density = f"FFN output against a Gaussian, standardised, {HISTOGRAM_TEXTS} texts, the first run of every arm"
     add("histograms", density, plots.histograms, shown)

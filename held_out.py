@@ -9,9 +9,11 @@ kept_positions          lets the masked-LM head see chosen positions only, for i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -22,6 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from packing import IGNORED, MaskedLMCollator
 
 HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
+
+
+def evenly_spread(total: int, count: int) -> np.ndarray:
+    """Indices of `count` of `total` items from the first to the last; of all where there are fewer.
+
+    The sources of a split lie one behind the other, so its first items are no sample of it.
+    """
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:

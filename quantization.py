@@ -49,7 +49,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 import softmax1
-from held_out import per_text_loss
+from held_out import per_text_loss, perplexity
 from softmax1 import apply_softmax_n
 
 CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
@@ -692,7 +692,7 @@ def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: 
     error = gap_error(sums - exact, masked)
     found = {
         "loss": loss,
-        "perplexity": math.inf if loss >= 700 else math.exp(loss),
+        "perplexity": perplexity(loss),
         "gap": loss - float(exact.sum() / masked.sum()),
     }
     if len(draw_gaps) > 1:

@@ -45,7 +45,7 @@ from arms import prepared
 from controls import CONTROLS, GATE
 from corpus import load_data, load_tokenizer, tokenized
 from folder import locked
-from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
+from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, held_out_loss, padded_batches, perplexity
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
@@ -449,11 +449,6 @@ def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
     return float(np.average([loss for _, loss in loss_history], weights=steps))
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
-
-
 def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: ExperimentArguments) -> tuple[float, int]:
     """Held-out loss of the model that was saved, in float32 whatever it was trained in, and its masked tokens.
 
@@ -476,8 +471,7 @@ def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: Exp
 def emergence_texts(validation: datasets.Dataset) -> list[list[int]]:
     """Token ids of EMERGENCE_TEXTS samples, evenly spread over the split, because its sources lie one behind the
     other."""
-    chosen = np.linspace(0, len(validation) - 1, min(EMERGENCE_TEXTS, len(validation))).astype(int)
-    return validation[chosen]["input_ids"]
+    return validation[evenly_spread(len(validation), EMERGENCE_TEXTS)]["input_ids"]
 
 
 def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
@@ -524,8 +518,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         data = tokenized(data, folder, tokenizer, experiment.max_length)
     validation = data["validation"]
     if experiment.max_eval_samples is not None:
-        spread = np.linspace(0, len(validation) - 1, min(experiment.max_eval_samples, len(validation)))
-        validation = validation.select(spread.astype(int))  # over all sources, which lie one behind the other
+        validation = validation.select(evenly_spread(len(validation), experiment.max_eval_samples))
 
     overrides = arms.config_overrides(experiment.config_overrides)
     model = arms.build_model(

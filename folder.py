@@ -35,6 +35,28 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def sole(path: str | Path) -> Iterator[None]:
+    """Let one process at a time work in `path`, and end every other with one line.
+
+    The lock is a file beside `path`. The system releases it when its process ends, however it ends.
+
+    Raises:
+        SystemExit: another process works there.
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(f"{path}.lock")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"error: another process is at work on {path}: wait until it has ended, or end it")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends, and disappears when the block fails.
 

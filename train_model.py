@@ -36,7 +36,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import arms
 import hub
@@ -44,7 +43,7 @@ import record
 from arms import prepared
 from controls import CONTROLS, GATE
 from corpus import load_data, load_tokenizer, tokenized
-from folder import locked
+from folder import locked, sole
 from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, held_out_loss, padded_batches, perplexity
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
@@ -246,6 +245,14 @@ class ExperimentTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's estimate walks over all parameters at every step, to count what is not computed here
 
+    def _save_checkpoint(self, model, trial):
+        # Trainer deletes the older checkpoints before ours is whole: that is left to `Bookkeeping.on_save`.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         loss, _ = held_out_loss(self.model, self.held_out, progress=not self.args.disable_tqdm)
         metrics = {"eval_loss": loss}
@@ -280,6 +287,7 @@ class Bookkeeping(TrainerCallback):
         self.trainer: ExperimentTrainer | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
+        self.window: tuple[int, list[float]] | None = None  # step of the last log, losses since then by process
 
     @property
     def seconds(self) -> float:
@@ -290,6 +298,10 @@ class Bookkeeping(TrainerCallback):
         self.started = time.monotonic()
         if state.global_step == 0:
             self.emerged = [{"step": 0, **self.emergence(self.trainer.model)}]
+        if self.window is not None:
+            trainer = self.trainer
+            trainer._globalstep_last_logged, losses = self.window
+            trainer._tr_loss += losses[args.process_index]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:  # so that the last, shorter window of the loss is logged too
@@ -303,9 +315,15 @@ class Bookkeeping(TrainerCallback):
             "counts": trainer.counts(),
             "activation_kurtosis": trainer.statistics.state(),
             "emergence": self.emerged,
+            # Trainer forgets it, and would log a mean over the steps after a resumption alone.
+            "loss_window": [trainer._globalstep_last_logged, trainer.accelerator.gather(trainer._tr_loss).tolist()],
         }
         if state.is_world_process_zero:
+            # What makes the checkpoint whole. Only now may older ones go.
             record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
+            if args.save_total_limit:
+                for old in checkpoints(args.output_dir)[args.save_total_limit :]:
+                    shutil.rmtree(old)
 
     def restore(self, checkpoint: str) -> None:
         """Take up the counts of an earlier session. Exits when that session had other settings."""
@@ -324,6 +342,8 @@ class Bookkeeping(TrainerCallback):
             trainer.padded_tokens = counts["padded_tokens"]
             trainer.statistics.load_state(progress["activation_kurtosis"])
         self.emerged = progress["emergence"]
+        last_logged, losses = progress["loss_window"]
+        self.window = last_logged, np.atleast_1d(losses).tolist()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
@@ -388,19 +408,40 @@ def shaping_settings(
     }
 
 
-def last_checkpoint(folder: str) -> str | None:
-    """The last checkpoint in `folder`, read once in full to be sure that it can be. Exits when it is damaged."""
-    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if checkpoint is None:
-        return None
-    try:
-        (Path(checkpoint) / "progress.json").read_text(encoding="utf-8")
-        AutoModelForMaskedLM.from_pretrained(checkpoint)
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-    except Exception as error:  # half-written archives fail in as many ways as there are formats
-        sys.exit(f"error: {checkpoint} is damaged ({record.one_line(error)}): delete that folder and start again")
-    return checkpoint
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or not, the newest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in `folder`, read once in full to be sure that it can be; None where there is none.
+
+    Newer ones that are not whole are deleted, with a line each: what was interrupted while it was written, and what is
+    damaged. Exits when the only one that was written to its end is damaged, since all its work would be lost unseen.
+    """
+    useless = []
+    for checkpoint in checkpoints(folder):
+        if not (checkpoint / "progress.json").exists():  # written last of all
+            useless.append((checkpoint, "was interrupted while it was written"))
+            continue
+        try:
+            (checkpoint / "progress.json").read_text(encoding="utf-8")
+            AutoModelForMaskedLM.from_pretrained(checkpoint)
+            for name in ("optimizer.pt", "scheduler.pt"):
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+        except Exception as error:  # half-written archives fail in as many ways as there are formats
+            useless.append((checkpoint, f"is damaged ({record.one_line(error)})"))
+            continue
+        break
+    else:
+        checkpoint = None
+    if checkpoint is None and (damaged := [said for said in useless if "damaged" in said[1]]):
+        sys.exit(f"error: {damaged[0][0]} {damaged[0][1]}: delete that folder and start again")
+    for path, why in useless:
+        print(f"{path} {why}: deleted")
+        shutil.rmtree(path)
+    return None if checkpoint is None else str(checkpoint)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -492,6 +533,8 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     """Train one arm, save it, and write down what the run was and measured. `command` is what it was asked with."""
     transformers.logging.set_verbosity_warning()
     datasets.logging.set_verbosity_warning()
+    if args.disable_tqdm:
+        transformers.logging.disable_progress_bar()  # that of writing and reading the weights
     run = arms.run_name(experiment.softmax_n, args.seed, experiment.control)
     args.output_dir = args.output_dir.replace("<run>", run)
     args.run_name = run
@@ -507,6 +550,19 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     push_to_hub, args.push_to_hub = args.push_to_hub, False
     if push_to_hub and args.process_index == 0:
         hub.check()
+    with sole(args.output_dir) if args.process_index == 0 else contextlib.nullcontext():
+        train_alone(experiment, args, command, results_path, push_to_hub)
+
+
+def train_alone(
+    experiment: ExperimentArguments,
+    args: PublishedTrainingArguments,
+    command: list[str],
+    results_path: Path,
+    push_to_hub: bool,
+) -> None:
+    """Train where nobody else trains the same run."""
+    run = args.run_name
     with args.main_process_first(desc="preparing the data"):
         if experiment.test_pipeline:
             build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
@@ -539,7 +595,10 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     if experiment.overwrite and args.process_index == 0:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
-    checkpoint = args.resume_from_checkpoint or (None if experiment.overwrite else last_checkpoint(args.output_dir))
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and not experiment.overwrite:
+        with args.main_process_first(desc="looking for checkpoints"):  # the others find what is left of them
+            checkpoint = last_checkpoint(args.output_dir)
 
     masking = {"tokenizer": tokenizer, "mlm_probability": experiment.mlm_probability}
     held_out = held_out_batches(

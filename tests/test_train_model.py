@@ -19,6 +19,8 @@ from transformers.trainer_callback import TrainerCallback
 
 import analyze_kurtosis
 import arms
+import folder
+import record
 import train_model
 from arms import prepared
 from controls import CONTROLS
@@ -139,6 +141,60 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     before, after = weights("whole-models/esperberto-softmax1"), weights("results-models/esperberto-softmax1")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(Path("results-models").glob("*/checkpoint-*"))  # complete: nothing left to resume
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monkeypatch, capsys):
+    expected = train(results="whole")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    write = record.write_json
+    for step, rest in ((3, ()), (6, (3,))):  # in its first checkpoint, then in its second
+
+        def until(path, value, step=step):
+            killed() if Path(path).parent.name == f"checkpoint-{step}" else write(path, value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(record, "write_json", until)
+            with pytest.raises(KeyboardInterrupt):
+                train()
+        left = {path.name for path in Path("results-models/esperberto-softmax0").glob("checkpoint-*")}
+        assert left == {f"checkpoint-{number}" for number in (*rest, step)}
+        capsys.readouterr()
+    resumed = train()
+    printed = capsys.readouterr().out
+    assert "checkpoint-6 was interrupted while it was written: deleted\nGoing on from" in printed
+    assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, monkeypatch, capsys):
+    flags = ["--save_steps", "1", "--save_total_limit", "2"]
+    expected = train(*flags, results="whole")
+    init = train_model.ExperimentTrainer.__init__
+
+    def stopping(self, *args, callbacks, **kwargs):
+        init(self, *args, callbacks=[*callbacks, StopAfter()], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    folder = Path("results-models/esperberto-softmax0")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"half a file")
+    capsys.readouterr()
+    resumed = train(*flags)
+    printed = capsys.readouterr().out
+    assert "checkpoint-3 is damaged (" in printed and f"Going on from {folder}/checkpoint-2" in printed
+    assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
+    with folder.sole("results-models/esperberto-softmax0"):
+        exits_with(capsys, "another process is at work on results-models/esperberto-softmax0", train)
+        train("--use_softmax1")  # another run is nobody's concern
+    train()
 
 
 def test_damaged_checkpoint_is_named(train, capsys):
@@ -378,6 +434,7 @@ def test_the_loop_walks_over_the_model_once_a_step(train, monkeypatch):
 DRIVER = """
 import sys
 import arms
+import folder
 import train_model
 from arms import prepared
 from held_out import held_out_batches, held_out_loss

@@ -4,62 +4,105 @@
 #     screen -L -dmS run bash runner.sh     the published experiment: data, tokenizer, both models, report
 #     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44: what an interval needs
 #     bash runner.sh --seeds 3 --parallel 2 two of their trainings at a time, with a log each in results/logs/
+#     bash runner.sh --recipe small --parallel 2 --from_files 'texts/*.gz'
+#                                           another experiment of those in recipes/, on your own text
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
 #
-# Makes its own virtual environment in .venv. Run again after an interruption, it finishes what is unfinished: a stage
-# whose result is there is not repeated. Pushes data and models to the Hub when HUGGINGFACE_TOKEN and HUGGINGFACE_USER are
-# set, in the environment or in .env (see .env.example); what the Hub already has is not sent again.
+# Makes its own virtual environment in .venv; with --no_venv before everything else, takes the Python at hand as it is.
+# Run again after an interruption, it finishes what is unfinished: a stage whose result is there is not repeated. Pushes
+# data and models to the Hub when HUGGINGFACE_TOKEN and HUGGINGFACE_USER are set, in the environment or in .env (see
+# .env.example); what the Hub already has is not sent again.
 
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    echo "error: $1 (usage: bash runner.sh [--seeds N] [--parallel K] [--test_pipeline] | --tests [pytest flags] | --benchmark)" >&2
+    echo "error: $1" >&2
+    echo "usage: bash runner.sh [--no_venv] [--recipe $(ls recipes | sed 's/\.sh$//' | paste -sd '|' -)] [--from_files PATTERN]" \
+        "[--seeds N] [--parallel K] | --test_pipeline | --tests [pytest flags] | --benchmark" >&2
     exit 2
 }
 
-mode=
-seeds=1
+mode=experiment
+recipe=
+texts=
+wanted_seeds=
 parallel=1
-if [ "${1:-}" = --tests ]; then
-    mode=--tests
+venv=yes
+if [ "${1:-}" = --no_venv ]; then
+    venv=
     shift
-else
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            --test_pipeline | --benchmark)
-                [ -z "$mode" ] || usage "$mode and $1 exclude each other"
-                mode=$1
-                ;;
-            --seeds | --parallel)
-                case "${2:-}" in "" | 0* | *[!0-9]*) usage "$1 needs a whole number above 0" ;; esac
-                if [ "$1" = --seeds ]; then seeds=$2; else parallel=$2; fi
-                shift
-                ;;
-            *) usage "unknown argument: ${1:-an empty one}" ;;
-        esac
-        shift
-    done
 fi
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --tests)
+            [ "$mode$recipe$wanted_seeds$texts" = experiment ] || usage "--tests goes with no other flag before it"
+            mode=tests
+            shift
+            break # the rest are pytest's
+            ;;
+        --benchmark) mode=benchmark ;;
+        --test_pipeline | --recipe)
+            if [ "$1" = --recipe ]; then shift; wanted=${1:-}; else wanted=test_pipeline; fi
+            case "$wanted" in "" | *[!a-z_]*) usage "--recipe needs the name of a file in recipes/" ;; esac
+            [ -f "recipes/$wanted.sh" ] || usage "no recipe $wanted"
+            [ -z "$recipe" ] || usage "two recipes: $recipe and $wanted"
+            recipe=$wanted
+            ;;
+        --from_files)
+            [ -n "${2:-}" ] || usage "--from_files needs a pattern, in quotes: 'texts/*.gz'"
+            texts=$2
+            shift
+            ;;
+        --seeds | --parallel)
+            case "${2:-}" in "" | 0* | *[!0-9]*) usage "$1 needs a whole number above 0" ;; esac
+            if [ "$1" = --seeds ]; then wanted_seeds=$2; else parallel=$2; fi
+            shift
+            ;;
+        *) usage "unknown argument: ${1:-an empty one}" ;;
+    esac
+    shift
+done
+[ "$mode" != benchmark ] || [ -z "$recipe$wanted_seeds$texts" ] || usage "--benchmark goes with no other flag"
 
 # ------------------------------------------------------------------------------------------------- environment
-if ! cmp -s requirements.txt .venv/requirements.txt; then # absent, half installed, or of other requirements
-    base=${PYTHON:-python3}
-    command -v "$base" >/dev/null || { echo "error: no $base here: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
-    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
-        { echo "error: $("$base" --version) cannot run this: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
-    echo "== Installing requirements.txt into .venv"
-    "$base" -m venv .venv || { echo "error: no virtual environment: install Python's venv module" >&2; exit 1; }
-    .venv/bin/python -m pip install --quiet --requirement requirements.txt ||
-        { echo "error: the requirements did not install: see above, then run this again" >&2; exit 1; }
-    cp requirements.txt .venv/
-fi
-export PATH="$PWD/.venv/bin:$PATH"
+if [ -z "$venv" ]; then
+    python() { "${PYTHON:-python3}" "$@"; }
+    lacking=$(python - <<'EOF'
+import importlib.metadata as metadata
 
-if [ "$mode" = --tests ]; then
-    exec python -m pytest tests "$@"
+missing = []
+for line in open("requirements.txt").read().partition("# Only for")[0].splitlines():
+    name = line.partition("==")[0]
+    try:
+        line.startswith("#") or metadata.version(name)
+    except metadata.PackageNotFoundError:
+        missing.append(name)
+print(", ".join(dict.fromkeys(missing)))
+EOF
+    ) || { echo "error: no ${PYTHON:-python3} here that runs: set PYTHON" >&2; exit 1; }
+    [ -z "$lacking" ] ||
+        { echo "error: ${PYTHON:-python3} lacks $lacking: install what is missing, or leave out --no_venv" >&2; exit 1; }
+else
+    if ! cmp -s requirements.txt .venv/requirements.txt; then # absent, half installed, or of other requirements
+        base=${PYTHON:-python3}
+        command -v "$base" >/dev/null || { echo "error: no $base here: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
+        "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
+            { echo "error: $("$base" --version) cannot run this: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
+        echo "== Installing requirements.txt into .venv"
+        "$base" -m venv .venv || { echo "error: no virtual environment: install Python's venv module" >&2; exit 1; }
+        .venv/bin/python -m pip install --quiet --requirement requirements.txt ||
+            { echo "error: the requirements did not install: see above, then run this again" >&2; exit 1; }
+        cp requirements.txt .venv/
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+
+if [ "$mode" = tests ]; then
+    python -m pytest tests "$@"
+    exit
 fi
 
 # ------------------------------------------------------------------------------------------------- Hub
@@ -90,25 +133,18 @@ push() { # a failed push costs no work: what follows goes on, and the next run o
     fi
 }
 
-# ------------------------------------------------------------------------------------------------- settings
-if [ "$mode" = --test_pipeline ]; then
-    work=scratch
-    dataset=(--sample --validation_fraction 0.1)
-    tokenizer=(--vocab_size 2048)
-    training=(--test_pipeline)
-    analysis=(--max_samples 8 --calibration_batches 1)
-    if [ -f $work/results/report.md ]; then
-        rm -rf $work # the last test run is complete: start a new one
-    fi
-else # the scripts' defaults are the published experiment
-    work=.
-    dataset=()
-    tokenizer=()
-    training=()
-    analysis=()
+# ------------------------------------------------------------------------------------------------- recipe
+recipe=${recipe:-published}
+. "recipes/$recipe.sh"
+seeds=${wanted_seeds:-$seeds}
+if [ -n "$texts" ]; then
+    dataset=(${dataset[@]+"${dataset[@]}"} --from_files "$texts")
+fi
+if [ "$recipe" = test_pipeline ] && [ -f $work/results/report.md ]; then
+    rm -rf $work # the last test run is complete: start a new one
 fi
 
-if [ "$mode" = --benchmark ]; then # on the experiment's own text where it is there, or else on the sample
+if [ "$mode" = benchmark ]; then # on the experiment's own text where it is there, or else on the sample
     mkdir -p benchmark
     python -m pytest tests -m cuda 2>&1 | tee benchmark/cuda_tests.txt
     if [ ! -f data/manifest.json ] || [ ! -f tokenizer/manifest.json ]; then
@@ -136,26 +172,29 @@ if [ ! -f $work/tokenizer/manifest.json ]; then
     python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
 fi
 
-# The published seed and those after it: both arms of a seed are trained before the next, so that pairs come first.
+# The published seed and those after it: all arms of a seed are trained before the next, so that pairs come first.
+places=(--results_dir $work/results --output_dir "$work/models/<run>")
+training=(--data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"})
 if [ "$parallel" -gt 1 ]; then # what is trained here is not trained again below
     echo "== Training, $parallel runs at a time"
-    python train_runs.py --softmax_n 0 1 --seeds $(seq 42 $((41 + seeds))) --parallel "$parallel" \
-        --results_dir $work/results --output_dir "$work/models/<run>" -- \
-        --data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"}
+    python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} --seeds $(seq 42 $((41 + seeds))) \
+        --parallel "$parallel" "${places[@]}" -- "${training[@]}"
 fi
 fresh=
 for ((seed = 42; seed < 42 + seeds; seed++)); do
-    for n in 0 1; do
-        run=esperberto-softmax$n
+    for arm in $softmax_n $controls; do
+        case "$arm" in
+            [0-9]*) name=softmax$arm flags="--softmax_n $arm" ;;
+            *) name=$arm flags="--control $arm" ;;
+        esac
+        run=esperberto-$name
         if [ $seed -ne 42 ]; then
             run=$run-seed$seed
         fi
         if [ ! -f $work/results/$run.json ]; then
-            echo "== Model with softmax$n, seed $seed"
+            echo "== Model with $name, seed $seed"
             # A run that diverges fails, but leaves its results file: it is compared like any other.
-            python train_model.py --softmax_n $n --seed $seed --data_dir $work/data --tokenizer_dir $work/tokenizer \
-                --output_dir "$work/models/<run>" --results_dir $work/results ${training[@]+"${training[@]}"} ||
-                [ -f $work/results/$run.json ]
+            python train_model.py $flags --seed $seed "${places[@]}" "${training[@]}" || [ -f $work/results/$run.json ]
         fi
         push $work/models/$run
         if [ ! $work/results/report.md -nt $work/results/$run.json ]; then

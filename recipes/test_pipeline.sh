@@ -1,0 +1,10 @@
+# The whole path with tiny numbers, on the small corpus that comes with the project: what it shows is that it works.
+
+work=scratch
+dataset=(--sample --validation_fraction 0.1)
+tokenizer=(--vocab_size 2048)
+training=(--test_pipeline)
+analysis=(--max_samples 8 --calibration_batches 1)
+softmax_n="0 1"
+controls=""
+seeds=1

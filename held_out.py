@@ -4,6 +4,7 @@ held_out_batches        texts masked once and for all, sorted by length, padded
 padded_batches          texts as they are, sorted by length, padded
 held_out_loss           mean cross-entropy over the masked tokens
 per_text_loss           the same text by text, for intervals
+losses_without_context  what token frequencies alone reach on the same tokens
 kept_positions          lets the masked-LM head see chosen positions only, for it is half of the arithmetic
 """
 
@@ -68,6 +69,43 @@ def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], bat
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in some], True)
         batches.append({"input_ids": padded, "attention_mask": mask})
     return batches
+
+
+def losses_without_context(
+    train: Dataset, batches: list[dict], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[float, float]:
+    """What a model can reach that looks at no other token: (unigram loss, context-free loss) in nats a masked token.
+
+    The unigram loss is the cross-entropy of the token frequencies p of the training split (one is added to every
+    count, special tokens are left out). The context-free loss also uses how tokens are masked: where a token to be
+    predicted is shown, it is itself as often as it is a random one of V (10 % each), so by Bayes' rule
+
+        P(w | v is shown) = p(w) (1[w = v] + 1/V) / (p(v) + 1/V)
+
+    and where <mask> is shown, nothing is known but p. No model without context has a lower expected loss.
+
+    Args:
+        train: tokenized training split.
+        batches: of `held_out_batches`.
+        tokenizer: names the special tokens; it has V entries, which random tokens are drawn from.
+        vocab_size: rows of the embedding.
+    """
+    counts = np.ones(vocab_size)
+    for batch in train.with_format("numpy").iter(batch_size=10_000):
+        counts += np.bincount(np.concatenate(batch["input_ids"]), minlength=vocab_size)
+    counts[tokenizer.all_special_ids] = 0
+    p = torch.from_numpy(counts / counts.sum())
+    entries = len(tokenizer)
+    unigram, gained = [], []
+    for batch in batches:
+        masked = batch["labels"] != IGNORED
+        labels, shown = batch["labels"][masked], batch["input_ids"][masked]
+        visible = shown != tokenizer.mask_token_id
+        known = ((shown == labels).double() + 1 / entries) / (p[shown] + 1 / entries)
+        unigram.append(-p[labels].log())
+        gained.append(torch.where(visible, known, 1.0).log())
+    unigram, gained = torch.cat(unigram), torch.cat(gained)
+    return unigram.mean().item(), (unigram - gained).mean().item()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from outliers import (
 )
 from pairs import TEST, Comparison, no_interval, own_mean, percent
 from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
-from runs import Run, arms, by_layer, look_up
+from runs import OPTIONAL, Run, arms, by_layer, has, look_up
 from sets import BASELINE, comparison_sets, headline
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
 
@@ -99,7 +99,8 @@ def summary(runs: list[Run]) -> list[list[str]]:
     """Rows of the first table: label, published softmax0, published softmax1, ours."""
 
     def ours(key: str, show=number) -> list[str]:
-        return [show(look_up(run.results, key)) if run.results else "–" for run in runs]
+        known = [run.results and (key not in OPTIONAL or has(run.results, key)) for run in runs]
+        return [show(look_up(run.results, key)) if there else "–" for run, there in zip(runs, known, strict=True)]
 
     extra = []
     sets = comparison_sets(runs)
@@ -126,6 +127,8 @@ def summary(runs: list[Run]) -> list[list[str]]:
         # Published: the mean of the last 1,000 steps.
         ["training loss, last logged", "3.79", "3.78", *ours("loss_history", last)],
         ["held-out loss", "–", "–", *ours("validation.loss")],
+        ["held-out loss by token frequencies alone", "–", "–", *ours("validation.unigram_loss")],
+        ["held-out loss, the best without context", "–", "–", *ours("validation.context_free_loss")],
         ["held-out perplexity", "–", "–", *ours("validation.perplexity")],
         ["runtime", "9 h 16 m", "9 h 16 m", *ours("training.wall_seconds", duration)],
         # Published: at 1.212 USD an hour (AWS g5.2xlarge).

@@ -42,6 +42,8 @@ RESULTS = {  # what we read of a results file: dotted key -> kind
 OPTIONAL = {
     "emergence": list,
     "emergence_texts": COUNT,
+    "validation.unigram_loss": NUMBER,
+    "validation.context_free_loss": NUMBER,
     "settings": dict,
     "status": str,
     "diverged": dict,
@@ -146,7 +148,7 @@ def read_results(path: Path) -> dict:
         sys.exit(f"error: {path} is not valid JSON ({error}); train that run again or move the file away")
     expected = dict(RESULTS)
     for key, kind in OPTIONAL.items():
-        if _has(results, key):
+        if has(results, key):
             expected[key] = kind
     for key, kind in expected.items():
         try:
@@ -161,7 +163,7 @@ def read_results(path: Path) -> dict:
         if isinstance(value, (list, dict)) and not _numbers(key, value):
             sys.exit(f"error: {path}: {key!r} holds something other than numbers and null")
     status = results.get("status", "complete")
-    if status not in STATUS or (status == "diverged" and not _has(results, "diverged.step")):
+    if status not in STATUS or (status == "diverged" and not has(results, "diverged.step")):
         sys.exit(f"error: {path}: the status {str(status)[:60]!r} is none, or has no 'diverged.step'")
     return results
 
@@ -170,7 +172,7 @@ def _refuse(constant: str):
     raise ValueError(f"{constant} is no JSON")
 
 
-def _has(results, key: str) -> bool:
+def has(results, key: str) -> bool:
     """Whether a key that may be missing is there; null says that there is none."""
     try:
         return look_up(results, key) is not None

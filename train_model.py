@@ -44,7 +44,15 @@ from arms import prepared
 from controls import CONTROLS, GATE
 from corpus import load_data, load_tokenizer, tokenized
 from folder import locked, sole
-from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, held_out_loss, padded_batches, perplexity
+from held_out import (
+    HELD_OUT_SEED,
+    evenly_spread,
+    held_out_batches,
+    held_out_loss,
+    losses_without_context,
+    padded_batches,
+    perplexity,
+)
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
@@ -655,7 +663,9 @@ def train_alone(
         diverged = error
     seconds = bookkeeping.seconds
 
-    measured = {"validation": {"loss": None, "perplexity": None, "masked_tokens": 0, "samples": len(validation)}}
+    unigram, context_free = losses_without_context(data["train"], held_out, tokenizer, experiment.vocab_size)
+    without_context = {"unigram_loss": unigram, "context_free_loss": context_free, "samples": len(validation)}
+    measured = {"validation": {"loss": None, "perplexity": None, "masked_tokens": 0, **without_context}}
     measured |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}}
     counts = trainer.counts()
     if diverged is None:
@@ -669,7 +679,7 @@ def train_alone(
                 "loss": loss,
                 "perplexity": perplexity(loss),
                 "masked_tokens": masked_tokens,
-                "samples": len(validation),
+                **without_context,
             },
             "weight_excess_kurtosis": weight_excess_kurtosis(model),
             "activation_excess_kurtosis": trainer.statistics.result(),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from scipy import stats
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
@@ -24,7 +24,7 @@ import record
 import train_model
 from arms import prepared
 from controls import CONTROLS
-from held_out import held_out_batches, held_out_loss, padded_batches
+from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
 from outliers import Emergence, measure_model
 from packing import MaskedLMCollator
 from runs import find_runs
@@ -235,6 +235,27 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
 
 
 # ----------------------------------------------------------------------------------------------------------- the record
+
+
+def test_losses_without_context_are_those_of_the_frequencies_and_of_the_best_guess(sample):
+    """On text of tokens that tell nothing of each other, the best guess can be counted."""
+    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+    draw = np.random.default_rng(0)
+    p = np.array([0.5, 0.25, 0.125, 0.125])
+    ids = draw.choice(np.arange(100, 104), p=p, size=(4_000, 60)).tolist()
+    text = Dataset.from_dict({"input_ids": ids})
+    collator = MaskedLMCollator(tokenizer=tokenizer, mlm_probability=0.5, seed=0)
+    batches = held_out_batches(text, collator, 500)
+    unigram, best = losses_without_context(text, batches, tokenizer, 1024)
+    assert unigram == pytest.approx(stats.entropy(p), abs=0.01)
+    counted: dict[int, np.ndarray] = {}
+    for batch in batches:
+        masked = batch["labels"] != -100
+        for shown, label in zip(batch["input_ids"][masked].tolist(), batch["labels"][masked].tolist(), strict=True):
+            counted.setdefault(shown, np.zeros(4))[label - 100] += 1
+    total = sum(one.sum() for one in counted.values())
+    by_hand = sum(one.sum() / total * stats.entropy(one / one.sum()) for one in counted.values())
+    assert best == pytest.approx(by_hand, abs=0.02) and best < unigram - 0.05
 
 
 @pytest.mark.parametrize(("flag", "n"), [("--softmax_n=0", 0), ("--use_softmax1", 1), ("--softmax_n=0.5", 0.5)])

@@ -172,16 +172,16 @@ if [ ! -f $work/tokenizer/manifest.json ]; then
     python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
 fi
 
-# The published seed and those after it: all arms of a seed are trained before the next, so that pairs come first.
+# All arms of a seed are trained before the next, so that pairs come first.
 places=(--results_dir $work/results --output_dir "$work/models/<run>")
 training=(--data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"})
 if [ "$parallel" -gt 1 ]; then # what is trained here is not trained again below
     echo "== Training, $parallel runs at a time"
-    python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} --seeds $(seq 42 $((41 + seeds))) \
+    python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} --seeds $(seq $first_seed $((first_seed + seeds - 1))) \
         --parallel "$parallel" "${places[@]}" -- "${training[@]}"
 fi
 fresh=
-for ((seed = 42; seed < 42 + seeds; seed++)); do
+for ((seed = first_seed; seed < first_seed + seeds; seed++)); do
     for arm in $softmax_n $controls; do
         case "$arm" in
             [0-9]*) name=softmax$arm flags="--softmax_n $arm" ;;

@@ -7,4 +7,5 @@ training=()     # of train_model.py
 analysis=()     # of analyze_kurtosis.py
 softmax_n="0 1" # the arms
 controls=""     # published remedies that are trained beside them
+first_seed=42
 seeds=1

@@ -7,4 +7,5 @@ training=(--test_pipeline)
 analysis=(--max_samples 8 --calibration_batches 1)
 softmax_n="0 1"
 controls=""
+first_seed=42
 seeds=1

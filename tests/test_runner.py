@@ -115,6 +115,7 @@ training=(--max_steps 9)
 analysis=(--max_samples 8)
 softmax_n="0 1 0.25"
 controls="gated"
+first_seed=43
 seeds=2
 """
 
@@ -141,7 +142,7 @@ def test_a_recipe_gives_its_arms_to_parallel_runs(runner, tmp_path):
     (tmp_path / "recipes" / "mine.sh").write_text(RECIPE)
     _, _, calls = runner("--recipe", "mine", "--parallel", "2")
     assert calls[2].startswith(
-        "train_runs.py --softmax_n 0 1 0.25 --controls gated --seeds 42 43 --parallel 2 --results_dir elsewhere/results"
+        "train_runs.py --softmax_n 0 1 0.25 --controls gated --seeds 43 44 --parallel 2 --results_dir elsewhere/results"
     )
 
 

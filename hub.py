@@ -37,6 +37,7 @@ from tqdm import tqdm
 import record
 from tables import shortest
 
+UNSET = 3  # exit status of `check --optional`, which runner.sh reads
 ENV_FILE = Path(__file__).parent / ".env"
 DATASET = "esperanto"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -60,13 +61,17 @@ class HubError(Exception):
     """What went wrong with the Hub, in one line that ends in what to do. Never holds the token."""
 
 
+class NoCredentials(HubError):
+    """Token or user is not set, so nothing can be pushed."""
+
+
 # -------------------------------------------------------------------------------------------------- token and network
 
 
 def credentials() -> tuple[str, str]:
     """(token, user) from the environment, or from .env where the environment does not name them.
 
-    Raises HubError when one is missing. Warns when others can read .env.
+    Raises NoCredentials when one is missing, HubError when the token cannot be one. Warns when others can read .env.
     """
     found = dotenv.dotenv_values(ENV_FILE) if ENV_FILE.is_file() else {}
     if found.get("HUGGINGFACE_TOKEN") and ENV_FILE.stat().st_mode & 0o077:
@@ -75,7 +80,7 @@ def credentials() -> tuple[str, str]:
     for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER"):
         value = (os.environ.get(name, found.get(name)) or "").strip()
         if not value:
-            raise HubError(f"{name} is not set: put it into .env (see .env.example) or the environment")
+            raise NoCredentials(f"{name} is not set: put it into .env (see .env.example) or the environment")
         values.append(value)
     token, user = values
     if not (token.isascii() and token.isprintable()) or " " in token:
@@ -675,7 +680,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     description, _, _ = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="check that HUGGINGFACE_TOKEN may write for HUGGINGFACE_USER")
+    checking = commands.add_parser("check", help="check that HUGGINGFACE_TOKEN may write for HUGGINGFACE_USER")
+    checking.add_argument(
+        "--optional",
+        action="store_true",
+        help=f"end with status {UNSET} where the two are not both set: no push is meant",
+    )
     pushing = commands.add_parser("push", help="push a model folder or a dataset", allow_abbrev=False)
     pushing.add_argument("path", help="models/<run> or data")
     pushing.add_argument("--results", metavar="FILE", help="the model's results (default: results/<run>.json)")
@@ -687,6 +697,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     datasets.disable_progress_bars()
     if args.command == "check":
+        if args.optional:
+            try:
+                credentials()
+            except NoCredentials:
+                print("Nothing will be pushed to the Hub: HUGGINGFACE_TOKEN and HUGGINGFACE_USER are not both set.")
+                sys.exit(UNSET)
+            except HubError:
+                pass  # said by check
         print(f"The token may write for {check()}.")
     else:
         push(args.path, args.results, args.private)

@@ -106,30 +106,24 @@ if [ "$mode" = tests ]; then
 fi
 
 # ------------------------------------------------------------------------------------------------- Hub
-environment=$(export -p)
-if [ -f .env ]; then
-    set -a && . ./.env && set +a
-    eval "$environment" # what the environment names wins over .env
-fi
-if [ -n "${HUGGINGFACE_TOKEN:-}" ]; then
-    export HF_TOKEN=$HUGGINGFACE_TOKEN # the name that huggingface_hub reads
-fi
-unset environment
-
+echo "== Hub"
 pushing=
 unpushed=
-if [ -n "${HUGGINGFACE_TOKEN:-}" ] && [ -n "${HUGGINGFACE_USER:-}" ]; then
-    echo "== Hub"
-    python hub.py check || exit 1 # now rather than after hours of work
-    pushing=yes
-else
-    echo "== Nothing will be pushed to the Hub: HUGGINGFACE_TOKEN and HUGGINGFACE_USER are not both set (.env.example)."
-fi
+status=0
+python hub.py check --optional || status=$? # now rather than after hours of work
+case $status in
+    0) pushing=yes ;;
+    3) ;; # token and user are not both set
+    *) exit 1 ;;
+esac
 
 push() { # a failed push costs no work: what follows goes on, and the next run of this script pushes again
     if [ "$pushing" ]; then
         echo "== Push of $1"
-        python hub.py push "$1" || unpushed=yes
+        status=0
+        python hub.py push "$1" || status=$?
+        [ $status -ne 130 ] || exit 130 # Ctrl-C is meant for the whole script
+        [ $status -eq 0 ] || unpushed=yes
     fi
 }
 

@@ -797,20 +797,36 @@ print(len(fill("La suno <mask>.")))
     assert answer.stdout.strip() == "5", answer.stderr[-2000:]
 
 
-def test_runner_says_that_it_does_not_push(tmp_path):
-    """The Hub section of runner.sh alone, with commands that only say their names."""
-    text = (ROOT / "runner.sh").read_text()
-    section = text[text.index("environment=$(export -p)") : text.index("# ---", text.index("push() {"))]
-    script = f"set -euo pipefail\npython() {{ echo python $*; }}\n{section}\npush data\n"
-
-    def run(**environment):
-        clean = {"PATH": os.environ["PATH"], **environment}
-        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean, capture_output=True, text=True).stdout
-
-    assert "Nothing will be pushed" in run() and "python" not in run().replace("python hub.py check", "")
-    assert "Nothing will be pushed" in run(HUGGINGFACE_TOKEN="hf_x")
-    pushing = run(HUGGINGFACE_TOKEN="hf_x", HUGGINGFACE_USER="u")
-    assert "python hub.py check" in pushing and "python hub.py push data" in pushing
-    (tmp_path / ".env").write_text("HUGGINGFACE_TOKEN=hf_y\nHUGGINGFACE_USER=u\n")
-    assert "python hub.py push data" in run()
-    assert "Nothing will be pushed" in run(HUGGINGFACE_TOKEN="")
+@pytest.mark.parametrize(
+    ("environment", "env_file", "status", "said"),
+    [
+        ({}, None, hub.UNSET, "Nothing will be pushed"),
+        ({"HUGGINGFACE_TOKEN": TOKEN}, None, hub.UNSET, "Nothing will be pushed"),
+        (
+            {"HUGGINGFACE_TOKEN": ""},
+            f"HUGGINGFACE_TOKEN={TOKEN}\nHUGGINGFACE_USER=zamenhof\n",
+            hub.UNSET,
+            "Nothing will",
+        ),
+        ({}, f'HUGGINGFACE_TOKEN = "{TOKEN}"\nexport HUGGINGFACE_USER=zamenhof # mine\n', 0, "may write for zamenhof"),
+        ({}, "HUGGINGFACE_TOKEN=$(touch ran)\nHUGGINGFACE_USER=zamenhof\n", 1, "no token has"),
+    ],
+)
+def test_what_runner_asks_before_the_work(server, monkeypatch, tmp_path, capsys, environment, env_file, status, said):
+    """.env is read by one reader, as data: what looks like a command in it is not run."""
+    for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hub, "ENV_FILE", tmp_path / ".env")
+    monkeypatch.chdir(tmp_path)
+    if env_file:
+        (tmp_path / ".env").write_text(env_file)
+        (tmp_path / ".env").chmod(0o600)
+    try:
+        hub.main(["check", "--optional"])
+        ended, message = 0, ""
+    except SystemExit as end:
+        ended, message = (end.code, "") if isinstance(end.code, int) else (1, end.code)
+    assert ended == status and said in capsys.readouterr().out + message
+    assert not (tmp_path / "ran").exists()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Notes each call and leaves what the stage would leave. FAIL names a run whose training fails, RECORD says whether that
 # failure leaves a results file, as a divergence does.
 STAGES = r"""#!/usr/bin/env bash
+[ "$1 $2" != "hub.py check" ] || exit "${HUB:-3}"
 echo "$@" >> calls
 value() { while [ $# -gt 1 ]; do [ "$1" != "$key" ] || echo "$2"; shift; done; }
 case "$1" in
@@ -36,6 +37,7 @@ case "$1" in
             exit 1
         fi
         echo {} > "$results/$run.json" ;;
+    hub.py) exit "${PUSH:-0}" ;;
     train_runs.py)
         key=--results_dir; results=$(value "$@"); mkdir -p "$results"
         for run in esperberto-softmax{0,1}{,-seed43}; do echo {} > "$results/$run.json"; done ;;
@@ -118,6 +120,18 @@ controls="gated"
 first_seed=43
 seeds=2
 """
+
+
+@pytest.mark.parametrize(("push", "status", "pushes"), [("0", 0, 3), ("1", 1, 3), ("130", 130, 1)])
+def test_a_failed_push_costs_no_work_and_an_interrupted_one_ends_the_script(runner, push, status, pushes):
+    ended, error, calls = runner(HUB="0", PUSH=push)
+    assert ended == status and stages(calls).count("hub.py") == pushes
+    assert ("run this again to push it" in error) == (push == "1")
+    assert ("analyze_kurtosis.py" in stages(calls)) == (push != "130")
+
+
+def test_a_token_that_the_hub_refuses_stops_everything(runner):
+    assert runner(HUB="1")[0::2] == (1, [])
 
 
 def test_a_recipe_names_the_arms_the_seeds_and_the_flags_of_every_stage(runner, tmp_path):

@@ -462,7 +462,7 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
     )
     # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
     parser.set_defaults(use_cpu=not torch.accelerator.is_available(), disable_tqdm=not sys.stderr.isatty())
-    if "--test_pipeline" in argv:
+    if parser.parse_known_args(argv)[0].test_pipeline:  # as argparse reads it, in whatever spelling
         parser.set_defaults(**TEST_PIPELINE)
     try:
         experiment, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

@@ -548,6 +548,19 @@ def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
     assert set(result["hardware"]["instructions"]) <= set(train_model.record.INSTRUCTIONS)
 
 
+@pytest.mark.parametrize("flag", ["--test_pipeline", "--test-pipeline", "--test_pipeline=True", "--test-pipeline=yes"])
+def test_every_spelling_of_the_test_pipeline_means_it(flag):
+    experiment, args = train_model.parse([flag])
+    assert experiment.test_pipeline and experiment.data_dir == "scratch/data" and args.max_steps == 6
+    assert train_model.parse([flag, "--max_steps", "9"])[1].max_steps == 9
+
+
+@pytest.mark.parametrize("flags", [["--test_pipeline", "False"], ["--test-pipeline=no"], []])
+def test_no_spelling_against_the_test_pipeline_means_it(flags):
+    experiment, args = train_model.parse(flags)
+    assert not experiment.test_pipeline and experiment.data_dir == "data" and args.max_steps == -1
+
+
 def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys):
     secret = "hf_" + "x" * 34
     with pytest.raises(SystemExit) as caught:

@@ -100,6 +100,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation_fraction", type=float, default=0.001, help="share held out (%(default)s)")
     parser.add_argument("--output_dir", default="data", help="dataset to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
+    parser.add_argument("--keep", action="store_true", help="be content with a dataset made with the same flags")
     parser.add_argument("--download_dir", default="downloads", help="where downloads are kept (%(default)s)")
     parser.add_argument("--oscar_url", default=OSCAR_URL, metavar="URL", help="a mirror of OSCAR's file")
     parser.add_argument("--leipzig_url", default=LEIPZIG_URL, metavar="URL", help="a mirror, with {name} in it")
@@ -397,6 +398,12 @@ def print_table(sources: list[dict], splits: dict, output_dir: str) -> None:
     print(f"{output_dir}: {train:,} training samples, {validation:,} validation samples")
 
 
+def made(manifest: dict) -> dict:
+    """What shaped an earlier dataset, out of its manifest; those made before there was --join_words did not join."""
+    names = ", ".join(source["name"] for source in manifest["sources"])
+    return {"join_words": None, **manifest, "sources": names}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.sample:
@@ -406,6 +413,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         sources = published_sources(args.sources or list(EXPECTED_LINES), args)
 
+    asked = {
+        "validation_fraction": args.validation_fraction,
+        "join_words": args.join_words,
+        "max_samples": args.max_samples,
+    }
+    names = ", ".join(source.name for source in sources)
+    if args.keep and folder.kept(args.output_dir, {"sources": names, **asked}, made):
+        return
     if args.push_to_hub:
         hub.check()  # before hours of downloading
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
@@ -414,9 +429,7 @@ def main(argv: list[str] | None = None) -> None:
             "format": 1,
             "argv": record.command_line(),
             "sources": described,
-            "validation_fraction": args.validation_fraction,
-            "join_words": args.join_words,
-            "max_samples": args.max_samples,
+            **asked,
             "splits": splits,
         }
         record.write_json(output / "manifest.json", manifest)

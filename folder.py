@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -97,3 +98,32 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
             if entries:
                 old.rename(target)
             raise
+
+
+def kept(path: str | Path, wanted: dict, made: Callable[[dict], dict] = dict) -> bool:
+    """Whether `path` holds an earlier result that was made as is wanted now; False where nothing is there.
+
+    Args:
+        path: the folder.
+        wanted: {name: value} of what shapes the result.
+        made: the same of an earlier result, out of its manifest.json.
+
+    Raises:
+        SystemExit: with one line, where it was made otherwise.
+    """
+    manifest = Path(path) / "manifest.json"
+    if not manifest.is_file():
+        return False
+    try:
+        found = made(json.loads(manifest.read_text(encoding="utf-8")))
+        differing = [name for name, value in wanted.items() if found[name] != value]
+    except (OSError, ValueError, LookupError, TypeError):
+        sys.exit(f"error: {manifest} is damaged: move {path} away, or add --overwrite to make it again")
+    if differing:
+        name = differing[0]
+        sys.exit(
+            f"error: {path} is there and was made with {name} = {found[name]}, not {wanted[name]}: move it away, with "
+            "what was made from it, or give the flags that it was made with"
+        )
+    print(f"{path}: found and kept")
+    return True

@@ -155,55 +155,37 @@ if [ "$mode" = benchmark ]; then # on the experiment's own text where it is ther
 fi
 
 # ------------------------------------------------------------------------------------------------- the experiment
-if [ ! -f $work/data/manifest.json ]; then
-    echo "== Dataset"
-    python build_dataset.py --output_dir $work/data ${dataset[@]+"${dataset[@]}"}
-fi
+# Every stage is asked for, and each keeps what an earlier call of this script has made with the same flags.
+echo "== Dataset"
+python build_dataset.py --keep --output_dir $work/data ${dataset[@]+"${dataset[@]}"}
 push $work/data
 
-if [ ! -f $work/tokenizer/manifest.json ]; then
-    echo "== Tokenizer"
-    python train_tokenizer.py --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
-fi
+echo "== Tokenizer"
+python train_tokenizer.py --keep --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
 
-# All arms of a seed are trained before the next, so that pairs come first.
-places=(--results_dir $work/results --output_dir "$work/models/<run>")
-training=(--data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"})
-if [ "$parallel" -gt 1 ]; then # what is trained here is not trained again below
-    echo "== Training, $parallel runs at a time"
-    python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} --seeds $(seq $first_seed $((first_seed + seeds - 1))) \
-        --parallel "$parallel" "${places[@]}" -- "${training[@]}"
-fi
-fresh=
-for ((seed = first_seed; seed < first_seed + seeds; seed++)); do
-    for arm in $softmax_n $controls; do
-        case "$arm" in
-            [0-9]*) name=softmax$arm flags="--softmax_n $arm" ;;
-            *) name=$arm flags="--control $arm" ;;
-        esac
-        run=esperberto-$name
-        if [ $seed -ne 42 ]; then
-            run=$run-seed$seed
-        fi
-        if [ ! -f $work/results/$run.json ]; then
-            echo "== Model with $name, seed $seed"
-            # A run that diverges fails, but leaves its results file: it is compared like any other.
-            python train_model.py $flags --seed $seed "${places[@]}" "${training[@]}" || [ -f $work/results/$run.json ]
-        fi
-        push $work/models/$run
-        if [ ! $work/results/report.md -nt $work/results/$run.json ]; then
-            fresh=1
-        fi
-    done
-done
+echo "== Training"
+status=0
+python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} \
+    --seeds $(seq $first_seed $((first_seed + seeds - 1))) --parallel "$parallel" ${pushing:+--push} \
+    --results_dir $work/results --output_dir "$work/models/<run>" -- \
+    --data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"} || status=$?
+case $status in
+    0) ;;
+    4) unpushed=yes ;;
+    *) exit $status ;;
+esac
 
-if [ -n "$fresh" ]; then
-    echo "== Analysis"
-    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data ${analysis[@]+"${analysis[@]}"}
+echo "== Analysis"
+report=$work/results/report.md
+if [ -f $report ] && [ -z "$(find $work/results -maxdepth 1 -name 'esperberto-*.json' -newer $report)" ]; then
+    echo "$report: found and kept, no results are newer"
+else
+    python analyze_kurtosis.py --models_dir $work/models --results_dir $work/results --data_dir $work/data \
+        ${analysis[@]+"${analysis[@]}"}
 fi
 
 if [ "$unpushed" ]; then
     echo "error: not everything is on the Hub (see above): everything is saved in $work, run this again to push it" >&2
     exit 1
 fi
-echo "== Done: read $work/results/report.md. ${pushing:+Data, tokenizer and models are on the Hub.}"
+echo "== Done: read $report. ${pushing:+Data, tokenizer and models are on the Hub.}"

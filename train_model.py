@@ -55,6 +55,7 @@ from held_out import (
 )
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
 from packing import MaskedLMCollator, on_device, summed_loss
+from runs import read_results
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
 from tables import duration
 
@@ -414,6 +415,29 @@ def shaping_settings(
         "processes": args.world_size,
         **{name: getattr(args, name) for name in names},
     }
+
+
+def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, args: TrainingArguments) -> None:
+    """Exit with one line when a finished run was not trained as is wanted now, and so belongs to another experiment."""
+    results = read_results(results_path)
+    if "settings" not in results:
+        return
+    _, manifest = load_data(experiment.data_dir)
+    tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
+    asked = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
+    asked = {name: value for name, value in {**asked, **args.to_dict()}.items() if name in asked}  # no enumerations
+    had = {
+        **results["settings"],
+        "dataset": results["dataset"]["sha256"],
+        "tokenizer": results["tokenizer"]["sha256"],
+        "processes": asked["processes"],  # their number changes no figure
+    }
+    for name, value in asked.items():
+        if name in had and had[name] != value:
+            sys.exit(
+                f"error: {results_path} is there, of a run with {name} = {had[name]!r}, not {value!r}: move the "
+                "results and models of the other experiment away, or give the settings that they were made with"
+            )
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -2,11 +2,14 @@
 
     python train_runs.py --softmax_n 0 1 --seeds 42 43 44 --parallel 2 -- --max_steps 4000 --bf16
 
-What stands behind -- goes to every train_model.py. A run that has its results file is not trained again, and one that
-was interrupted goes on from its last checkpoint, so the same command finishes what is unfinished.
+What stands behind -- goes to every train_model.py. A run that has its results file is not trained again (one of other
+settings is an error), and one that was interrupted goes on from its last checkpoint, so the same command finishes what
+is unfinished.
 
-Writes what train_model.py writes, and <results_dir>/logs/<run>.log. Shows one line for all runs, with the time that is
-left. Ends with 1 when a run fails, after the others have ended; a run that diverges has a result and does not fail.
+Writes what train_model.py writes, and with --parallel <results_dir>/logs/<run>.log. One run at a time shows its own
+progress, several one line for all of them with the time that is left. Ends with 1 when a run fails, after the others
+have ended; a run that diverges has a result and does not fail. With --push every run goes to the Hub as soon as it is
+complete; ends with 4 when one of them did not arrive.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import train_model
 from arms import run_name
 from controls import CONTROLS
 from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
+HUB = Path(__file__).parent / "hub.py"
+UNPUSHED = 4  # exit status, which runner.sh reads
 LOOK_SECONDS = 1.0  # between looks at the logs
 TELL_SECONDS = 60.0  # between two lines where there is no terminal to redraw one in
 STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # as train_model.py writes it where there is no terminal
@@ -40,6 +47,7 @@ class Job:
     command: list[str]
     log: Path
     results: Path
+    model: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0
     first_step: int | None = None  # where this session found it, which differs from 0 after an interruption
@@ -98,7 +106,16 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
     )
 
 
-def train(jobs: list[Job], parallel: int) -> list[Job]:
+def train_alone(job: Job) -> bool:
+    """Run one job in this terminal; whether it has left its results file. Ends with it where it is interrupted."""
+    print(f"== {job.name}", flush=True)
+    done = subprocess.run(job.command)
+    if done.returncode in (130, -signal.SIGINT):
+        sys.exit(130)
+    return job.results.is_file()
+
+
+def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[Job]:
     """Run the jobs, `parallel` at a time; returns those that failed. Ends all of them when it is interrupted."""
     threads = max(1, len(os.sched_getaffinity(0)) // parallel) if hasattr(os, "sched_getaffinity") else 1
     waiting, running, failed = list(jobs), [], []
@@ -114,7 +131,9 @@ def train(jobs: list[Job], parallel: int) -> list[Job]:
                 job.look()
                 if job.process.poll() is not None:
                     running.remove(job)
-                    if job.process.returncode != 0 and not job.results.is_file():
+                    if job.results.is_file():
+                        push(job)
+                    else:
                         failed.append(job)
                         print(f"\n{job.name} failed: see {job.log}", file=sys.stderr)
             if terminal:
@@ -132,6 +151,24 @@ def train(jobs: list[Job], parallel: int) -> list[Job]:
     return failed
 
 
+class Push:
+    """Pushes the models of complete runs; a failure costs no work, the next call of the same command pushes again."""
+
+    def __init__(self, wanted: bool):
+        self.wanted = wanted
+        self.failed: list[str] = []
+
+    def __call__(self, job: Job) -> None:
+        if not self.wanted or not Path(job.model).is_dir():  # a run that diverged leaves no model
+            return
+        print(f"== Push of {job.model}", flush=True)
+        done = subprocess.run([sys.executable, str(HUB), "push", job.model, "--results", str(job.results)])
+        if done.returncode in (130, -signal.SIGINT):  # Ctrl-C is meant for the whole script
+            sys.exit(130)
+        if done.returncode:
+            self.failed.append(job.name)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--softmax_n", type=float, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)")
@@ -140,6 +177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (1)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="where <run>.json goes (results)")
     parser.add_argument("--output_dir", default="models/<run>", help="where a model goes (models/<run>)")
+    parser.add_argument("--push", action="store_true", help="push every model as soon as it is complete (see hub.py)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_model.py")
     args = parser.parse_args(argv)
     if args.parallel < 1:
@@ -151,23 +189,54 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """All arms of a seed before those of the next, so that pairs come first."""
     places = ["--results_dir", str(args.results_dir), "--output_dir", args.output_dir]
     jobs = []
-    for seed in args.seeds:  # both arms of a seed before the next, so that pairs come first
+    for seed in args.seeds:
         arms = [(run_name(n, seed), ["--softmax_n", repr(n)]) for n in args.softmax_n]
         arms += [(run_name(0.0, seed, control), ["--control", control]) for control in args.controls]
         for name, arm in arms:
-            command = [sys.executable, str(TRAIN), *arm, "--seed", str(seed), *places, *args.flags]
             jobs.append(
-                Job(name, command, args.results_dir / "logs" / f"{name}.log", args.results_dir / f"{name}.json")
+                Job(
+                    name,
+                    [sys.executable, str(TRAIN), *arm, "--seed", str(seed), *places, *args.flags],
+                    args.results_dir / "logs" / f"{name}.log",
+                    args.results_dir / f"{name}.json",
+                    args.output_dir.replace("<run>", name),
+                )
             )
-    missing = [job for job in jobs if not job.results.is_file()]
-    if len(missing) < len(jobs):
-        print(f"{len(jobs) - len(missing)} of {len(jobs)} runs have their results file and are not trained again")
-    if failed := train(missing, args.parallel):
-        sys.exit(f"error: {', '.join(job.name for job in failed)} failed: see the logs in {args.results_dir / 'logs'}")
+    return jobs
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    jobs = jobs_of(args)
+    push = Push(args.push)
+    missing = []
+    for job in jobs:
+        settings = train_model.parse(job.command[2:])  # a flag that is wrong ends here, and not in every log
+        if job.results.is_file():
+            train_model.refuse_other_settings(job.results, *settings)
+            print(f"{job.results}: found and kept, not trained again", flush=True)
+            push(job)
+        else:
+            missing.append(job)
+    if args.parallel > 1:
+        failed = train(missing, args.parallel, push)
+    else:
+        failed = []
+        for job in missing:
+            if train_alone(job):
+                push(job)
+            else:
+                failed.append(job)
+    if failed:
+        names = ", ".join(job.name for job in failed)
+        sys.exit(f"error: {names} failed: see {args.results_dir / 'logs' if args.parallel > 1 else 'above'}")
+    if push.failed:
+        print(f"error: not on the Hub: {', '.join(push.failed)} (see above)", file=sys.stderr)
+        sys.exit(UNPUSHED)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
     parser.add_argument("--output_dir", default="tokenizer", help="tokenizer to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer that is there")
+    parser.add_argument("--keep", action="store_true", help="be content with a tokenizer made with the same flags")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="entries at most (%(default)s)")
     parser.add_argument("--min_frequency", type=int, default=2, help="of a pair that is merged (%(default)s)")
     args = parser.parse_args(argv)
@@ -117,6 +118,13 @@ def measure(tokenizer: RobertaTokenizer, dataset: Dataset) -> tuple[float, float
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data, data_manifest = load_data(args.data_dir)
+    asked = {
+        "vocab_size": args.vocab_size,
+        "min_frequency": args.min_frequency,
+        "data_sha256": data_manifest["splits"]["train"]["sha256"],
+    }
+    if args.keep and folder.kept(args.output_dir, asked):
+        return
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         tokenizer = train(data["train"], args.vocab_size, args.min_frequency)
         check(tokenizer)
@@ -129,10 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         manifest = {
             "format": 1,
             "argv": record.command_line(),
-            "vocab_size": args.vocab_size,
+            **asked,
             "entries": len(tokenizer),
-            "min_frequency": args.min_frequency,
-            "data_sha256": data_manifest["splits"]["train"]["sha256"],
             "tokens_per_word": tokens_per_word,
             "tokens_per_text": tokens_per_text,
             "sha256": record.sha256(output / "tokenizer.json"),

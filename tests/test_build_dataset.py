@@ -549,3 +549,22 @@ def test_command_line():
     assert result.returncode == 0
     assert manifest()["argv"] == [SCRIPT.name, "--from_files", "a.txt", "--validation_fraction", "0.1"]
     assert "6,000" in result.stdout and "training samples" in result.stdout
+
+
+def test_a_dataset_of_the_same_flags_is_kept_and_another_refused(capsys):
+    Path("a.txt").write_bytes(b"".join(LINES))
+    Path("b.txt").write_bytes(b"".join(LINES))
+    first = build("--from_files", "a.txt", "--keep")  # nothing is there yet
+    before = Path("data/manifest.json").stat().st_mtime_ns
+    build("--from_files", "a.txt", "--keep")
+    assert Path("data/manifest.json").stat().st_mtime_ns == before and "data: found and kept" in capsys.readouterr().out
+    assert "sources = a.txt, not b.txt: move it away" in refused("--from_files", "b.txt", "--keep")
+    assert "sources = a.txt, not sample" in refused("--sample", "--keep")
+    assert "validation_fraction = 0.1, not 0.2" in refused("--from_files", "a.txt", "--keep", fraction="0.2")
+    assert "join_words = None, not 9" in refused("--from_files", "a.txt", "--keep", "--join_words", "9")
+    del first["join_words"]  # as before there was the flag
+    Path("data/manifest.json").write_text(json.dumps(first))
+    build("--from_files", "a.txt", "--keep")
+    for damaged in ("{", "[]", '{"sources": 3}'):
+        Path("data/manifest.json").write_text(damaged)
+        assert "data/manifest.json is damaged" in refused("--from_files", "a.txt", "--keep")

@@ -11,38 +11,23 @@ import pytest
 import analyze_kurtosis
 import build_dataset
 import train_model
+import train_runs
 import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
-# Notes each call and leaves what the stage would leave. FAIL names a run whose training fails, RECORD says whether that
-# failure leaves a results file, as a divergence does.
+# Notes each call and leaves what the stage would leave. HUB, TRAINING and PUSH are the exit status of these.
 STAGES = r"""#!/usr/bin/env bash
 [ "$1 $2" != "hub.py check" ] || exit "${HUB:-3}"
 echo "$@" >> calls
 value() { while [ $# -gt 1 ]; do [ "$1" != "$key" ] || echo "$2"; shift; done; }
+key=--results_dir; results=$(value "$@")
 case "$1" in
-    build_dataset.py | train_tokenizer.py)
-        key=--output_dir; folder=$(value "$@")
-        mkdir -p "$folder" && echo {} > "$folder/manifest.json" ;;
-    train_model.py)
-        key=--control; run=esperberto-$(value "$@")
-        key=--softmax_n; n=$(value "$@"); [ -z "$n" ] || run=esperberto-softmax$n
-        key=--seed; seed=$(value "$@"); [ "$seed" = 42 ] || run=$run-seed$seed
-        key=--results_dir; results=$(value "$@")
-        mkdir -p "$results"
-        if [ "$run" = "$FAIL" ]; then
-            [ -z "$RECORD" ] || echo '{"status": "diverged"}' > "$results/$run.json"
-            echo "error: $run failed" >&2
-            exit 1
-        fi
-        echo {} > "$results/$run.json" ;;
-    hub.py) exit "${PUSH:-0}" ;;
     train_runs.py)
-        key=--results_dir; results=$(value "$@"); mkdir -p "$results"
-        for run in esperberto-softmax{0,1}{,-seed43}; do echo {} > "$results/$run.json"; done ;;
-    analyze_kurtosis.py)
-        key=--results_dir; echo report > "$(value "$@")/report.md" ;;
+        mkdir -p "$results"; [ -f "$results/esperberto-softmax0.json" ] || echo {} > "$results/esperberto-softmax0.json"
+        exit "${TRAINING:-0}" ;;
+    analyze_kurtosis.py) echo report > "$results/report.md" ;;
+    hub.py) exit "${PUSH:-0}" ;;
 esac
 """
 
@@ -62,7 +47,7 @@ def runner(tmp_path):
     def run(*flags, **environment):
         hidden = ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER")
         clean = {name: value for name, value in os.environ.items() if name not in hidden}
-        settings = {**clean, "FAIL": "", "RECORD": "", **environment}
+        settings = {**clean, **environment}
         done = subprocess.run(["bash", "runner.sh", *flags], cwd=tmp_path, capture_output=True, text=True, env=settings)
         noted = tmp_path / "calls"
         calls = noted.read_text().splitlines() if noted.exists() else []
@@ -76,38 +61,30 @@ def stages(calls):
     return [call.split()[0] for call in calls]
 
 
-def test_the_stages_run_once_and_in_order(runner):
-    status, _, calls = runner("--seeds", "2")
-    assert status == 0
-    expected = ["build_dataset.py", "train_tokenizer.py", *["train_model.py"] * 4, "analyze_kurtosis.py"]
-    assert stages(calls) == expected
-    assert [(call.split()[2], call.split()[4]) for call in calls[2:6]] == [
-        ("0", "42"),
-        ("1", "42"),
-        ("0", "43"),
-        ("1", "43"),
-    ]
+ALL = ["build_dataset.py", "train_tokenizer.py", "train_runs.py", "analyze_kurtosis.py"]
 
 
-def test_a_run_that_diverges_is_analysed_with_the_others(runner):
-    status, error, calls = runner(FAIL="esperberto-softmax0", RECORD="yes")
-    assert status == 0 and "esperberto-softmax0 failed" in error
-    assert stages(calls)[2:] == ["train_model.py", "train_model.py", "analyze_kurtosis.py"]
+def test_the_stages_run_in_order(runner):
+    status, _, calls = runner("--seeds", "2", "--parallel", "3")
+    assert status == 0 and stages(calls) == ALL
+    assert calls[2] == (
+        "train_runs.py --softmax_n 0 1 --seeds 42 43 --parallel 3 --results_dir ./results "
+        "--output_dir ./models/<run> -- --data_dir ./data --tokenizer_dir ./tokenizer"
+    )
 
 
-def test_a_training_that_fails_otherwise_stops_everything(runner):
-    status, _, calls = runner(FAIL="esperberto-softmax0")
-    assert status == 1
-    assert stages(calls)[2:] == ["train_model.py"]
+def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, tmp_path):
+    runner()
+    status, _, calls = runner()
+    assert status == 0 and stages(calls) == ALL[:3] and all("--keep" in call for call in calls[:2])
+    results = tmp_path / "results" / "esperberto-softmax0.json"
+    os.utime(results, (results.stat().st_atime, results.stat().st_mtime + 60))
+    assert stages(runner()[2]) == ALL
 
 
-def test_parallel_runs_are_trained_before_the_rest_and_not_again(runner):
-    status, _, calls = runner("--seeds", "2", "--parallel", "2")
-    assert status == 0
-    assert stages(calls)[2:] == ["train_runs.py", "analyze_kurtosis.py"]
-    words = calls[2].split()
-    assert words[words.index("--seeds") + 1 : words.index("--results_dir")] == ["42", "43", "--parallel", "2"]
-    assert words[words.index("--") + 1 :] == ["--data_dir", "./data", "--tokenizer_dir", "./tokenizer"]
+def test_a_training_that_fails_stops_everything(runner):
+    status, _, calls = runner(TRAINING="1")
+    assert status == 1 and stages(calls) == ALL[:3]
 
 
 RECIPE = """work=elsewhere
@@ -122,12 +99,22 @@ seeds=2
 """
 
 
-@pytest.mark.parametrize(("push", "status", "pushes"), [("0", 0, 3), ("1", 1, 3), ("130", 130, 1)])
-def test_a_failed_push_costs_no_work_and_an_interrupted_one_ends_the_script(runner, push, status, pushes):
-    ended, error, calls = runner(HUB="0", PUSH=push)
-    assert ended == status and stages(calls).count("hub.py") == pushes
-    assert ("run this again to push it" in error) == (push == "1")
-    assert ("analyze_kurtosis.py" in stages(calls)) == (push != "130")
+@pytest.mark.parametrize(
+    ("push", "training", "status", "last"),
+    [
+        ("0", "0", 0, "analyze_kurtosis.py"),
+        ("1", "0", 1, "analyze_kurtosis.py"),
+        ("0", "4", 1, "analyze_kurtosis.py"),  # of a model
+        ("130", "0", 130, "hub.py"),
+        ("0", "130", 130, "train_runs.py"),
+    ],
+)
+def test_a_failed_push_costs_no_work_and_an_interruption_ends_the_script(runner, push, training, status, last):
+    ended, error, calls = runner(HUB="0", PUSH=push, TRAINING=training)
+    assert ended == status and stages(calls)[-1] == last
+    assert calls[1] == "hub.py push ./data"
+    assert ("run this again to push it" in error) == (status == 1)
+    assert (status == 130 and push == "130") or " --push " in calls[3]
 
 
 def test_a_token_that_the_hub_refuses_stops_everything(runner):
@@ -136,28 +123,17 @@ def test_a_token_that_the_hub_refuses_stops_everything(runner):
 
 def test_a_recipe_names_the_arms_the_seeds_and_the_flags_of_every_stage(runner, tmp_path):
     (tmp_path / "recipes" / "mine.sh").write_text(RECIPE)
-    status, _, calls = runner("--recipe", "mine", "--seeds", "1", "--from_files", "my texts/*.gz")
-    assert status == 0
-    assert calls[0] == (
-        "build_dataset.py --output_dir elsewhere/data --validation_fraction 0.1 --from_files my texts/*.gz"
-    )
-    assert calls[1].endswith("--output_dir elsewhere/tokenizer --vocab_size 2048")
-    assert [call.split()[1:3] for call in calls[2:6]] == [
-        ["--softmax_n", "0"],
-        ["--softmax_n", "1"],
-        ["--softmax_n", "0.25"],
-        ["--control", "gated"],
+    status, _, calls = runner("--recipe", "mine", "--from_files", "my texts/*.gz")
+    assert status == 0 and calls == [
+        "build_dataset.py --keep --output_dir elsewhere/data --validation_fraction 0.1 --from_files my texts/*.gz",
+        "train_tokenizer.py --keep --data_dir elsewhere/data --output_dir elsewhere/tokenizer --vocab_size 2048",
+        "train_runs.py --softmax_n 0 1 0.25 --controls gated --seeds 43 44 --parallel 1 "
+        "--results_dir elsewhere/results --output_dir elsewhere/models/<run> -- --data_dir elsewhere/data "
+        "--tokenizer_dir elsewhere/tokenizer --max_steps 9",
+        "analyze_kurtosis.py --models_dir elsewhere/models --results_dir elsewhere/results --data_dir elsewhere/data "
+        "--max_samples 8",
     ]
-    assert all(call.endswith("--tokenizer_dir elsewhere/tokenizer --max_steps 9") for call in calls[2:6])
-    assert calls[6].endswith("--data_dir elsewhere/data --max_samples 8") and len(calls) == 7
-
-
-def test_a_recipe_gives_its_arms_to_parallel_runs(runner, tmp_path):
-    (tmp_path / "recipes" / "mine.sh").write_text(RECIPE)
-    _, _, calls = runner("--recipe", "mine", "--parallel", "2")
-    assert calls[2].startswith(
-        "train_runs.py --softmax_n 0 1 0.25 --controls gated --seeds 43 44 --parallel 2 --results_dir elsewhere/results"
-    )
+    assert "--seeds 43 --parallel" in runner("--recipe", "mine", "--seeds", "1")[2][2]
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in sorted((ROOT / "recipes").glob("*.sh"))])
@@ -167,12 +143,15 @@ def test_every_recipe_has_flags_that_the_scripts_know(recipe, runner, tmp_path):
     parsers = {
         "build_dataset.py": build_dataset.parse_arguments,
         "train_tokenizer.py": train_tokenizer.parse_arguments,
-        "train_model.py": train_model.parse,
+        "train_runs.py": train_runs.parse_arguments,
         "analyze_kurtosis.py": analyze_kurtosis.parse_arguments,
     }
+    read = {}
     for call in calls:
         script, *flags = call.split()
-        parsers[script](flags)
+        read[script] = parsers[script](flags)
+    for job in train_runs.jobs_of(read["train_runs.py"]):
+        train_model.parse(job.command[2:])
 
 
 def test_the_interpreter_at_hand_is_taken_and_what_it_lacks_is_named(runner, tmp_path):
@@ -191,7 +170,7 @@ def test_the_interpreter_at_hand_runs_the_stages(runner, tmp_path):
     wrapper.chmod(0o755)
     status, error, calls = runner("--no_venv", PYTHON=str(wrapper))
     assert status == 0, error
-    assert stages(calls) == ["build_dataset.py", "train_tokenizer.py", *["train_model.py"] * 2, "analyze_kurtosis.py"]
+    assert stages(calls) == ALL
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from train_runs import Job, seconds_left
 TRAIN = """
 import argparse, json, os, pathlib, sys, time
 parser = argparse.ArgumentParser()
-for name in ("softmax_n", "control", "seed", "results_dir", "output_dir", "mode"):
+for name in ("softmax_n", "control", "seed", "results_dir", "output_dir"):
     parser.add_argument("--" + name)
 args = parser.parse_args()
 arm = args.control or f"softmax{float(args.softmax_n):g}"
@@ -27,18 +27,24 @@ results = pathlib.Path(args.results_dir)
 (results / "started").mkdir(parents=True, exist_ok=True)
 (results / "started" / f"{run}-{os.getpid()}").touch()
 print("step 10 of 1,000, loss 9.9", flush=True)
-if run in (args.mode or ""):
+mode = os.environ.get("MODE")
+if mode == run:
     sys.exit("error: failed")
-if args.mode == "hang":
+if mode == "hang":
     time.sleep(600)
-(results / f"{run}.json").write_text(json.dumps({"threads": os.environ["OMP_NUM_THREADS"]}))
+(results / f"{run}.json").write_text(json.dumps({"threads": os.environ.get("OMP_NUM_THREADS")}))
+pathlib.Path(args.output_dir.replace("<run>", run)).mkdir(parents=True)
 """
+
+
+SMALL = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=34"
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(train_runs, "TRAIN", tmp_path / "train.py")
     monkeypatch.setattr(train_runs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(train_model, "refuse_other_settings", lambda *_: None)  # these are no results files
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(TRAIN)
 
@@ -56,7 +62,7 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
     assert "step 10 of 1,000" in Path("results/logs/esperberto-softmax0.log").read_text()
     train_runs.main(flags)
-    assert len(started()) == 6 and "6 of 6 runs have their results file" in capsys.readouterr().out
+    assert len(started()) == 6 and capsys.readouterr().out.count("found and kept") == 6
 
 
 def test_controls_are_runs_of_their_own(stand_in):
@@ -74,11 +80,59 @@ def test_what_an_earlier_session_logged_is_not_this_session_s_progress(tmp_path)
     assert (job.first_step, job.step, job.seconds_a_step) == (401, 401, None)
 
 
-def test_a_run_that_fails_is_named_and_costs_no_other(stand_in, capsys):
-    with pytest.raises(SystemExit, match=r"^error: esperberto-softmax0 failed: see the logs"):
-        train_runs.main(["--parallel", "1", "--", "--mode", "esperberto-softmax0"])
+@pytest.mark.parametrize(("parallel", "where"), [("2", "results/logs"), ("1", "above")])
+def test_a_run_that_fails_is_named_and_costs_no_other(stand_in, capsys, monkeypatch, parallel, where):
+    monkeypatch.setenv("MODE", "esperberto-softmax0")
+    with pytest.raises(SystemExit, match=rf"^error: esperberto-softmax0 failed: see {where}$"):
+        train_runs.main(["--parallel", parallel])
     assert [path.stem for path in Path("results").glob("*.json")] == ["esperberto-softmax1"]
-    assert "esperberto-softmax0 failed: see results/logs/esperberto-softmax0.log" in capsys.readouterr().err
+    if parallel == "2":
+        assert "esperberto-softmax0 failed: see results/logs/esperberto-softmax0.log" in capsys.readouterr().err
+    assert Path("results/logs").exists() == (parallel == "2")  # one run at a time has the terminal
+
+
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_every_model_is_pushed_as_soon_as_it_is_complete(stand_in, monkeypatch, capsys, parallel):
+    note = 'open("pushed", "a").write(" ".join(sys.argv[1:]) + chr(10))'
+    Path("hub.py").write_text(f'import sys\n{note}\nsys.exit("softmax1" in sys.argv[2])\n')
+    monkeypatch.setattr(train_runs, "HUB", Path("hub.py"))
+    flags = ["--parallel", parallel, "--push"]
+    for _ in range(2):  # what is complete already is pushed again, for it may not have arrived
+        with pytest.raises(SystemExit) as end:
+            train_runs.main(flags)
+        assert end.value.code == train_runs.UNPUSHED
+        assert "not on the Hub: esperberto-softmax1 (see above)" in capsys.readouterr().err
+    expected = [f"push models/esperberto-softmax{n} --results results/esperberto-softmax{n}.json" for n in (0, 1)]
+    assert sorted(Path("pushed").read_text().splitlines()) == sorted(expected * 2)
+    assert len(started()) == 2
+
+
+def test_a_push_that_is_interrupted_ends_the_script(stand_in, monkeypatch):
+    Path("hub.py").write_text("raise SystemExit(130)")
+    monkeypatch.setattr(train_runs, "HUB", Path("hub.py"))
+    with pytest.raises(SystemExit) as end:
+        train_runs.main(["--push"])
+    assert end.value.code == 130 and started() == ["esperberto-softmax0"]
+
+
+def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
+    flags += ["--config_overrides", SMALL, "--max_length", "32", "--max_eval_samples", "4", "--disable_tqdm", "true"]
+    train_model.main([*flags, "--max_steps", "2"])
+    monkeypatch.setattr(train_runs, "train_alone", lambda job: job.results.touch() or True)
+    train_runs.main(["--softmax_n", "0", "--", *flags, "--max_steps", "2"])
+    with pytest.raises(SystemExit, match=r"softmax0\.json is there, of a run with max_steps = 2, not 3: move"):
+        train_runs.main(["--", *flags, "--max_steps", "3"])
+    with pytest.raises(SystemExit, match=r"config_overrides = '.*num_hidden_layers=1', not '': move"):
+        train_runs.main(["--", *flags, "--max_steps", "2", "--config_overrides", ""])
+    assert not Path("results/esperberto-softmax1.json").exists()
+
+
+def test_a_wrong_flag_ends_before_any_run(stand_in):
+    with pytest.raises(SystemExit, match="unknown argument: --learning_rat "):
+        train_runs.main(["--", "--learning_rat", "1"])
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -90,8 +144,8 @@ def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_
     driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
         'if __name__ == "__main__":', "if True:"
     )
-    command = [sys.executable, "-c", driver, "--parallel", "2", "--", "--mode", "hang"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(train_runs.__file__).parent)}
+    command = [sys.executable, "-c", driver, "--parallel", "2"]
+    environment = {**os.environ, "MODE": "hang", "PYTHONPATH": str(Path(train_runs.__file__).parent)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(Path("results/started").glob("*")) if Path("results/started").exists() else []) < 2:
@@ -115,9 +169,8 @@ def descendants(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the trainings by Linux's /proc")
 def test_real_runs_that_were_killed_go_on_and_end_as_if_they_had_not_been(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=34"
     flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
-    flags += ["--config_overrides", small, "--max_length", "32", "--max_steps", "200", "--max_eval_samples", "4"]
+    flags += ["--config_overrides", SMALL, "--max_length", "32", "--max_steps", "200", "--max_eval_samples", "4"]
     flags += ["--save_steps", "20", "--eval_steps", "200", "--logging_steps", "50"]
 
     def places(name):

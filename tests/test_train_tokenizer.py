@@ -238,3 +238,14 @@ def test_command_line_errors_are_one_line(data, tmp_path):
     assert line.startswith("error: ") and line.count("\n") == 1 and "build_dataset.py" in line
     full_disk = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))}
     assert run("--data_dir", data, **full_disk).splitlines()[-1].startswith("error: ")
+
+
+def test_a_tokenizer_of_the_same_flags_is_kept_and_another_refused(data, tmp_path, capsys):
+    flags = ["--data_dir", str(data), "--output_dir", str(tmp_path / "kept"), "--keep", "--vocab_size"]
+    train_tokenizer.main([*flags, "300"])
+    before = (tmp_path / "kept" / "tokenizer.json").stat().st_mtime_ns
+    train_tokenizer.main([*flags, "300"])
+    assert (tmp_path / "kept" / "tokenizer.json").stat().st_mtime_ns == before
+    assert "kept: found and kept" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="kept is there and was made with vocab_size = 300, not 301: move it away"):
+        train_tokenizer.main([*flags, "301"])

@@ -16,8 +16,10 @@ import contextlib
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -362,6 +364,35 @@ class Bookkeeping(TrainerCallback):
             self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
 
 
+class StopWhenAsked(TrainerCallback):
+    """Writes a checkpoint before Ctrl-C or SIGTERM ends the training, as when a rented machine is taken away.
+
+    A second signal ends at once. Of several processes none may leave alone, so there the signals stay what they are.
+    """
+
+    def __init__(self):
+        self.asked: int | None = None
+        self.before: dict = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame) -> None:
+        self.restore()
+        self.asked = number
+        print("Asked to stop: writing a checkpoint after this step (once more ends at once)", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked is not None:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
 class LogLines(TrainerCallback):
     """Where there is no terminal: a line at every logging step and at least every minute, with the time that is left.
 
@@ -680,11 +711,18 @@ def train_alone(
             f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
         )
 
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
     diverged = None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
         diverged = error
+    finally:
+        stop.restore()
+    if stop.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+        print(f"{run} stopped at step {trainer.state.global_step:,}: the same command goes on from there")
+        sys.exit(128 + stop.asked)
     seconds = bookkeeping.seconds
 
     unigram, context_free = losses_without_context(data["train"], held_out, tokenizer, experiment.vocab_size)

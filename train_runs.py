@@ -107,11 +107,15 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
 
 
 def train_alone(job: Job) -> bool:
-    """Run one job in this terminal; whether it has left its results file. Ends with it where it is interrupted."""
+    """Run one job in this terminal; whether it has left its results file. Ends it too when it is interrupted."""
     print(f"== {job.name}", flush=True)
-    done = subprocess.run(job.command)
-    if done.returncode in (130, -signal.SIGINT):
-        sys.exit(130)
+    process = subprocess.Popen(job.command, start_new_session=True)  # Ctrl-C reaches it through us, once
+    try:
+        process.wait()
+    except BaseException:
+        process.terminate()  # it writes a checkpoint first
+        process.wait()
+        raise
     return job.results.is_file()
 
 
@@ -240,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A plain SIGTERM would leave the trainings behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # plain, they would leave the trainings behind
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except OSError as error:

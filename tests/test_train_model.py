@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,39 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     before, after = weights("whole-models/esperberto-softmax1"), weights("results-models/esperberto-softmax1")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(Path("results-models").glob("*/checkpoint-*"))  # complete: nothing left to resume
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_before_it_ends_the_training(train, monkeypatch, capsys, number):
+    expected = train(results="whole")
+    step = train_model.ExperimentTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.ExperimentTrainer, "training_step", signalled)
+        with pytest.raises(SystemExit) as end:
+            train()
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert "stopped at step 5: the same command goes on" in capsys.readouterr().out
+    assert [path.name for path in Path("results-models").glob("*/checkpoint-*")] == ["checkpoint-5"]
+    resumed = train()
+    assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def test_a_second_signal_ends_at_once(train, monkeypatch):
+    def twice(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monkeypatch, capsys):

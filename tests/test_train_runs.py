@@ -135,8 +135,10 @@ def test_a_wrong_flag_ends_before_any_run(stand_in):
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "parallel"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGINT, 1)]
+)
+def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_path, how, parallel):
     driver = "import pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()
     main = source[source.index('if __name__ == "__main__":') :].replace("main()", "train_runs.main()", 1)
@@ -144,11 +146,11 @@ def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_
     driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
         'if __name__ == "__main__":', "if True:"
     )
-    command = [sys.executable, "-c", driver, "--parallel", "2"]
+    command = [sys.executable, "-c", driver, "--parallel", str(parallel)]
     environment = {**os.environ, "MODE": "hang", "PYTHONPATH": str(Path(train_runs.__file__).parent)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while len(list(Path("results/started").glob("*")) if Path("results/started").exists() else []) < 2:
+    while len(list(Path("results/started").glob("*")) if Path("results/started").exists() else []) < parallel:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(how)

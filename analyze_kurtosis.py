@@ -2,6 +2,7 @@
 
     python analyze_kurtosis.py                       # every run that train_model.py finished
     python analyze_kurtosis.py FOLDER HUB/NAME ...   # these models instead: any BERT-shaped masked-LM
+    python analyze_kurtosis.py --onnxruntime         # and run them in INT8, by ONNX Runtime
 
 Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/
 Writes  results/report.md and report.html (the same, in one file), results/analysis.json, results/<picture>.png
@@ -18,6 +19,7 @@ import random
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,8 +170,11 @@ class Texts:
     calibration_batches: int
 
 
-def measure(run: Run, texts: Texts, batch_size: int, checked: bool) -> None:
-    """Fill in everything that is measured of a run. `checked`: the instrument checks itself on this model."""
+def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Callable | None) -> None:
+    """Fill in everything that is measured of a run.
+
+    `checked`: the instrument checks itself on this model; `execute`: executed.execute, or None to leave that out.
+    """
     model, tokenizer = load(run.model)
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
@@ -212,6 +217,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool) -> None:
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }
+    if execute:
+        run.damage["executed"] = execute(model, scored, draws[0], run.damage)
+        if "error" in run.damage["executed"]:
+            print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
     if checked:
         run.damage["self_check"] = self_check(model, scored, draws[0])
 
@@ -504,11 +513,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=CALIBRATION_BATCHES,
         help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws",
     )
+    parser.add_argument(
+        "--onnxruntime",
+        action="store_true",
+        help="also export every model to ONNX, quantize it to INT8 with ONNX Runtime and run it: loss, size, latency",
+    )
     return parser.parse_args(argv)
+
+
+def executor(wanted: bool) -> Callable | None:
+    """executed.execute if it is wanted; exits with one line where a package for it is missing."""
+    if not wanted:
+        return None
+    try:
+        import executed  # here, so that an analysis without it needs none of its packages
+    except ImportError as error:
+        sys.exit(f"error: --onnxruntime needs onnx, onnxscript and onnxruntime (requirements.txt): {one_line(error)}")
+    return executed.execute
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    execute = executor(args.onnxruntime)  # before hours of measuring
     # One clear line instead of theirs.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -527,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
     checked: set[str] = set()  # the arms on which the instrument has checked itself
     for i, run in enumerate(runs):
         if not run.diverged:
-            measure(run, texts, args.batch_size, checked=run.arm not in checked)
+            measure(run, texts, args.batch_size, run.arm not in checked, execute)
             checked.add(run.arm)
         refuse_copies(runs[: i + 1])
     warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]

@@ -70,6 +70,12 @@ SCHEMES = {
     "w8a8_dynamic": "W8A8, dynamic per token",
     "w4_weight_only": "W4, weights only",
 }
+# What executed.py has ONNX Runtime run; not simulated.
+EXECUTED = {
+    "float32": "float32, executed",
+    "int8_minmax": "INT8, executed, MinMax ranges",
+    "int8_percentile": "INT8, executed, percentile ranges",
+}
 ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
 # The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
 ATTENTION = "softmax_n_fake_quantized"

@@ -32,7 +32,7 @@ from outliers import (
     TOKEN_CLASSES,
 )
 from pairs import TEST, Comparison, no_interval, own_mean, percent
-from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
+from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from runs import OPTIONAL, Run, arms, by_layer, has, look_up
 from sets import BASELINE, comparison_sets, headline
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
@@ -585,6 +585,62 @@ def damage_section(runs: list[Run]) -> list[str]:
     ]
 
 
+def executed_section(runs: list[Run]) -> list[str]:
+    """What ONNX Runtime made of the runs in 8 bits; nothing where it was not asked for."""
+    measured = {run.name: run.damage["executed"] for run in runs if "executed" in run.damage}
+    if not measured:
+        return []
+    rows, refused, covered, shapes = [], [], [], []
+    for name, one in measured.items():
+        if "error" in one:
+            refused.append(f"**{name} was not executed in INT8**: {one['error']}")
+            continue
+        for scheme, label in EXECUTED.items():
+            found, speed, twin = one["schemes"][scheme], one["latency"]["formats"][scheme], one["agreement"].get(scheme)
+            rows.append(
+                [
+                    f"{label}, {name}",
+                    f"{found['loss']:.4f}",
+                    gap_cell(found),
+                    f"{twin['difference']:+.4f} ± {twin['error']:.4f}" if twin else "–",
+                    figure(twin["correlation"]) if twin else "–",
+                    f"{twin['arithmetic']:+.4f}" if twin else "–",
+                    f"{found['bytes'] / 1e6:.1f}",
+                    f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
+                    figure(speed["speedup"]),
+                ]
+            )
+        kernels = one["operators"]["kernels"]
+        covered.append(" and ".join(f"{kernels_said(kernels[kind])} in {kind}" for kind in ("int8", "float32")))
+        shapes.append(
+            f"one text of {one['latency']['tokens']} tokens, {one['latency']['predicted']} of them predicted, one "
+            f"thread, median and quartiles of {one['latency']['repetitions']} runs, the formats in turn, "
+            f"{one['hardware']['name']}"
+        )
+    header = "loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
+    return [
+        "## INT8 that is executed",
+        *refused,
+        *([table(["", *header], rows), executed_said(covered, shapes)] if rows else []),
+    ]
+
+
+def kernels_said(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def executed_said(covered: list[str], shapes: list[str]) -> str:
+    return (
+        "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
+        "float32 by ONNX Runtime, with its standard error over texts. Minus simulated: gap minus that of W8A8 static "
+        "(MinMax) or W8A8 percentile; correlation: of the losses' changes, text by text; where the gaps are below "
+        "their noise it says little. Minus rounding alone: gap minus that of the same 8-bit graph computed in float32, "
+        f"which is what integer arithmetic itself does. Latency: {' / '.join(dict.fromkeys(shapes))}; speedup: of the "
+        f"times in one turn. Kernels that run: {' / '.join(dict.fromkeys(covered))}. DEFINITIONS.md has what each "
+        "covers.*"
+    )
+
+
 def arms_sections(runs: list[Run], sequences: int) -> list[str]:
     """The tables of arms, made of one set of runs that agree; a run that diverged was not measured."""
     measured = [run for run in runs if not run.diverged]
@@ -716,6 +772,7 @@ def report(
         *summary_section(runs),
         *comparisons_section(found),
         *(damage_section(measured) if measured else []),
+        *executed_section(measured),
         *arms_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),

@@ -1,0 +1,538 @@
+"""INT8 that is executed: a masked-LM exported to ONNX, quantized and run by ONNX Runtime on this CPU.
+
+    execute               everything below for one model: losses, gaps, sizes, latency, operators, agreement
+    export                the model as an ONNX file whose graph computes its attention exactly
+    quantize              static QDQ quantization by ONNX Runtime, calibrated by MinMax or Percentile
+
+quantization.py simulates 8 bits: it rounds, and multiplies in float32. Here 8-bit integers are multiplied. Both score
+the same texts with the same masks and are calibrated on the same training texts, so their gaps compare text by text.
+DEFINITIONS.md has side by side what each of them covers.
+
+Nothing is padded: texts of equal length run together. So the graph has no attention mask, and no masked score can
+widen a range. Both arms get one graph: softmax over one more logit, log n (minus infinity for n = 0), whose weight is
+thrown away. That logit is no activation of the model, and its value says which class the model is of; so what lies
+between the scores and the weights stays in float32, and scores and weights are rounded to 8 bits on either side of it.
+
+Needs onnx, onnxscript and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401  (torch.onnx needs it: better to miss it here than after hours)
+import torch
+import torch.nn.functional as F
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from held_out import perplexity
+from packing import IGNORED
+from quantization import ATTENTION, EXECUTED, PERCENTILE, gap_error, measured_copy
+from record import hardware, one_line
+
+OPSET = 20  # the first with GELU as one operator; in pieces, every piece would be rounded
+TOKENS = 1024  # that run at a time: the percentile calibrator holds all activations of one run in memory
+UNCHANGED = 1e-4  # nats by which the exported model's float32 loss may differ from PyTorch's
+LATENCY_LENGTH = 128  # tokens of the one text whose latency is measured, or as many as the model takes
+REPETITIONS, WARM_UP = 30, 3  # of every format in turn
+MASKED_EVERY = 7  # tokens: one in seven is predicted there, about the share of masked tokens
+# The same with quantization.py's name: attention without a mask, for nothing is padded.
+UNMASKED = "softmax_n_unmasked"
+AttentionInterface.register(UNMASKED, AttentionInterface()[ATTENTION])
+AttentionMaskInterface.register(UNMASKED, lambda *args, **kwargs: None)
+
+METHODS = {"int8_minmax": CalibrationMethod.MinMax, "int8_percentile": CalibrationMethod.Percentile}
+SIMULATED = {"int8_minmax": "w8a8_static", "int8_percentile": "w8a8_percentile"}
+# They move values and compute nothing, so they run in whatever format their input has.
+MOVES = (
+    "Cast Concat Expand Flatten Gather GatherElements Identity Pad Range Reshape Shape Slice Split Squeeze Transpose "
+    "Unsqueeze"
+).split()
+
+
+class NotExecuted(RuntimeError):
+    """The model could not be exported, quantized or run; the message is one line that says at which step."""
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Turn whatever the three libraries raise into NotExecuted: between them they raise some twenty classes."""
+    logging.disable(logging.WARNING)  # the exporter misses torchvision
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the percentile calibrator prints
+            warnings.simplefilter("ignore")
+            yield
+    except NotExecuted:
+        raise
+    except Exception as error:
+        raise NotExecuted(f"{what} failed: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ------------------------------------------------------------------------------------------------------- the texts
+
+
+@dataclass
+class Group:
+    """Texts of one length, unpadded: what one run of the model takes, and what it has to predict."""
+
+    texts: list[int]  # their numbers, in the order of the batches
+    input_ids: np.ndarray  # (texts, tokens)
+    positions: np.ndarray  # (masked,) of the masked tokens among all tokens of the group
+    labels: np.ndarray  # (masked,)
+    row: np.ndarray  # (masked,) the row of input_ids that each is in
+
+    @property
+    def feed(self) -> dict[str, np.ndarray]:
+        return {"input_ids": self.input_ids, "positions": self.positions}
+
+
+def groups_of(batches: list[dict]) -> list[Group]:
+    """The texts of padded batches, unpadded, those of equal length together, at most TOKENS tokens (or one text).
+
+    Args:
+        batches: of `held_out_batches`.
+    """
+    rows = [
+        (number, ids[mask.bool()].numpy(), labels[mask.bool()].numpy())
+        for number, (ids, labels, mask) in enumerate(
+            row
+            for batch in batches
+            for row in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
+        )
+    ]
+    groups = []
+    for length, same in groupby(sorted(rows, key=lambda row: len(row[1])), key=lambda row: len(row[1])):
+        same = list(same)
+        together = max(TOKENS // length, 1)
+        for start in range(0, len(same), together):
+            numbers, ids, labels = zip(*same[start : start + together], strict=True)
+            labels = np.stack(labels)
+            row, column = (labels != IGNORED).nonzero()
+            groups.append(Group(list(numbers), np.stack(ids), row * length + column, labels[row, column], row))
+    return groups
+
+
+class Reader:
+    """The groups as ONNX Runtime's calibration wants them, in slices that it asks for."""
+
+    def __init__(self, groups: list[Group]):
+        self.feeds = [group.feed for group in groups]
+        self.set_range(0, len(groups))
+
+    def __len__(self) -> int:
+        return len(self.feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self.left = iter(self.feeds[start_index:end_index])
+
+    def get_next(self) -> dict | None:
+        return next(self.left, None)
+
+
+def text_losses(session: onnxruntime.InferenceSession, groups: list[Group]) -> np.ndarray:
+    """(texts,): sum of the cross-entropy of the masked tokens of every text, in nats, in the order of the batches."""
+    found = np.zeros(sum(len(group.texts) for group in groups))
+    for group in groups:
+        if not len(group.positions):
+            continue
+        logits = torch.from_numpy(session.run(["logits"], group.feed)[0]).float()
+        losses = F.cross_entropy(logits, torch.from_numpy(group.labels), reduction="none").double().numpy()
+        found[group.texts] = np.bincount(group.row, losses, minlength=len(group.texts))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the export
+
+
+class _Exported(nn.Module):
+    """input_ids (B, T) and positions (M,) among all B * T tokens -> logits (M, vocabulary)."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = measured_copy(model).cpu()
+        self.model.set_attn_implementation(UNMASKED)
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                _flatten(module)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        def chosen(module: nn.Module, inputs: tuple, output):
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, positions)
+            return output
+
+        handle = self.model.base_model.register_forward_hook(chosen)
+        try:
+            return self.model(input_ids).logits
+        finally:
+            handle.remove()
+
+
+def _flatten(linear: nn.Linear) -> None:
+    """Make a linear layer see (tokens, channels): it is exported as one Gemm, whose bias gets 32 bits.
+
+    With a batch dimension it would be a MatMul and an Add, and ONNX Runtime would round the bias to 8 bits and the
+    product to another 8 before it is added.
+    """
+    shapes = []
+
+    def flat(module: nn.Module, inputs: tuple) -> tuple:
+        shapes.append(inputs[0].shape[:-1])
+        return (inputs[0].flatten(0, -2) if inputs[0].dim() > 2 else inputs[0],)
+
+    def as_before(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        shape = shapes.pop()
+        return output.reshape(*shape, -1) if len(shape) > 1 else output
+
+    linear.register_forward_pre_hook(flat)
+    linear.register_forward_hook(as_before)
+
+
+def longest_text(model: PreTrainedModel) -> int:
+    """Tokens that the model surely has positions for; RoBERTa counts them from its padding id + 1."""
+    return model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
+
+
+def export(model: PreTrainedModel, path: Path) -> None:
+    """Write `model` as one ONNX file with the inputs input_ids (B, T) and positions (M,) and the output logits (M, V).
+
+    B, T and M are free. The masked-LM head runs at `positions` alone, as in held_out.per_text_loss.
+
+    Raises:
+        NotExecuted: PyTorch cannot export it.
+    """
+    longest = longest_text(model)
+    batch, length, masked = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("length", max=longest),
+        torch.export.Dim("masked"),
+    )
+    with step("the export to ONNX"):
+        example = (torch.full((2, min(11, longest)), 5), torch.tensor([1, 3, 7]))
+        program = torch.onnx.export(
+            _Exported(model).eval(),
+            example,
+            dynamo=True,
+            dynamic_shapes=({0: batch, 1: length}, {0: masked}),
+            input_names=["input_ids", "positions"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+        exported = program.model_proto
+        # The exporter notes the classes and source lines that nodes come from: half a megabyte, no part of the model.
+        for one in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
+            del one.metadata_props[:]
+        onnx.save(exported, path)
+
+
+# ------------------------------------------------------------------------------------------------- the quantization
+
+
+def quantize(path: Path, output: Path, scheme: str, groups: list[Group]) -> None:
+    """Static quantization by ONNX Runtime: QDQ format, activations QUInt8, weights QInt8, one range a tensor.
+
+    Calibration runs one group after the other and merges what it found (`CalibStridedMinMax`, which holds for every
+    calibrator), so that no more than one group's activations are in memory; the result of MinMax is the same, and the
+    histograms of Percentile are merged. Percentile cuts off the same share at each end as w8a8_percentile does.
+
+    Args:
+        path: an ONNX file that quant_pre_process has written.
+        output: where to write the quantized one.
+        scheme: a key of METHODS.
+        groups: the calibration texts.
+
+    Raises:
+        NotExecuted: it fails.
+    """
+    with step("the quantization"):
+        kinds = sorted((set(QDQRegistry) | set(QLinearOpsRegistry)) - {"Softmax", "Pad"})
+        quantize_static(
+            path,
+            output,
+            Reader([group for group in groups if len(group.positions)]),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=kinds,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=METHODS[scheme],
+            nodes_to_exclude=behind_softmax(onnx.load(path)),
+            # ONNX Runtime halves what is to be cut off; ours is cut off at each end.
+            extra_options={"CalibStridedMinMax": 1, "CalibPercentile": 100 * (2 * PERCENTILE - 1)},
+        )
+        leave_logits(output)
+
+
+def behind_softmax(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes between every softmax and the product of weights and values."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = {}
+    ahead = [node for node in model.graph.node if node.op_type == "Softmax"]
+    while ahead:
+        for reader in readers.get(ahead.pop().output[0], []):
+            if reader.op_type != "MatMul" and reader.name not in found:
+                found[reader.name] = True
+                ahead.append(reader)
+    return list(found)
+
+
+def leave_logits(path: Path) -> None:
+    """Take the rounding behind the logits out of a quantized model, in place.
+
+    ONNX Runtime rounds the output of every Gemm. The largest of some thousand logits is the very one that percentile
+    ranges cut off, so that rounding would hide what the rest costs; the simulated schemes leave the logits out too.
+    """
+    model = onnx.load(path)
+    producer = {name: node for node in model.graph.node for name in node.output}
+    back = producer["logits"]
+    if back.op_type != "DequantizeLinear":
+        return
+    there = producer[back.input[0]]
+    exact = producer[there.input[0]]
+    exact.output[0] = "logits"
+    model.graph.node.remove(back)
+    model.graph.node.remove(there)
+    onnx.save(model, path)
+
+
+def session_of(path: Path, threads: int, optimized: bool = True, written: Path | None = None):
+    """An inference session on the CPU. `optimized`: integer kernels take the place of quantize, compute, dequantize;
+    `written`: where to save the graph that then runs."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; a saved optimized graph warns that it is for this machine
+    # An x86 CPU without 8-bit dot products (VNNI) saturates sums of U8 x S8 products: the exact kernels there, please.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if written:
+        options.optimized_model_filepath = str(written)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+# ---------------------------------------------------------------------------------------------------- what is covered
+
+
+def operators(quantized: Path, running: Path) -> dict:
+    """Which operators have 8-bit inputs and outputs, and which run with integer kernels.
+
+    Args:
+        quantized: the QDQ graph.
+        running: the graph that ONNX Runtime made of it (`session_of(written=)`).
+
+    Returns:
+        {"qdq": {"8 bits in and out", "float32": {operator: number}}, "kernels": {"int8", "float32", "conversions":
+        {operator: number}}, "activations": number of tensors with a scale of their own, "weights", "biases": number of
+        parameters in 8 and in 32 bits}. What computes no float, and what only moves values, is not counted.
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(quantized))
+    graph = model.graph
+    kinds = {one.name: one.type.tensor_type.elem_type for one in (*graph.value_info, *graph.input, *graph.output)}
+    stored = {one.name: one.data_type for one in graph.initializer}
+    producer = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def from_8_bits(name: str) -> bool:
+        node = producer.get(name)
+        while node is not None and node.op_type in MOVES:
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    def to_8_bits(name: str) -> bool:
+        return name in readers and all(
+            to_8_bits(node.output[0]) if node.op_type in MOVES else node.op_type == "QuantizeLinear"
+            for node in readers[name]
+        )
+
+    around = {"8 bits in and out": Counter(), "float32": Counter()}
+    ranges, parameters = set(), Counter()
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            ranges.add(node.input[1])
+        elif node.op_type == "DequantizeLinear":
+            if kind := stored.get(node.input[0]):
+                parameters["biases" if kind == onnx.TensorProto.INT32 else "weights"] += 1
+        elif node.op_type not in MOVES and kinds.get(node.output[0]) == onnx.TensorProto.FLOAT:
+            inside = all(map(from_8_bits, filter(None, node.input))) and all(map(to_8_bits, filter(None, node.output)))
+            around["8 bits in and out" if inside else "float32"][node.op_type] += 1
+    integers = {name for name, kind in {**kinds, **stored}.items() if kind != onnx.TensorProto.FLOAT}
+    kernels = {"int8": Counter(), "float32": Counter(), "conversions": Counter()}
+    for node in onnx.load(running).graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            kernels["conversions"][node.op_type] += 1
+        elif node.op_type.startswith("Q") or "Integer" in node.op_type:
+            kernels["int8"][node.op_type] += 1
+        elif node.op_type not in MOVES and not integers.intersection(node.output):
+            kernels["float32"][node.op_type] += 1
+
+    def plain(counts: dict[str, Counter]) -> dict[str, dict[str, int]]:
+        return {name: dict(sorted(one.items())) for name, one in counts.items()}
+
+    return {"qdq": plain(around), "kernels": plain(kernels), "activations": len(ranges), **dict(parameters)}
+
+
+# --------------------------------------------------------------------------------------------------------- the speed
+
+
+def latency(paths: dict[str, Path], model: PreTrainedModel) -> dict:
+    """Milliseconds of one text on one thread, the formats in turn, so that a slow moment meets all of them.
+
+    Returns:
+        {"batch": 1, "tokens", "predicted": tokens that the head runs at, "threads": 1, "repetitions",
+         "formats": {format: {"median", "q25", "q75": milliseconds, "speedup": median of float32's time over this one's
+         in the same turn}}}
+    """
+    tokens = min(LATENCY_LENGTH, longest_text(model))
+    ids = np.random.default_rng(0).integers(min(5, model.config.vocab_size - 1), model.config.vocab_size, (1, tokens))
+    feed = {"input_ids": ids, "positions": np.arange(0, tokens, MASKED_EVERY)}
+    sessions = {name: session_of(path, threads=1) for name, path in paths.items()}
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(WARM_UP + REPETITIONS):
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session.run(["logits"], feed)
+            if turn >= WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - start))
+    formats = {}
+    for name, taken in times.items():
+        q25, median, q75 = statistics.quantiles(taken, n=4, method="inclusive")
+        speedup = statistics.median(exact / one for exact, one in zip(times["float32"], taken, strict=True))
+        formats[name] = {"median": median, "q25": q25, "q75": q75, "speedup": speedup}
+    return {
+        "batch": 1,
+        "tokens": tokens,
+        "predicted": len(feed["positions"]),
+        "threads": 1,
+        "repetitions": REPETITIONS,
+        "formats": formats,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
+def agreement(changes: np.ndarray, simulated: np.ndarray, masked: np.ndarray) -> dict:
+    """How the loss's changes by execution compare with those by simulation.
+
+    Args:
+        changes, simulated: (texts,) loss in 8 bits minus that in float32, executed and simulated.
+        masked: (texts,) masked tokens.
+
+    Returns:
+        {"difference": gap executed minus gap simulated, "error": its standard error over texts, "correlation":
+        Pearson's, of the changes a masked token of every text; NaN where there is none}
+    """
+    some = masked > 0
+    pair = np.stack([changes[some], simulated[some]]) / masked[some]
+    spread = np.isfinite(pair).all() and pair.shape[1] > 2 and (pair.std(1) > 0).all()
+    return {
+        "difference": float((changes - simulated).sum() / masked.sum()),
+        "error": gap_error(changes - simulated, masked),
+        "correlation": float(np.corrcoef(pair)[0, 1]) if spread else math.nan,
+    }
+
+
+def execute(model: PreTrainedModel, batches: list[dict], calibration: list[dict], damage: dict) -> dict:
+    """What ONNX Runtime makes of a model in 8 bits, beside what quantization.py simulated of it.
+
+    Args:
+        model: a masked-LM in float32.
+        batches: of `held_out_batches`: the texts that `damage` was scored on.
+        calibration: the same, made of training text: the first draw of `damage`.
+        damage: what `quantization.measure_damage` returned for this model.
+
+    Returns:
+        {"schemes": {format: as in `damage`, and "bytes": size of the file}, "masked_tokens", "masked", "texts": as in
+         `damage`, so that quantization.bootstrap_difference applies, "float32_change": loss by ONNX Runtime minus
+         PyTorch's, "agreement": {format: {"simulated": scheme of `damage`, "difference", "error", "correlation",
+         "arithmetic": gap minus that of the same graph computed in float32}}, "latency", "operators",
+         "calibration_tokens", "hardware", "onnxruntime": version}. The formats are the keys of quantization.EXECUTED.
+        Where the model cannot be exported, quantized or run: {"error": one line}.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="executed-") as folder:
+            return _execute(model, groups_of(batches), groups_of(calibration), damage, Path(folder))
+    except NotExecuted as error:
+        return {"error": str(error)}
+
+
+def _execute(model: PreTrainedModel, groups: list[Group], calibration: list[Group], damage: dict, folder: Path) -> dict:
+    threads = torch.get_num_threads()
+    paths = {name: folder / f"{name}.onnx" for name in EXECUTED}
+    masked = np.array(damage["masked"], dtype=float)
+    export(model, paths["float32"])
+    with step("running it in float32"):
+        losses = {"float32": text_losses(session_of(paths["float32"], threads), groups)}
+        loss = losses["float32"].sum() / masked.sum()
+        change = float(loss - damage["schemes"]["float32"]["loss"])
+    if not abs(change) < UNCHANGED:
+        raise NotExecuted(f"the exported model is another one: its float32 loss differs by {change:.2g} nats")
+    prepared = folder / "prepared.onnx"
+    with step("the preparation"):
+        quant_pre_process(paths["float32"], prepared)
+    agreed = {}
+    simulated = {name: np.array(sums, dtype=float) for name, sums in damage["texts"].items()}
+    for scheme, twin in SIMULATED.items():
+        quantize(prepared, paths[scheme], scheme, calibration)
+        with step("running it in 8 bits"):
+            running = folder / "running.onnx"
+            losses[scheme] = text_losses(session_of(paths[scheme], threads, written=running), groups)
+            covered = operators(paths[scheme], running) | {"simulated_activations": len(damage["ranges"])}
+            same = text_losses(session_of(paths[scheme], threads, optimized=False), groups)
+        changes = losses[scheme] - losses["float32"]
+        agreed[scheme] = {
+            "simulated": twin,
+            **agreement(changes, simulated[twin] - simulated["float32"], masked),
+            "arithmetic": float((losses[scheme] - same).sum() / masked.sum()),
+        }
+    with step("measuring the latency"):
+        speed = latency(paths, model)
+    return {
+        "schemes": {
+            name: {**_scheme(sums, losses["float32"], masked), "bytes": paths[name].stat().st_size}
+            for name, sums in losses.items()
+        },
+        "masked_tokens": int(masked.sum()),
+        "masked": damage["masked"],
+        "texts": {name: [float(f"{value:.6g}") for value in sums] for name, sums in losses.items()},
+        "float32_change": change,
+        "agreement": agreed,
+        "latency": speed,
+        "operators": covered,
+        "calibration_tokens": sum(group.input_ids.size for group in calibration if len(group.positions)),
+        "hardware": hardware(torch.device("cpu")),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray) -> dict:
+    loss = float(sums.sum() / masked.sum())
+    error = gap_error(sums - exact, masked)
+    gap = float((sums - exact).sum() / masked.sum())
+    return {"loss": loss, "perplexity": perplexity(loss), "gap": gap, "error": error, "floor": 2 * error}

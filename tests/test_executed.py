@@ -1,0 +1,289 @@
+"""executed.py on small models: the exported function, known damage, blindness to the class, failures in one line."""
+
+import json
+import math
+import sys
+
+import datasets
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TEXTS
+from safetensors.torch import load_file, save_file
+from test_class_swap import both_classes, differences
+from test_quantization import SMALL, batches, known_text, learn, model_of
+
+import analyze_kurtosis
+import executed
+from controls import build_control, compensated_outlier
+from held_out import per_text_loss
+from quantization import EXECUTED, bootstrap_difference, measure_damage
+from report import executed_section
+from runs import Run
+
+FORMATS = ("int8_minmax", "int8_percentile")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Latency is not looked at closely here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executed, "REPETITIONS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    return learn(model_of("softmax1"))
+
+
+def damage_of(model):
+    draws, published = known_text()
+    return measure_damage(model, batches(5, seed=2), draws, published)
+
+
+def execute(model, damage):
+    return executed.execute(model, batches(5, seed=2), known_text()[0][0], damage)
+
+
+@pytest.fixture(scope="module")
+def plain(learnt):
+    damage = damage_of(learnt)
+    return damage | {"executed": execute(learnt, damage)}
+
+
+@pytest.fixture(scope="module")
+def quantized(learnt, tmp_path_factory):
+    """Folder with prepared.onnx and a quantized graph of each scheme, and the groups they were calibrated on."""
+    folder, groups = tmp_path_factory.mktemp("quantized"), executed.groups_of(known_text()[0][0])
+    executed.export(learnt, folder / "model.onnx")
+    executed.quant_pre_process(folder / "model.onnx", folder / "prepared.onnx")
+    for scheme in FORMATS:
+        executed.quantize(folder / "prepared.onnx", folder / f"{scheme}.onnx", scheme, groups)
+    return folder, groups
+
+
+def graph_of(path):
+    """(graph, {name of a parameter: its values})"""
+    graph = onnx.load(path).graph
+    return graph, {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+
+
+def test_texts_are_run_unpadded_in_groups_of_equal_length():
+    padded = batches(3, seed=2)
+    groups = executed.groups_of(padded)
+    assert [group.input_ids.shape for group in groups] == [(3, 6), (21, 12)]
+    assert sorted(number for group in groups for number in group.texts) == list(range(24))
+    assert groups[0].texts == [0, 8, 16]  # the short one of every batch
+    for group in groups:
+        flat = group.input_ids.reshape(-1)
+        assert 1 not in flat and (flat[group.positions] == 4).all()  # no padding; what is predicted is masked
+        for number, row in zip(group.texts, range(len(group.texts)), strict=True):
+            batch = padded[number // 8]
+            labels = batch["labels"][number % 8]
+            assert group.labels[group.row == row].tolist() == labels[labels != -100].tolist()
+
+
+def test_long_texts_run_in_smaller_groups(monkeypatch):
+    monkeypatch.setattr(executed, "TOKENS", 30)
+    assert {len(group.texts) for group in executed.groups_of(batches(3, seed=2))} == {3, 2, 1}
+
+
+# An export takes seconds; softmax1's is looked at closely further down.
+KINDS = ["softmax0", "clipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("softmax1", "bert", "gated"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exported_model_is_the_model(kind, tmp_path):
+    """Text by text, and the reference computes through the model's own attention."""
+    torch.manual_seed(0)
+    model = build_control(kind, SMALL) if kind in ("clipped", "gated") else model_of(kind)
+    model.eval()
+    executed.export(model, tmp_path / "model.onnx")
+    texts = batches(3, seed=2)
+    found = executed.text_losses(executed.session_of(tmp_path / "model.onnx", 1), executed.groups_of(texts))
+    expected = per_text_loss(model, texts)[:, 0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_what_is_measured_fits_with_what_is_simulated(plain):
+    found = plain["executed"]
+    assert found["schemes"].keys() == found["texts"].keys() == EXECUTED.keys()
+    assert found["masked"] == plain["masked"] and found["masked_tokens"] == plain["masked_tokens"]
+    assert abs(found["float32_change"]) < 1e-5
+    simulated = plain["schemes"]
+    assert found["schemes"]["float32"]["loss"] == pytest.approx(simulated["float32"]["loss"], abs=1e-5)
+    for scheme, twin in executed.SIMULATED.items():
+        one, agreed = found["schemes"][scheme], found["agreement"][scheme]
+        assert simulated[twin].keys() - {"draws"} == one.keys() - {"bytes"}
+        sums = np.array(found["texts"][scheme]) - np.array(found["texts"]["float32"])
+        assert one["gap"] == pytest.approx(sums.sum() / found["masked_tokens"], abs=1e-5)
+        assert agreed["difference"] == pytest.approx(one["gap"] - simulated[twin]["gap"], abs=1e-5)
+        assert abs(agreed["arithmetic"]) < 0.01 and 1e-5 < abs(one["gap"]) < 0.1
+        assert -1 <= agreed["correlation"] <= 1
+    low, high = bootstrap_difference(found, found, "int8_minmax")
+    assert low == high == 0
+
+
+def test_sizes_latency_and_operators(plain):
+    found = plain["executed"]
+    sizes = {name: one["bytes"] for name, one in found["schemes"].items()}
+    assert 0 < sizes["int8_minmax"] < sizes["float32"]
+    assert found["latency"]["tokens"] == 38 and found["latency"]["formats"].keys() == EXECUTED.keys()
+    for one in found["latency"]["formats"].values():
+        assert 0 < one["q25"] <= one["median"] <= one["q75"]
+    assert found["latency"]["formats"]["float32"]["speedup"] == 1
+    operators, layers = found["operators"], SMALL["num_hidden_layers"]
+    linear = 6 * layers + 2
+    assert operators["qdq"]["8 bits in and out"]["Gemm"] == linear - 1  # all but that of the logits
+    assert operators["qdq"]["float32"] == {"Gemm": 1}
+    assert operators["kernels"]["int8"]["QGemm"] == linear
+    assert operators["kernels"]["int8"]["QLinearMatMul"] == 2 * layers
+    norms = 2 * layers + 2
+    assert operators["kernels"]["float32"] == {"Gelu": layers + 1, "LayerNormalization": norms, "Softmax": layers}
+    assert operators["biases"] == linear + norms
+    # Weights: of every Gemm but the tied decoder, of every LayerNorm, three embeddings; and the factor of the scores.
+    assert operators["weights"] == linear - 1 + norms + 3 + 1
+    assert operators["simulated_activations"] == len(plain["ranges"])
+
+
+def test_the_logits_and_the_softmax_are_not_rounded(quantized):
+    folder, groups = quantized
+    session = executed.session_of(folder / "int8_minmax.onnx", 1)
+    assert len(np.unique(session.run(None, groups[-1].feed)[0])) > 1000
+    graph, _ = graph_of(folder / "int8_minmax.onnx")
+    producer = {name: node for node in graph.node for name in node.output}
+    found = 0
+    for node in graph.node:
+        if node.op_type == "Softmax":
+            pad = producer[node.input[0]]  # the null slot, whose value says which class the model is of
+            assert pad.op_type == "Pad" and producer[pad.input[0]].op_type == "DequantizeLinear"
+            found += 1
+    assert found == SMALL["num_hidden_layers"]
+
+
+def test_an_outlier_is_felt_in_execution_too(learnt, plain):
+    """Positive control: the function stays, the range of one tensor grows a thousandfold."""
+    control = compensated_outlier(learnt, 1, 5, 1000.0)
+    damage = damage_of(control)
+    found = execute(control, damage)
+    assert found["schemes"]["float32"]["loss"] == pytest.approx(plain["schemes"]["float32"]["loss"], abs=1e-3)
+    assert found["schemes"]["int8_minmax"]["gap"] > 1 > 10 * plain["executed"]["schemes"]["int8_minmax"]["gap"]
+    agreed = found["agreement"]["int8_minmax"]
+    assert agreed["correlation"] > 0.5
+    assert abs(agreed["difference"]) < 0.5 * damage["schemes"]["w8a8_static"]["gap"]
+
+
+def test_calibration_covers_what_is_executed(quantized):
+    """The MinMax range of every rounded tensor holds all that the calibration texts make of it, and little more."""
+    folder, groups = quantized
+    graph, stored = graph_of(folder / "int8_minmax.onnx")
+    model = onnx.load(folder / "prepared.onnx")
+    made = {name for node in model.graph.node for name in node.output}
+    rounded = {
+        node.input[0]: (stored[node.input[1]].item(), stored[node.input[2]].item())  # one number a tensor
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in made
+    }
+    assert len(rounded) > 50
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in rounded)
+    onnx.save(model, folder / "all.onnx")
+    session = executed.session_of(folder / "all.onnx", 1, optimized=False)
+    seen = [session.run(list(rounded), group.feed) for group in groups]
+    for (name, (scale, zero)), values in zip(rounded.items(), zip(*seen, strict=True), strict=True):
+        low, high = min(0, *(one.min() for one in values)), max(0, *(one.max() for one in values))
+        if name not in made_from_table(graph):  # what is gathered has the range of its table
+            assert [low, high] == pytest.approx([-zero * scale, (255 - zero) * scale], abs=scale), name
+
+
+def made_from_table(graph):
+    """Names of what Gather takes out of an embedding table."""
+    return {node.output[0] for node in graph.node if node.op_type == "Gather"}
+
+
+def test_percentile_ranges_are_cut_at_both_ends(quantized):
+    folder, _ = quantized
+    scales = {}
+    for scheme in FORMATS:
+        graph, stored = graph_of(folder / f"{scheme}.onnx")
+        made = {name: node.op_type for node in graph.node for name in node.output}
+        scales[scheme] = {
+            node.input[1]: float(stored[node.input[1]])
+            for node in graph.node
+            if node.op_type == "QuantizeLinear" and made.get(node.input[0]) in ("Gemm", "Add", "LayerNormalization")
+        }
+    assert scales["int8_minmax"].keys() == scales["int8_percentile"].keys() and scales["int8_minmax"]
+    narrower = [scales["int8_percentile"][name] / scale for name, scale in scales["int8_minmax"].items()]
+    assert max(narrower) < 1.01 and min(narrower) < 0.97
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_model_that_cannot_be_exported_is_one_line(learnt, plain, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("an operator\nis unknown")
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    found = execute(learnt, plain)
+    assert found == {"error": "the export to ONNX failed: ValueError: an operator is unknown"}
+    run = Run("esperberto-softmax1", "", None, damage={"executed": found})
+    assert executed_section([run])[-1] == f"**esperberto-softmax1 was not executed in INT8**: {found['error']}"
+    assert executed_section([Run("esperberto-softmax0", "", None)]) == []
+
+
+def test_an_export_that_computes_something_else_is_refused(learnt, plain, monkeypatch):
+    """The softmax1 model, exported as if its attention were softmax."""
+
+    def softmax(model):
+        copied = executed_copy(model)
+        copied.config.softmax_n = 0.0
+        return copied
+
+    executed_copy = executed.measured_copy
+    monkeypatch.setattr(executed, "measured_copy", softmax)
+    found = execute(learnt, plain)
+    assert set(found) == {"error"} and "the exported model is another one" in found["error"]
+
+
+def test_a_diverged_model_is_one_line(learnt):
+    broken = compensated_outlier(learnt, 0, 0, math.nan)
+    found = execute(broken, damage_of(broken))
+    assert set(found) == {"error"} and "float32 loss differs by nan" in found["error"]
+
+
+def test_missing_packages_are_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "executed")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit, match="error: --onnxruntime needs onnx, onnxscript and onnxruntime"):
+        analyze_kurtosis.main(["--onnxruntime"])
+
+
+# --------------------------------------------------------------------------------------------------- the whole analysis
+
+
+def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
+    """The same function in the other class has the same figures, and both reach the JSON file and the report."""
+    both_classes(tmp_path, scale=20.0)
+    for name in ("stock", "swapped"):  # ONNX Runtime takes no two LayerNorms with the same bias, as before training
+        weights = load_file(tmp_path / name / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for key in sorted(weights):
+            if "norm" in key.lower():
+                weights[key] = weights[key] + 0.1 * torch.randn(weights[key].shape, generator=generator)
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
+    datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(tmp_path / "data"))
+    folders = ["--data_dir", str(tmp_path / "data"), "--results_dir", str(tmp_path / "results")]
+    analyze_kurtosis.main([str(tmp_path / "stock"), str(tmp_path / "swapped"), *folders, "--onnxruntime"])
+    runs = json.loads((tmp_path / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
+    found = [runs[name]["quantization"]["executed"] for name in ("stock", "swapped")]
+    assert all(found[0]["schemes"][name]["gap"] for name in FORMATS)
+    for one in found:
+        assert one.pop("latency")
+    assert differences(*found) == []
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "## INT8 that is executed" in text and "INT8, executed, MinMax ranges, swapped" in text
+    assert "Collecting" not in capsys.readouterr().out

@@ -37,7 +37,7 @@ import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from answer import PRIMARY, Finding, answer, findings
 from controls import GATE, self_check  # which registers the controls' classes too
-from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, padded_batches
+from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, longest_text, padded_batches
 from interventions import interventions
 from outliers import PLACES, eager_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
@@ -54,7 +54,6 @@ from record import git_state, one_line, versions, weights_sha256, write_json
 from report import (
     ACTIVATIONS,
     FFN,
-    MAX_LENGTH,
     PUBLISHED,
     PUBLISHED_FFN,
     WEIGHTS,
@@ -66,6 +65,7 @@ from report import (
 from runs import Run, arms, by_layer, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
+MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
 MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
@@ -127,6 +127,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     if not model._supports_attention_backend:
         sys.exit(f"error: {name} ({model.config.model_type}) does not take its attention from transformers' interface")
+    tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
     return model, tokenizer
 
 
@@ -145,8 +146,7 @@ def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     """Every text's tokens; texts without a token are left out."""
     if not len(texts):
         return []
-    length = min(MAX_LENGTH, tokenizer.model_max_length)
-    found = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    found = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
     special = set(tokenizer.all_special_ids)
     return [ids for ids in found if not special.issuperset(ids)]
 
@@ -179,6 +179,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
         sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
+    if run.results:  # what the model was not trained on tells nothing of the training
+        trained = run.results.get("settings", {}).get("max_length", MAX_LENGTH)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, trained)
+    run.max_length = tokenizer.model_max_length
     run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -208,9 +212,8 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
     # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
-    longest = model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
     limit = texts.calibration_batches * CALIBRATION_SIZE
-    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, longest))[:limit]
+    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
     run.damage = {
         "sequences": len(some),
@@ -428,7 +431,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
         "record": is_record(runs),
         "versions": versions(),
         "statistic": "excess kurtosis (Gaussian = 0)",
-        "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
+        "held_out": {"data_dir": str(data_dir), "sequences": sequences},
         "notes": warned,
         "answer": answer(runs, found),
         "primary_metric": PRIMARY,
@@ -451,6 +454,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
                 "arm": run.arm,
                 "diverged": run.diverged,
                 "weights_sha256": run.digest,
+                "max_length": run.max_length,
                 "held_out_tokens": run.tokens,
                 "weights": {suffix: layers(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
                 "activations_training": {suffix: layers(run.training, suffix) for suffix in modules},

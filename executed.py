@@ -44,7 +44,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from held_out import perplexity
+from held_out import longest_text, perplexity
 from packing import IGNORED
 from quantization import ATTENTION, EXECUTED, PERCENTILE, gap_error, measured_copy
 from record import hardware, one_line
@@ -206,11 +206,6 @@ def _flatten(linear: nn.Linear) -> None:
 
     linear.register_forward_pre_hook(flat)
     linear.register_forward_hook(as_before)
-
-
-def longest_text(model: PreTrainedModel) -> int:
-    """Tokens that the model surely has positions for; RoBERTa counts them from its padding id + 1."""
-    return model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
 
 
 def export(model: PreTrainedModel, path: Path) -> None:

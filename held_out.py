@@ -35,6 +35,11 @@ def evenly_spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
+def longest_text(model: PreTrainedModel) -> int:
+    """Tokens that the model surely has positions for; RoBERTa counts them from its padding id + 1."""
+    return model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that is too large for a float."""
     return math.inf if loss >= 700 else math.exp(loss)

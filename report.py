@@ -37,8 +37,6 @@ from runs import OPTIONAL, Run, arms, by_layer, has, look_up
 from sets import BASELINE, comparison_sets, headline
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
 
-MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
-
 # The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
 # train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
 PUBLISHED = ["published softmax0", "published softmax1"]
@@ -467,12 +465,16 @@ def spread_said(runs: list[Run]) -> str:
 
 
 def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
-    tokens = "/".join(sorted({f"{run.tokens:,}" for run in runs if not run.diverged}))
+    tokens, cut = (
+        "/".join(f"{number:,}" for number in sorted({getattr(run, name) for run in runs if not run.diverged}))
+        for name in ("tokens", "max_length")
+    )
     return (
         "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
         f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
         f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
-        f"(evenly spread over the validation split of {data_dir}, cut at {MAX_LENGTH} tokens; {tokens} real tokens)."
+        f"(evenly spread over the validation split of {data_dir}, cut at {cut} tokens, as in training; {tokens} real "
+        "tokens)."
     )
 
 

@@ -68,6 +68,7 @@ class Run:
     damage: dict = field(default_factory=dict)  # by quantization
     maps: list = field(default_factory=list)  # attention maps, for the picture
     histograms: dict = field(default_factory=dict)  # of the FFN output by layer, for the picture
+    max_length: int = 0  # tokens at which texts were cut
     tokens: int = 0  # real ones in the held-out text, by this model's tokenizer
     file: Path | None = None  # where the results were read
     digest: str | None = None  # SHA-256 of the weights that were measured

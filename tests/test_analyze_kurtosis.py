@@ -359,6 +359,21 @@ def test_the_held_out_loss_is_training_s(workplace):
     assert found["sequences"] == 2 and found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workplace):
+    for path in (workplace / "results").glob("*.json"):
+        results = json.loads(path.read_text())
+        results["settings"]["max_length"] = 20
+        path.write_text(json.dumps(results))
+    analyse(workplace)
+    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax0"]
+    _, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax0"))
+    assert tokenizer.model_max_length == 128  # of 130 positions RoBERTa uses all but two
+    lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
+    assert max(lengths) > 20 and found["max_length"] == 20
+    assert found["held_out_tokens"] == sum(min(length, 20) for length in lengths)
+    assert "cut at 20 tokens, as in training" in (workplace / "results" / "report.md").read_text(encoding="utf-8")
+
+
 def test_emergence_starts_before_the_first_update_and_says_of_which_texts(workplace, monkeypatch):
     drawn = {}
 

@@ -17,6 +17,7 @@ from controls import CHECKS
 from interventions import DRAWS as RANDOM_DRAWS
 from interventions import INTERVENTIONS
 from outliers import (
+    ATTENDING,
     EMBEDDINGS,
     IDLE,
     LOGITS,
@@ -362,6 +363,9 @@ def vectors_table(runs: list[Run]) -> str:
         "context_near_zero": ("% of context near zero", np.mean, 100),
         "context_kurtosis": ("context kurtosis of a head", np.mean, 1),
         "context_kurtosis_active": ("context kurtosis, active heads", np.mean, 1),
+        "attending_share": ("% of queries that attend", np.mean, 100),
+        "context_kurtosis_attending": ("context kurtosis, attending queries", np.mean, 1),
+        "context_kurtosis_attending_heads": ("context kurtosis, attending heads", np.mean, 1),
     }
     depth = max(len(run.attention) for run in runs)
     return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], layer_rows(runs, labels))
@@ -637,7 +641,9 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
         "norm of the value; largest minus smallest logit of a query; share of a head's context entries of at most "
         f"{NEAR_ZERO:.0%} of the layer's root mean square; excess kurtosis of the context of one head, and of heads "
-        f"with an idle mass of at most {IDLE[0]:.0%}. Mean over heads and runs; largest logit: of all heads.*",
+        f"with an idle mass of at most {IDLE[0]:.0%} (active); of the queries whose attention goes nowhere by at most "
+        f"{ATTENDING:.0%} (attending), head by head and of heads whose mean query is one. Mean over heads and runs; "
+        "largest logit: of all heads.*",
         "## Interventions",
         interventions_table(runs),
         "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "

@@ -48,6 +48,7 @@ from quantization import (
     measure_damage,
     weight_errors,
 )
+from questions import questions
 from record import git_state, one_line, versions, weights_sha256, write_json
 from report import (
     ACTIVATIONS,
@@ -422,6 +423,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
         "held_out": {"data_dir": str(data_dir), "sequences": sequences, "max_length": MAX_LENGTH},
         "notes": warned,
         "answer": answer(runs, found),
+        "questions": {key: asdict(one) for key, one in questions(found).items()},
         "primary_metric": PRIMARY,
         "comparisons": {arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in compared.items()},
         "other_sets": [

@@ -40,7 +40,7 @@ from answer import (
     verdict,
     within_margin,
 )
-from outliers import NEAR_ZERO, OUTLIER, SINK
+from outliers import NEAR_ZERO, OUTLIER, SHORT, SINK
 from pairs import SIGN_TEST, Comparison, compare, compare_ratio, no_interval, percent
 from runs import Run, look_up
 from sets import BASELINE
@@ -244,7 +244,8 @@ def sinks(them: Pairs) -> Answered:
     first, second = ((f"{key}_above_start" if known else key) for key in SINKS)
     raw, shares = them.compare(first), them.compare(second)
     if raw is None or shares is None:
-        return Answered("The sink rates were not measured.", {"sink_rate_any": NOT_MEASURED})
+        said = f"The sink rates were not measured (they need texts of at least {SHORT} tokens)."
+        return Answered(said, {SINKS[0]: NOT_MEASURED})
     kinds = {SINKS[0]: removal(raw, NO_SINKS)}
     also = ""
     if kinds[SINKS[0]] in ("removed", "reduced"):
@@ -260,7 +261,7 @@ def sinks(them: Pairs) -> Answered:
         f"{SINK:.0%} of the attention, {above}, {points(raw)}; with every query's weights divided by their sum, "
         f"{points(shares)}; {seen(raw, them)}."
     )
-    return Answered(told, kinds, {first: raw, second: shares})
+    return Answered(capital(told), kinds, {first: raw, second: shares})
 
 
 def outliers(them: Pairs) -> Answered:
@@ -393,9 +394,9 @@ def facts(them: Pairs) -> str:
 
 def opening(kind: str, one: Comparison, what: str) -> str:
     if kind == ONE_PAIR:
-        return f"{only(one)}, {what}"
+        return f"{only(one)} about {what}"
     said = REMOVAL[kind].format(arm=PRIMARY_ARM, baseline=BASELINE, what=what)
-    return f"{capital(said) if what == 'attention sinks' else said}{few_pairs(one)}"
+    return f"{said}{few_pairs(one)}"
 
 
 def only(one: Comparison) -> str:

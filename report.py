@@ -36,7 +36,7 @@ from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from runs import Run, arms, by_layer, look_up
-from sets import BASELINE, comparison_sets, headline, in_a_pair
+from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
 
 MAX_LENGTH = 512  # tokens; longer texts are cut, as in training
@@ -528,16 +528,17 @@ def answers(runs: list[Run], found: list[Finding], asked: dict[str, Answered]) -
 
 def trained_with(finding: Finding) -> str:
     """What the sentences hold for besides their scale, in one sentence: length, batch, optimizer, number format."""
-    results = finding.group.runs[0].results
-    settings = results.get("settings", {})
+    run = finding.group.runs[0]
     named = {
-        "max_length": "at most {} tokens a text",
-        "learning_rate": "learning rate {:g}",
-        "weight_decay": "weight decay {:g}",
-        "optim": "{}",
+        "effective_batch_size": "batches of {}",
+        "settings.max_length": "at most {} tokens a text",
+        "settings.learning_rate": "learning rate {}",
+        "settings.weight_decay": "weight decay {}",
+        "settings.optim": "{}",
+        "dtype": "{}",
     }
-    said = [text.format(settings[key]) for key, text in named.items() if settings.get(key) is not None]
-    return f"Seen with batches of {results['effective_batch_size']:,}, " + ", ".join([*said, results["dtype"]]) + "."
+    values = {key: recorded(run, key) for key in named}
+    return f"Seen with {', '.join(named[key].format(value) for key, value in values.items() if value != NOT_RECORDED)}."
 
 
 def opening(

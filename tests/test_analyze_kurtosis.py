@@ -31,12 +31,13 @@ from transformers import (
 import analyze_kurtosis
 import arms
 import plots
-from analyze_kurtosis import EMERGING, pictures
+from analyze_kurtosis import EMERGING, SEEDS, pictures
 from answer import GLANCE
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import measure_model, weight_excess_kurtosis
 from packing import MaskedLMCollator
+from questions import LABELS
 from record import weights_sha256
 from report import entry_cell, gap_cell, html_page
 from runs import Run, by_layer, find_runs
@@ -71,7 +72,7 @@ def results_of(model, name, softmax_n):
         "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
         "emergence_texts": 64,
         "emergence": [
-            {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING}}
+            {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING | SEEDS}}
             for step in (0, 1000, 3000)
         ],
         "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
@@ -153,7 +154,7 @@ def rows(text, section=None):
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
-PICTURES = ("damage", "kurtosis", "norms", "emergence", "loss", "attention_map", "histograms")
+PICTURES = ("emergence_seeds", "damage", "kurtosis", "norms", "emergence", "loss", "attention_map", "histograms")
 
 
 def test_report_of_two_runs(workplace, capsys):
@@ -201,13 +202,18 @@ def test_report_of_two_runs(workplace, capsys):
     assert "a, b, c and 1 more (1,000 samples), 1 × NVIDIA H200" in text
 
     # One pair: figures, but no interval and no conclusion.
-    assert "**Answer.** Open: one pair of 3,000 steps (seed 42), no test." in text
-    assert "Nothing can be concluded about softmax1" in text
+    for label in LABELS.values():
+        assert f"\n- **{label}.** Open, from one pair (seed 42) nothing is concluded" in text
+    primary = text.partition("## INT8, the primary question")[2].partition("\n## ")[0]
+    assert "Open: one pair of 3,000 steps (seed 42), no test." in primary
+    assert "Nothing can be concluded about softmax1" in primary
     glance = rows(text.partition("![")[0])
     assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval over seeds", "95% interval over texts"]
     assert glance["null mass, mean of heads, %"][3] == "one pair: no interval"
     assert len(glance) == 2 + len(GLANCE)  # header and rule
-    assert text.index("**Answer.**") < text.index("![") < text.index("## Summary")
+    order = ("**Answer.**", "- **Sinks.**", "| **W8A8 static", "](emergence_seeds.png)", "## INT8", "](damage.png)")
+    places = [text.index(part) for part in (*order, "## Summary")]
+    assert places == sorted(places) and "Dose response" not in text  # two arms
 
 
 def test_a_table_of_the_analysis_is_what_the_json_says(workplace):

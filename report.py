@@ -579,9 +579,8 @@ def arms_section(found: list[Finding]) -> list[str]:
     order = sorted(by_arm, key=lambda arm: (arm in controls, by_arm[arm][0].results["softmax_n"], arm))
     measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
     values = {arm: [metrics(run) for run in some] for arm, some in measured.items()}
-    rows = [
-        ["runs, of them diverged", *(f"{len(by_arm[arm])}, {len(by_arm[arm]) - len(measured[arm])}" for arm in order)]
-    ]
+    lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
+    rows = [["seeds", *(str(len(by_arm[arm])) + f" ({lost[arm]} diverged)" * bool(lost[arm]) for arm in order)]]
     for key in GLANCE:
         cells = []
         for arm in order:

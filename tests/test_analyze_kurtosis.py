@@ -17,6 +17,7 @@ import scipy.stats
 import torch
 import transformers
 from conftest import TEXTS, save_tokenizer
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
@@ -383,6 +384,55 @@ def test_emergence_starts_before_the_first_update_and_says_of_which_texts(workpl
     assert labels.keys() >= curves.keys() and all(labels.values())
 
 
+def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(monkeypatch):
+    """By what matplotlib is told to draw; step 0 first, and a run that diverged does not cut the others' median."""
+    drawn = []
+    plot = Axes.plot
+
+    def watched(self, *data, **look):
+        drawn.append((self.get_title(), np.array(data[1], dtype=float).tolist(), look))
+        return plot(self, *data, **look)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    steps = [0, 100, 200]
+    seeds = {"softmax0": ([0, 1, 9], [0, 2, 8], [0, 3]), "softmax1": ([0, 1, 1],), "softmax4": ([0, 5, 5], [0, 7, 7])}
+    curves = [(arm, values, steps[: len(values)]) for arm, runs in seeds.items() for values in runs]
+    axes_of = {"sinks": ("%", "linear"), "norm": ("norm", "log")}
+    both = {"sinks": curves, "norm": [(arm, [value + 1 for value in values], at) for arm, values, at in curves]}
+    assert plots.bundles(both, ("softmax0", "softmax1"), axes_of).startswith(b"\x89PNG")
+    first = [(values, look) for _, values, look in drawn[: len(drawn) // 2]]  # the first panel
+    lines = [values for values, look in first if "label" not in look]
+    assert sorted(lines) == sorted([*seeds["softmax0"], *seeds["softmax1"]])  # of other arms the median alone
+    medians = {
+        look["label"].partition(":")[0]: (values, look["linewidth"]) for values, look in first if "label" in look
+    }
+    assert {arm: values for arm, (values, _) in medians.items()} == {
+        "softmax0": [0, 2, 8.5],
+        "softmax1": [0, 1, 1],
+        "softmax4": [0, 6, 6],
+    }
+    assert medians["softmax0"][1] > 2 * medians["softmax4"][1]
+
+
+def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(workplace, monkeypatch):
+    drawn = {}
+
+    def bundles(curves, bold, axes_of):
+        drawn.update(curves=curves, bold=bold, axes_of=axes_of)
+        return b"a picture"
+
+    monkeypatch.setattr(analyze_kurtosis.plots, "bundles", bundles)
+    runs = find_runs([], workplace / "results", workplace / "models")
+    for run in runs:
+        run.damage = {"schemes": {}}
+    made = pictures(runs, 4)
+    assert next(iter(made)) == "emergence_seeds.png" and "64 held-out texts" in made["emergence_seeds.png"][0]
+    sinks, norm = drawn["curves"].values()
+    assert sinks[0] == ("softmax0", [50.0, 150.0, 350.0], [0, 1000, 3000])  # the mean of two layers
+    assert norm[1] == ("softmax1", [1.0, 2.0, 4.0], [0, 1000, 3000])  # the larger of two layers
+    assert drawn["bold"] == ("softmax0", "softmax1") and drawn["axes_of"].keys() == drawn["curves"].keys()
+
+
 def test_results_without_emergence_are_analysed(workplace):
     """What older versions of train_model.py wrote: nothing, or figures of other texts."""
     for file, lacking in zip((workplace / "results").glob("*.json"), ("emergence", "emergence_texts"), strict=True):
@@ -390,8 +440,8 @@ def test_results_without_emergence_are_analysed(workplace):
         del results[lacking]
         file.write_text(json.dumps(results))
     analyse(workplace)
-    assert not (workplace / "results" / "emergence.png").exists()
-    assert "emergence.png" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    assert not list((workplace / "results").glob("emergence*.png"))
+    assert "](emergence" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
 def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):

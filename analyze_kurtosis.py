@@ -35,11 +35,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 import plots
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
-from answer import PRIMARY, Finding, answer, findings
+from answer import PRIMARY, PRIMARY_ARM, Finding, answer, findings
 from controls import GATE, self_check  # which registers the controls' classes too
 from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, longest_text, padded_batches
 from interventions import interventions
-from outliers import PLACES, eager_attention, measure_model, uniform_attention
+from outliers import PLACES, SINK, eager_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import (
     CALIBRATION_BATCHES,
@@ -50,6 +50,7 @@ from quantization import (
     measure_damage,
     weight_errors,
 )
+from questions import questions
 from record import git_state, one_line, versions, weights_sha256, write_json
 from report import (
     ACTIVATIONS,
@@ -63,7 +64,7 @@ from report import (
     trained_on,
 )
 from runs import Run, arms, by_layer, find_runs
-from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
+from sets import BASELINE, from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -89,6 +90,10 @@ EMERGING = {  # of emergence.png: statistic: (title, label of the axis)
     "ffn_residual.inf_norm": ("residual stream: infinity norm", "infinity norm"),
     "attention.sink_rate_any_renormalised": ("sink rate, any token, renormalised", "share of texts and heads"),
     "attention.null_mass": ("null mass", "share of the attention"),
+}
+SEEDS = {  # of emergence_seeds.png: statistic: (title, label of the axis, its scale, factor)
+    "attention.sink_rate_any": ("Attention sinks", "% of heads and texts", "linear", 100),
+    "ffn_residual.inf_norm": ("Residual stream, largest entry", "infinity norm", "log", 1),
 }
 
 
@@ -342,6 +347,16 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
         if data:
             made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
 
+    emerging, watched = emergence_curves(everyone, {key: (title, factor) for key, (title, *_, factor) in SEEDS.items()})
+    if len(emerging) == len(SEEDS):
+        growth = (
+            f"Sinks (share of heads and texts in which one token gets more than {SINK:.0%} of the attention) and "
+            "infinity norm of the residual stream (largest layer) during training, from before the first update on: a "
+            f"thin line a run, in bold the median of an arm; {watched} held-out texts"
+        )
+        axes_of = {title: (label, scale) for title, label, scale, _ in SEEDS.values()}
+        made["emergence_seeds.png"] = (growth, plots.bundles(emerging, (BASELINE, PRIMARY_ARM), axes_of))
+
     gaps, lost = [], [f"{run.name} (diverged)" for run in everyone if run.diverged]
     for run in runs:
         found = {name: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if name != "float32"}
@@ -371,7 +386,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     norms = f"Infinity norm of activations by layer and place, {held_out}"
     add("norms", norms, plots.panels, layers("inf_norm"), "layer", "infinity norm")
 
-    emerging, watched = emergence_curves(everyone)
+    emerging, watched = emergence_curves(everyone, {key: (title, 1) for key, (title, _) in EMERGING.items()})
     growth = (
         f"Emergence: outliers during training, from before the first update on. {watched} texts evenly spread over the "
         "held-out split, unmasked, eval mode, padding left out, as in the analysis (mean of the layers; norms: the "
@@ -400,22 +415,24 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
     return made
 
 
-def emergence_curves(runs: list[Run]) -> tuple[dict[str, list[tuple]], str]:
-    """({title: [(arm, values, steps)]}, how many texts they are of).
+def emergence_curves(runs: list[Run], statistics: dict[str, tuple[str, float]]) -> tuple[dict[str, list[tuple]], str]:
+    """({title: [(arm, values, steps)]}, how many texts they are of); `statistics` is {name: (title, factor)}.
 
     Results files that do not say how many were written when the texts were others (the shortest ones, masked): they
     are left out.
     """
     told = [run for run in runs if run.results and {"emergence", "emergence_texts"} <= run.results.keys()]
     curves: dict[str, list[tuple]] = {}
-    for statistic, (title, _) in EMERGING.items():
+    for statistic, (title, factor) in statistics.items():
         reduce = np.max if "inf_norm" in statistic else np.mean
         for run in told:
             entries = run.results["emergence"]
             for_layers = [by_layer(entry, statistic) for entry in entries]
             if entries and all(len(values) for values in for_layers):
                 steps = [entry["step"] for entry in entries]
-                curves.setdefault(title, []).append((run.arm, [reduce(values) for values in for_layers], steps))
+                curves.setdefault(title, []).append(
+                    (run.arm, [factor * reduce(values) for values in for_layers], steps)
+                )
     return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in told}))
 
 
@@ -434,6 +451,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
         "held_out": {"data_dir": str(data_dir), "sequences": sequences},
         "notes": warned,
         "answer": answer(runs, found),
+        "questions": {key: asdict(one) for key, one in questions(found).items()},
         "primary_metric": PRIMARY,
         "comparisons": {arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in compared.items()},
         "other_sets": [

@@ -12,7 +12,7 @@ import scipy.stats
 
 import quantization
 from outliers import IDLE, OUTLIER
-from pairs import POWER, SIGN_TEST, Comparison, below_noise, compare, no_interval, percent
+from pairs import POWER, SIGN_TEST, Comparison, below_noise, compare, compare_ratio, no_interval, percent
 from quantization import SCHEMES
 from runs import Run
 from sets import BASELINE, ComparisonSet, comparison_sets, in_a_pair
@@ -40,17 +40,41 @@ METRICS = {  # key: (label, the better end: -1 low, 0 neither)
     "residual_outliers": (f"residual stream: entries beyond ±{OUTLIER:g}, %", -1),
     "residual_ratio": ("residual stream: largest over median magnitude", -1),
     "context_kurtosis": ("attention context: excess kurtosis, mean of layers", -1),
+    "context_kurtosis_attending": ("attention context of queries that attend: excess kurtosis, mean of layers", -1),
+    "context_kurtosis_attending_heads": ("attention context of heads that attend: excess kurtosis, mean of layers", -1),
+    "context_inf_norm": ("attention context: infinity norm, largest layer", -1),
+    "context_near_zero": ("attention context: entries near zero, mean of heads, %", 0),
+    "attending_share": ("queries that attend, mean of heads, %", 0),
     "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
+    "attention_output_inf_norm": ("attention output: infinity norm, largest layer", -1),
     "sink_rate_first": ("sink rate of the first token, %", 0),
     "sink_rate_any": ("sink rate of any token, %", 0),
     "sink_rate_first_renormalised": ("sink rate of the first token, weights renormalised, %", 0),
     "sink_rate_any_renormalised": ("sink rate of any token, weights renormalised, %", 0),
     "sink_rate_any_or_null": ("sink rate of any token or nowhere, %", 0),
+    "sink_rate_any_above_start": ("sink rate of any token, above that at step 0, %", 0),
+    "sink_rate_any_renormalised_above_start": ("the same, weights renormalised, %", 0),
     "null_mass": ("null mass, mean of heads, %", 0),
     "idle_heads": (f"heads that do nothing (> {IDLE[1]:.0%} idle mass)", 0),
     "half_idle_heads": (f"heads that do little (> {IDLE[0]:.0%} idle mass)", 0),
 }
-GLANCE = (PRIMARY, QUANTIZED, FLOAT32, "ffn_output_kurtosis", "residual_inf_norm", "idle_heads", "null_mass")
+GLANCE = (
+    PRIMARY,
+    QUANTIZED,
+    FLOAT32,
+    "ffn_output_kurtosis",
+    "residual_inf_norm",
+    "sink_rate_any",
+    "sink_rate_any_renormalised",
+    "null_mass",
+    "context_kurtosis",
+    "context_kurtosis_attending",
+)
+SHARES = [key for key in METRICS if key.startswith("sink_rate") and not key.endswith("_above_start")]
+SHARES += ["null_mass", "context_near_zero", "attending_share"]  # of every head, shown as %
+# What differs between seeds by factors is compared by ratios too: {metric: what makes it a number above 0}. Full
+# kurtosis is 3 more than excess kurtosis.
+RATIOS = {key: 3.0 if "kurtosis" in key else 0.0 for key in METRICS if "kurtosis" in key or key.endswith("inf_norm")}
 
 
 def metrics(run: Run) -> dict[str, float | None]:
@@ -60,14 +84,42 @@ def metrics(run: Run) -> dict[str, float | None]:
     """
     if run.diverged:
         return dict.fromkeys(METRICS)
+    values = activation_metrics(run.places, run.attention)
+    before = at_step_0(run)
+    for key in ("sink_rate_any", "sink_rate_any_renormalised"):
+        known = None not in (values[key], before.get(key))
+        values[f"{key}_above_start"] = values[key] - before[key] if known else None
+    schemes = run.damage["schemes"]
+    values[FLOAT32] = schemes["float32"]["loss"]
+    values[QUANTIZED] = schemes.get("w8a8_static", {}).get("loss")
+    values |= {key: schemes.get(scheme, {}).get("gap") for key, scheme in GAPS.items()}
+    return {key: values[key] for key in METRICS}
+
+
+def at_step_0(run: Run) -> dict[str, float | None]:
+    """The metrics of activations and attention before the first update; empty where that model is not known."""
+    return activation_metrics(run.untrained["places"], run.untrained["attention"]) if run.untrained else {}
+
+
+def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> dict[str, float | None]:
+    """The metrics of METRICS that need one model and no quantization.
+
+    Args:
+        places, attention: of outliers.measure_model.
+    """
 
     def layers(place: str, statistic: str) -> np.ndarray | None:
-        found = [values[statistic] for name, values in run.places.items() if name.endswith(f".{place}")]
+        found = [values[statistic] for name, values in places.items() if name.endswith(f".{place}")]
         return np.array(found, dtype=float) if found else None
 
     def heads(statistic: str) -> np.ndarray | None:
-        found = [value for layer in run.attention.values() for value in layer[statistic]]
+        found = [value for layer in attention.values() for value in layer.get(statistic, ())]
         return np.array(found, dtype=float) if found else None
+
+    def contexts(statistic: str) -> np.ndarray | None:
+        """One number a layer, and none in a layer where nothing attends."""
+        found = np.array([layer.get(statistic, np.nan) for layer in attention.values()], dtype=float)
+        return found[~np.isnan(found)] if not np.isnan(found).all() else None
 
     found = {
         "ffn_output_kurtosis": (np.mean, layers("ffn_output", "kurtosis_sequence")),
@@ -77,21 +129,16 @@ def metrics(run: Run) -> dict[str, float | None]:
         "residual_outliers": (lambda shares: 100 * shares.mean(), layers("ffn_residual", "outlier_share")),
         "residual_ratio": (np.mean, layers("ffn_residual", "top1_to_median")),
         "context_kurtosis": (np.mean, layers("context", "kurtosis_sequence")),
+        "context_kurtosis_attending": (np.mean, contexts("context_kurtosis_attending")),
+        "context_kurtosis_attending_heads": (np.mean, contexts("context_kurtosis_attending_heads")),
+        "context_inf_norm": (np.max, layers("context", "inf_norm")),
         "attention_output_kurtosis": (np.mean, layers("attention_output", "kurtosis_sequence")),
-        **{
-            key: (lambda shares: 100 * shares.mean(), heads(key))
-            for key in METRICS
-            if key.startswith("sink_rate") or key == "null_mass"
-        },
+        "attention_output_inf_norm": (np.max, layers("attention_output", "inf_norm")),
+        **{key: (lambda shares: 100 * shares.mean(), heads(key)) for key in SHARES},
         "half_idle_heads": (lambda masses: (masses > IDLE[0]).sum(), heads("idle_mass")),
         "idle_heads": (lambda masses: (masses > IDLE[1]).sum(), heads("idle_mass")),
     }
-    values = {key: None if some is None else float(reduce(some)) for key, (reduce, some) in found.items()}
-    schemes = run.damage["schemes"]
-    values[FLOAT32] = schemes["float32"]["loss"]
-    values[QUANTIZED] = schemes.get("w8a8_static", {}).get("loss")
-    values |= {key: schemes.get(scheme, {}).get("gap") for key, scheme in GAPS.items()}
-    return {key: values[key] for key in METRICS}
+    return {key: None if some is None else float(reduce(some)) for key, (reduce, some) in found.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
@@ -128,13 +175,14 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
         before = {seed: metrics(pair[0]) for seed, pair in pairs.items()}
         after = {seed: metrics(pair[1]) for seed, pair in pairs.items()}
         found[arm] = {}
+        tests = 1 if arm == PRIMARY_ARM else len(exploratory)
         for metric in METRICS:
-            one = compare(
-                {seed: values[metric] for seed, values in before.items()},
-                {seed: values[metric] for seed, values in after.items()},
-                tests=1 if arm == PRIMARY_ARM else len(exploratory),
-            )
+            both = [{seed: values[metric] for seed, values in of_arm.items()} for of_arm in (before, after)]
+            one = compare(*both, tests=tests)
             if one is not None:
+                if metric in RATIOS:
+                    logs = compare_ratio(*both, shift=RATIOS[metric], tests=tests)
+                    one.ratio, one.ratio_low, one.ratio_high = ratio(logs)
                 if metric in GAPS:
                     of_pairs = [pairs[seed] for seed in one.seeds]
                     one.texts_low, one.texts_high = over_texts(of_pairs, GAPS[metric])
@@ -143,6 +191,12 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
                     )
                 found[arm][metric] = one
     return found
+
+
+def ratio(logs: Comparison | None) -> tuple[float | None, float | None, float | None]:
+    """Ratio of geometric means, arm over softmax0, and its interval, of a comparison of logarithms."""
+    ends = (None, None, None) if logs is None else (logs.difference, logs.low, logs.high)
+    return tuple(None if end is None else float(np.exp(end)) for end in ends)
 
 
 def ordered(group: ComparisonSet) -> list[str]:

@@ -556,6 +556,8 @@ SINK_RATES = tuple(
 )
 # A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
 IDLE = (0.5, 0.9)
+# A query of a head attends where at most this much of its attention goes nowhere: one bound for every class and n.
+ATTENDING = IDLE[0]
 
 
 @contextmanager
@@ -712,6 +714,8 @@ def uniform_attention(
     return found
 
 
+# One number a layer: kurtosis of the context of heads that do something, of heads that attend, of queries that do.
+CONTEXTS = ("context_kurtosis_active", "context_kurtosis_attending_heads", "context_kurtosis_attending")
 NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
 
 
@@ -720,7 +724,8 @@ class HeadVectors:
 
     Hooks the self-attention modules and their projections, under `eager_attention`; before every forward pass call
     `batch`. Holds the moments of the context of every sequence and head (40 bytes each), because only in the end it is
-    known which heads do nothing. Use as a context manager or call `remove()`.
+    known which heads do nothing; and of every sequence those of the queries that attend (ATTENDING), in all heads.
+    Use as a context manager or call `remove()`.
 
     Args:
         model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result.
@@ -729,6 +734,7 @@ class HeadVectors:
     def __init__(self, model: nn.Module):
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._moments: dict[str, list[Tensor]] = {}  # by layer: (B, H, 5) of every batch
+        self._attending: dict[str, list[Tensor]] = {}  # by layer: (B, 5) of every batch
         self._vectors: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
         self._classes: Tensor | None = None
@@ -780,6 +786,7 @@ class HeadVectors:
         size = squares.new_tensor(float(heads * context.shape[-1])) * queries.sum((1, 2))
         zero = context.abs().double() <= NEAR_ZERO * (squares / size).sqrt()[:, None, None, None]
         near_zero = (zero.double().mean(-1) * queries).sum(-1) / queries.sum(-1)  # (B, H)
+        attends = (1 - weights.sum(-1, dtype=torch.float64) <= ATTENDING) & real[:, None]  # (B, H, T)
         every = {
             "tokens": kinds.sum((0, 1)).expand(heads, -1),
             "queries": queries.sum().expand(heads),
@@ -787,6 +794,7 @@ class HeadVectors:
             "contribution": (contributed * queries[..., None]).sum((0, 2)),
             "logit_range": ((high - low) * queries).sum((0, 2)),
             "context_near_zero": near_zero.sum(0),
+            "attending_share": attends.double().sum((0, 2)),
             **{f"{part}_norm": torch.einsum("bht,btk->hk", norm, kinds) for part, norm in norms.items()},
         }
         largest = torch.maximum(high.abs(), low.abs()).masked_fill(~real[:, None], 0).amax((0, 2)).double()
@@ -794,22 +802,27 @@ class HeadVectors:
         sums["logit_max"] = torch.maximum(sums["logit_max"], largest)
         for what, total in every.items():
             sums[what] = sums[what] + total if what in sums else total
-        rows = context.transpose(1, 2)[real].flatten(0, 1)  # tokens x heads
-        group = real.nonzero()[:, :1] * heads + torch.arange(heads, device=real.device)
-        moments = Moments.of_rows(rows).merged(group.flatten(), len(real) * heads).sums
+        rows = Moments.of_rows(context.transpose(1, 2)[real].flatten(0, 1))  # tokens x heads
+        sequence = real.nonzero()[:, :1]
+        group = sequence * heads + torch.arange(heads, device=real.device)
+        moments = rows.merged(group.flatten(), len(real) * heads).sums
         self._moments.setdefault(name, []).append(moments.view(-1, heads, 5))
+        group = torch.where(attends.transpose(1, 2)[real], sequence, len(real))  # the others: a group that is dropped
+        moments = rows.merged(group.flatten(), len(real) + 1).sums
+        self._attending.setdefault(name, []).append(moments[:-1])
 
-    def result(self, idle: dict[str, list[float]]) -> dict[str, dict]:
-        """By layer, a list over its heads for every key, and one number for `context_kurtosis_active`.
+    def result(self, idle: dict[str, list[float]], null: dict[str, list[float]]) -> dict[str, dict]:
+        """By layer, a list over its heads for every key, and one number for each key of CONTEXTS.
 
         Args:
-            idle: {layer: idle mass of its heads}, of AttentionSinks.
+            idle, null: {layer: idle mass, null mass of its heads}, of AttentionSinks.
         """
         found = {}
         for layer, sums in self._sums.items():
             found[layer] = one = {"logit_max": sums["logit_max"].tolist()}
             one["logit_range"] = (sums["logit_range"] / sums["queries"]).tolist()
             one["context_near_zero"] = (sums["context_near_zero"] / sums["sequences"]).tolist()
+            one["attending_share"] = (sums["attending_share"] / sums["queries"]).tolist()
             for i, kind in enumerate(TOKEN_CLASSES):
                 for part in ("key", "value"):
                     one[f"{part}_norm_{kind}"] = (sums[f"{part}_norm"][:, i] / sums["tokens"][:, i]).tolist()
@@ -818,11 +831,15 @@ class HeadVectors:
             sequences, heads, _ = moments.shape
             kurtosis = Moments(moments.flatten(0, 1)).excess_kurtosis.view(sequences, heads)
             one["context_kurtosis"] = kurtosis.nanmean(0).tolist()
-            active = torch.tensor(idle[layer], dtype=torch.float64, device=moments.device) <= IDLE[0]
-            chosen = moments[:, active].flatten(0, 1)
-            group = torch.arange(sequences, device=moments.device).repeat_interleave(int(active.sum()))
-            merged = Moments(chosen).merged(group, sequences)
-            one["context_kurtosis_active"] = merged.excess_kurtosis.nanmean().item()
+            of_heads = (("active", idle, IDLE[0]), ("attending_heads", null, ATTENDING))
+            for key, mass, bound in of_heads:
+                some = torch.tensor(mass[layer], dtype=torch.float64, device=moments.device) <= bound
+                chosen = moments[:, some].flatten(0, 1)
+                group = torch.arange(sequences, device=moments.device).repeat_interleave(int(some.sum()))
+                merged = Moments(chosen).merged(group, sequences)
+                one[f"context_kurtosis_{key}"] = merged.excess_kurtosis.nanmean().item()
+            attending = Moments(torch.cat(self._attending[layer]))
+            one["context_kurtosis_attending"] = attending.excess_kurtosis.nanmean().item()
         return found
 
     def remove(self) -> None:
@@ -898,7 +915,8 @@ def measure_model(
     for place in places.values():
         for one in place.get("massive", {}).get("top", []):
             one["token"] = tokenizer.decode([one.pop("token_id")])
-    for layer, found in vectors.result({layer: one["idle_mass"] for layer, one in attention.items()}).items():
+    masses = [{layer: one[key] for layer, one in attention.items()} for key in ("idle_mass", "null_mass")]
+    for layer, found in vectors.result(*masses).items():
         attention[layer] |= found
     return places, attention, seen
 

@@ -55,6 +55,9 @@ class Comparison:
     texts_high: float | None = None
     baseline_floor: float | None = None  # of gaps: noise of the baseline's mean, where answer.py knows it
     floor: float | None = None  # the same of the arm's mean
+    ratio: float | None = None  # of the geometric means, arm over baseline, where answer.py has made one
+    ratio_low: float | None = None  # of its interval, at `confidence`
+    ratio_high: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -103,6 +106,28 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
     elif len(seeds) > 1 and _spread(after - before, max(np.abs(before).max(), np.abs(after).max())):
         _student(found, after - before, level)
     return found
+
+
+def compare_ratio(
+    baseline: dict[int, float | None], arm: dict[int, float | None], shift: float = 0.0, tests: int = 1
+) -> Comparison | None:
+    """Compare the natural logarithms of value + shift: what differs by factors is Gaussian, if at all, on that scale.
+
+    A difference of means is the work of the one seed with the largest value where seeds differ by factors; here exp of
+    `difference`, `low` and `high` is the ratio of geometric means, arm over baseline, and its interval. None where
+    there is no seed, or where value + shift has no logarithm, being 0 or less.
+
+    Args:
+        baseline, arm, tests: as in `compare`.
+        shift: 3 for excess kurtosis: full kurtosis is never below 1.
+    """
+    logs = []
+    for values in (baseline, arm):
+        shifted = {seed: None if value is None else value + shift for seed, value in values.items()}
+        if any(value is not None and value <= 0 for value in shifted.values()):
+            return None
+        logs.append({seed: None if value is None else float(np.log(value)) for seed, value in shifted.items()})
+    return compare(*logs, tests=tests)
 
 
 def _own(values: np.ndarray, level: float) -> tuple[float | None, float | None, float | None]:

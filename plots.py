@@ -13,7 +13,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 # Colours of different lightness, a marker and a dash for each arm, so that the plots read in grey too.
 LOOKS = [
@@ -107,6 +107,52 @@ def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str 
     _legend(figure, axes[0])
     _title(figure, title)
     return _png(figure)
+
+
+@plt.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13})
+def bundles(curves: dict[str, list[tuple]], bold: tuple[str, ...], axes_of: dict[str, tuple[str, str]]) -> bytes:
+    """Panels side by side, to be read at half the width: a thin line a run, and the median of an arm in bold.
+
+    Args:
+        curves: {title of the panel: [(arm, values, steps)]}; NaN leaves a gap.
+        bold: the arms whose runs are drawn; of every other arm, the median alone, thin.
+        axes_of: {title: (label of the axis, its scale: "linear" from 0 on, or "log")}.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 4.4), layout="constrained", squeeze=False)
+    arms = _arms(curve for lines in curves.values() for curve in lines)
+    arms = [arm for arm in bold if arm in arms] + [arm for arm in arms if arm not in bold]
+    for place, (name, lines) in zip(axes.flat, curves.items(), strict=True):
+        label, scale = axes_of[name]
+        for arm in arms:  # a later one lies on top: its dashes leave an earlier one that coincides visible
+            look = {**_look(arm, arms), "marker": ""}
+            runs = [(steps, values) for other, values, steps in lines if other == arm]
+            count = f"{len(runs)} run" + "s" * (len(runs) != 1)
+            if arm in bold:
+                for steps, values in runs:
+                    place.plot(steps, values, **{**look, "linestyle": "-"}, linewidth=0.9, alpha=0.55)
+            width = 3.2 if arm in bold else 1.1
+            place.plot(*_median(runs), **look, linewidth=width, label=f"{arm}: median of {count}")
+        place.set_yscale(scale)
+        if scale == "linear":
+            highest = max((np.nanmax(values, initial=0) for _, values, _ in lines), default=0)
+            place.set_ylim(-0.03 * (highest or 1), 1.06 * (highest or 1))
+        else:  # 5, 10, 20 and not 10^1
+            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.yaxis.set_major_formatter(ScalarFormatter())
+            place.yaxis.set_minor_formatter(NullFormatter())
+        place.set(title=name, xlabel="training step", ylabel=label)
+        place.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+def _median(runs: list[tuple[list[int], list[float]]]) -> tuple[list[int], list[float]]:
+    """Steps that more than half of the runs reached, and the median over these runs at each."""
+    at = [dict(zip(steps, values, strict=True)) for steps, values in runs]
+    there = {step: [one[step] for one in at if step in one] for step in sorted(set().union(*at))}
+    there = {step: values for step, values in there.items() if 2 * len(values) > len(at)}
+    return list(there), [float(np.median(values)) for values in there.values()]
 
 
 @plt.rc_context(STYLE)

@@ -12,11 +12,12 @@ import re
 import markdown
 import numpy as np
 
-from answer import GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer
+from answer import GAPS, GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer, metrics, noise
 from controls import CHECKS
 from interventions import DRAWS as RANDOM_DRAWS
 from interventions import INTERVENTIONS
 from outliers import (
+    ATTENDING,
     EMBEDDINGS,
     IDLE,
     LOGITS,
@@ -31,10 +32,11 @@ from outliers import (
     SINK_RATES,
     TOKEN_CLASSES,
 )
-from pairs import TEST, Comparison, no_interval, own_mean, percent
+from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
+from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from runs import OPTIONAL, Run, arms, by_layer, has, look_up
-from sets import BASELINE, comparison_sets, headline
+from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
 
 # The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
@@ -152,13 +154,18 @@ def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
                 f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
                 own(one.baseline_mean, one.baseline_std, one.baseline_floor, one.baseline_not_finite, one.pairs),
                 own(one.mean, one.std, one.floor, one.not_finite, one.pairs),
-                figure(one.difference),
-                no_interval(one) or f"{figure(one.low)} to {figure(one.high)}",
+                figure(one.difference) + ("" if one.ratio is None else f" (× {figure(one.ratio)})"),
+                no_interval(one) or f"{figure(one.low)} to {figure(one.high)}" + ratio_cell(one),
                 "–" if one.texts_low is None else f"{figure(one.texts_low)} to {figure(one.texts_high)}",
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
     return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
+
+
+def ratio_cell(one: Comparison) -> str:
+    """The interval of the ratio of geometric means, behind that of the difference; empty where there is none."""
+    return "" if one.ratio_low is None else f" (× {figure(one.ratio_low)} to {figure(one.ratio_high)})"
 
 
 def gap_cell(one: dict) -> str:
@@ -363,6 +370,9 @@ def vectors_table(runs: list[Run]) -> str:
         "context_near_zero": ("% of context near zero", np.mean, 100),
         "context_kurtosis": ("context kurtosis of a head", np.mean, 1),
         "context_kurtosis_active": ("context kurtosis, active heads", np.mean, 1),
+        "attending_share": ("% of queries that attend", np.mean, 100),
+        "context_kurtosis_attending": ("context kurtosis, attending queries", np.mean, 1),
+        "context_kurtosis_attending_heads": ("context kurtosis, attending heads", np.mean, 1),
     }
     depth = max(len(run.attention) for run in runs)
     return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], layer_rows(runs, labels))
@@ -486,10 +496,12 @@ def scored_said(runs: list[Run]) -> str:
     )
 
 
-def set_tables(finding: Finding, keys) -> list[str]:
-    """A table for every arm of a set, and under it what its intervals are."""
+def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
+    """A table for every arm of a set and under it what its intervals are; where `only` was compared, its alone."""
     parts = []
     for arm, one in finding.compared.items():
+        if only in finding.compared and arm != only:
+            continue
         some = next(iter(one.values()))
         over = (
             "One pair of runs: no interval over seeds."
@@ -504,14 +516,47 @@ def set_tables(finding: Finding, keys) -> list[str]:
     return parts
 
 
-def opening(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, record: bool) -> list[str]:
-    """Question, answer, the headline's comparison at a glance, notes."""
-    glance = set_tables(found[0], GLANCE) if found else []
+def answers(runs: list[Run], found: list[Finding], asked: dict[str, Answered]) -> list[str]:
+    """A sentence a question, or why there is none."""
+    if not asked:
+        return [f"**Answer.** {answer(runs, found)}"]
+    level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
+    return [
+        f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
+        "\n".join(f"- **{LABELS[key]}.** {one.said}" for key, one in asked.items()),
+        f"*{trained_with(found[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
+        f"intervals share an error of 5% (Bonferroni, {level} each). The primary one, named beforehand, has its own. "
+        f"The last sentence explores a cause ({EXPLAINING} intervals of {explaining}). ± is the sample standard "
+        "deviation over seeds; of what is compared by a ratio, means are geometric. DEFINITIONS.md has the rules.*",
+    ]
+
+
+def trained_with(finding: Finding) -> str:
+    """What the sentences hold for besides their scale, in one sentence: length, batch, optimizer, number format."""
+    run = finding.group.runs[0]
+    named = {
+        "effective_batch_size": "batches of {}",
+        "settings.max_length": "at most {} tokens a text",
+        "settings.learning_rate": "learning rate {}",
+        "settings.weight_decay": "weight decay {}",
+        "settings.optim": "{}",
+        "dtype": "{}",
+    }
+    values = {key: recorded(run, key) for key in named}
+    return f"Seen with {', '.join(named[key].format(value) for key, value in values.items() if value != NOT_RECORDED)}."
+
+
+def opening(
+    runs: list[Run], found: list[Finding], asked: dict[str, Answered], sequences: int, record: bool
+) -> list[str]:
+    """Question, answers, the headline's comparison at a glance."""
+    glance = set_tables(found[0], GLANCE, only=PRIMARY_ARM) if found else []
     measured = [run for run in runs if not run.diverged]
     if glance:
         glance.append(
             "*In bold the one metric that was named beforehand; the others explain it and are not corrected for their "
-            f"number. n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
+            "number here. In brackets with ×: the ratio of geometric means, of kurtosis that of full kurtosis (excess "
+            f"+ 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
             "interval over texts is a bootstrap: how far the difference depends on which texts were scored.*"
         )
     return [
@@ -520,10 +565,48 @@ def opening(runs: list[Run], warned: list[str], found: list[Finding], sequences:
         '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
         "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
         "static ranges, which extremes break, then cost less?",
-        f"**Answer.** {answer(runs, found)}",
+        *answers(runs, found, asked),
         *glance,
-        *(f"**Note.** {line}" for line in warned),
     ]
+
+
+def primary_section(runs: list[Run], found: list[Finding], asked: dict[str, Answered]) -> list[str]:
+    """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
+    return ["## INT8, the primary question: all that is concluded", answer(runs, found)] if asked else []
+
+
+def arms_section(found: list[Finding]) -> list[str]:
+    """Every arm of the headline's set beside the others, n by n; nothing of a set of two arms."""
+    by_arm = arms(in_a_pair(found[0].group)) if found else {}
+    if len(by_arm) < 3:
+        return []
+    controls = {arm for arm, some in by_arm.items() if some[0].results.get("settings", {}).get("control")}
+    order = sorted(by_arm, key=lambda arm: (arm in controls, by_arm[arm][0].results["softmax_n"], arm))
+    measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
+    values = {arm: [metrics(run) for run in some] for arm, some in measured.items()}
+    lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
+    rows = [["seeds", *(str(len(by_arm[arm])) + f" ({lost[arm]} diverged)" * bool(lost[arm]) for arm in order)]]
+    for key in GLANCE:
+        cells = []
+        for arm in order:
+            floor = noise(measured[arm], GAPS[key]) if key in GAPS and measured[arm] else None
+            cells.append(over_seeds([one[key] for one in values[arm]], floor))
+        rows.append([METRICS[key][0], *cells])
+    return [
+        "## Dose response: all arms",
+        table(["", *order], rows),
+        "*Mean ± sample standard deviation over the seeds of an arm, those in a pair. No test: comparisons with "
+        f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
+    ]
+
+
+def over_seeds(values: list[float | None], floor: float | None) -> str:
+    known = np.array([value for value in values if value is not None], dtype=float)
+    if not len(known):
+        return "–"
+    if lost := int((~np.isfinite(known)).sum()):
+        return f"not finite in {lost} of {len(known)}"
+    return own_mean(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None, floor)
 
 
 def summary_section(runs: list[Run]) -> list[str]:
@@ -698,7 +781,9 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
         "norm of the value; largest minus smallest logit of a query; share of a head's context entries of at most "
         f"{NEAR_ZERO:.0%} of the layer's root mean square; excess kurtosis of the context of one head, and of heads "
-        f"with an idle mass of at most {IDLE[0]:.0%}. Mean over heads and runs; largest logit: of all heads.*",
+        f"with an idle mass of at most {IDLE[0]:.0%} (active); of the queries whose attention goes nowhere by at most "
+        f"{ATTENDING:.0%} (attending), head by head and of heads whose mean query is one. Mean over heads and runs; "
+        "largest logit: of all heads.*",
         "## Interventions",
         interventions_table(runs),
         "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "
@@ -762,15 +847,21 @@ def report(
     pictures: dict[str, str],
     record: bool,
 ) -> str:
-    """The whole report as Markdown; `pictures` is {file name: caption}, shown behind the answer.
+    """The whole report as Markdown; `pictures` is {file name: caption}, the first one shown behind the first table.
 
     `found` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
     Tables with a column a run show all runs, tables of arms the headline's alone.
     """
     measured = [run for run in runs if not run.diverged]
+    asked = questions(found)
+    shown = [f"![{caption}]({name})" for name, caption in pictures.items()]
     parts = [
-        *opening(runs, warned, found, sequences, record),
-        *(f"![{caption}]({name})" for name, caption in pictures.items()),
+        *opening(runs, found, asked, sequences, record),
+        *shown[:1],
+        *(f"**Note.** {line}" for line in warned),
+        *primary_section(runs, found, asked),
+        *arms_section(found),
+        *shown[1:],
         *summary_section(runs),
         *comparisons_section(found),
         *(damage_section(measured) if measured else []),

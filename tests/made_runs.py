@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from outliers import EMBEDDINGS, LOGITS, PLACES, SINK_RATES, TOKEN_CLASSES
+from outliers import CONTEXTS, EMBEDDINGS, LOGITS, PLACES, SINK_RATES, TOKEN_CLASSES
 from runs import Run
 from tables import shortest
 
@@ -93,7 +93,8 @@ def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: 
     top = {"value": size, "ratio": size, "token": "la", "position": 1, "channel": 2}
     values["massive"] = {"count": 1, "above_100": 1, "above_1000_medians": 1, "top": [top]}
     masses = "mass_first mass_separator mass_punctuation mass_self null_mass idle_mass entropy".split()
-    heads = {key: [size / 10, size / 10] for key in (*masses, *SINK_RATES)}
+    masses += ["context_near_zero", "attending_share"]
+    heads = {key: [size / 10, size / 10] for key in (*masses, *SINK_RATES)} | dict.fromkeys(CONTEXTS, size)
     places = {f"layer.{layer}.{place}": values for layer in range(2) for place in PLACES}
     parameter = "roberta.encoder.layer.0.output.dense.weight"
     return Run(

@@ -17,6 +17,7 @@ import scipy.stats
 import torch
 import transformers
 from conftest import TEXTS, save_tokenizer
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
@@ -31,12 +32,13 @@ from transformers import (
 import analyze_kurtosis
 import arms
 import plots
-from analyze_kurtosis import EMERGING, pictures
+from analyze_kurtosis import EMERGING, SEEDS, pictures
 from answer import GLANCE
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import measure_model, weight_excess_kurtosis
 from packing import MaskedLMCollator
+from questions import LABELS
 from record import weights_sha256
 from report import entry_cell, gap_cell, html_page
 from runs import Run, by_layer, find_runs
@@ -71,7 +73,7 @@ def results_of(model, name, softmax_n):
         "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
         "emergence_texts": 64,
         "emergence": [
-            {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING}}
+            {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING | SEEDS}}
             for step in (0, 1000, 3000)
         ],
         "hardware": {"device": "cuda", "name": "NVIDIA H200", "count": 1},
@@ -153,7 +155,7 @@ def rows(text, section=None):
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
-PICTURES = ("damage", "kurtosis", "norms", "emergence", "loss", "attention_map", "histograms")
+PICTURES = ("emergence_seeds", "damage", "kurtosis", "norms", "emergence", "loss", "attention_map", "histograms")
 
 
 def test_report_of_two_runs(workplace, capsys):
@@ -201,13 +203,18 @@ def test_report_of_two_runs(workplace, capsys):
     assert "a, b, c and 1 more (1,000 samples), 1 × NVIDIA H200" in text
 
     # One pair: figures, but no interval and no conclusion.
-    assert "**Answer.** Open: one pair of 3,000 steps (seed 42), no test." in text
-    assert "Nothing can be concluded about softmax1" in text
+    for label in LABELS.values():
+        assert f"\n- **{label}.** Open, from one pair (seed 42) nothing is concluded" in text
+    primary = text.partition("## INT8, the primary question")[2].partition("\n## ")[0]
+    assert "Open: one pair of 3,000 steps (seed 42), no test." in primary
+    assert "Nothing can be concluded about softmax1" in primary
     glance = rows(text.partition("![")[0])
     assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval over seeds", "95% interval over texts"]
     assert glance["null mass, mean of heads, %"][3] == "one pair: no interval"
     assert len(glance) == 2 + len(GLANCE)  # header and rule
-    assert text.index("**Answer.**") < text.index("![") < text.index("## Summary")
+    order = ("**Answer.**", "- **Sinks.**", "| **W8A8 static", "](emergence_seeds.png)", "## INT8", "](damage.png)")
+    places = [text.index(part) for part in (*order, "## Summary")]
+    assert places == sorted(places) and "Dose response" not in text  # two arms
 
 
 def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
@@ -392,6 +399,55 @@ def test_emergence_starts_before_the_first_update_and_says_of_which_texts(workpl
     assert labels.keys() >= curves.keys() and all(labels.values())
 
 
+def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(monkeypatch):
+    """By what matplotlib is told to draw; step 0 first, and a run that diverged does not cut the others' median."""
+    drawn = []
+    plot = Axes.plot
+
+    def watched(self, *data, **look):
+        drawn.append((self.get_title(), np.array(data[1], dtype=float).tolist(), look))
+        return plot(self, *data, **look)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    steps = [0, 100, 200]
+    seeds = {"softmax0": ([0, 1, 9], [0, 2, 8], [0, 3]), "softmax1": ([0, 1, 1],), "softmax4": ([0, 5, 5], [0, 7, 7])}
+    curves = [(arm, values, steps[: len(values)]) for arm, runs in seeds.items() for values in runs]
+    axes_of = {"sinks": ("%", "linear"), "norm": ("norm", "log")}
+    both = {"sinks": curves, "norm": [(arm, [value + 1 for value in values], at) for arm, values, at in curves]}
+    assert plots.bundles(both, ("softmax0", "softmax1"), axes_of).startswith(b"\x89PNG")
+    first = [(values, look) for _, values, look in drawn[: len(drawn) // 2]]  # the first panel
+    lines = [values for values, look in first if "label" not in look]
+    assert sorted(lines) == sorted([*seeds["softmax0"], *seeds["softmax1"]])  # of other arms the median alone
+    medians = {
+        look["label"].partition(":")[0]: (values, look["linewidth"]) for values, look in first if "label" in look
+    }
+    assert {arm: values for arm, (values, _) in medians.items()} == {
+        "softmax0": [0, 2, 8.5],
+        "softmax1": [0, 1, 1],
+        "softmax4": [0, 6, 6],
+    }
+    assert medians["softmax0"][1] > 2 * medians["softmax4"][1]
+
+
+def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(workplace, monkeypatch):
+    drawn = {}
+
+    def bundles(curves, bold, axes_of):
+        drawn.update(curves=curves, bold=bold, axes_of=axes_of)
+        return b"a picture"
+
+    monkeypatch.setattr(analyze_kurtosis.plots, "bundles", bundles)
+    runs = find_runs([], workplace / "results", workplace / "models")
+    for run in runs:
+        run.damage = {"schemes": {}}
+    made = pictures(runs, 4)
+    assert next(iter(made)) == "emergence_seeds.png" and "64 held-out texts" in made["emergence_seeds.png"][0]
+    sinks, norm = drawn["curves"].values()
+    assert sinks[0] == ("softmax0", [50.0, 150.0, 350.0], [0, 1000, 3000])  # the mean of two layers
+    assert norm[1] == ("softmax1", [1.0, 2.0, 4.0], [0, 1000, 3000])  # the larger of two layers
+    assert drawn["bold"] == ("softmax0", "softmax1") and drawn["axes_of"].keys() == drawn["curves"].keys()
+
+
 def test_results_without_emergence_are_analysed(workplace):
     """What older versions of train_model.py wrote: nothing, or figures of other texts."""
     for file, lacking in zip((workplace / "results").glob("*.json"), ("emergence", "emergence_texts"), strict=True):
@@ -399,8 +455,8 @@ def test_results_without_emergence_are_analysed(workplace):
         del results[lacking]
         file.write_text(json.dumps(results))
     analyse(workplace)
-    assert not (workplace / "results" / "emergence.png").exists()
-    assert "emergence.png" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    assert not list((workplace / "results").glob("emergence*.png"))
+    assert "](emergence" not in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
 def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):

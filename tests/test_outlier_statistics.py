@@ -394,18 +394,20 @@ def test_vectors_of_heads_by_hand(n):
     _, attention, _ = measure_model(model, [padded], Tokenizer())
     found, layer = attention["layer.1"], model.roberta.encoder.layer[1].attention.self
     classes = token_classes(padded["input_ids"], Tokenizer())
-    collected = {}
+    collected, attending = {}, []
     for row, kind, length in zip(padded["input_ids"], classes, lengths, strict=True):
         with torch.no_grad():
             x = model.roberta(row[None, :length], output_hidden_states=True).hidden_states[1]
         kind = kind[:length].numpy()
         q, k, v = (part(x)[0].detach().double().numpy() for part in (layer.query, layer.key, layer.value))
-        context = []
+        context, attends = [], []
         for head in range(2):
             part = slice(8 * head, 8 * head + 8)
             logits = q[:, part] @ k[:, part].T / 8**0.5
             weights = np.exp(logits) / (n + np.exp(logits).sum(1, keepdims=True))
             context.append(weights @ v[:, part])
+            attends.append(1 - weights.sum(1) <= 0.5)
+            collected.setdefault(("attending_share", head), []).extend(attends[head])
             norms = {"key": np.linalg.norm(k[:, part], axis=1), "value": np.linalg.norm(v[:, part], axis=1)}
             for i, name in enumerate(outliers.TOKEN_CLASSES):
                 for which, norm in norms.items():
@@ -415,6 +417,8 @@ def test_vectors_of_heads_by_hand(n):
             collected.setdefault(("logit_range", head), []).extend(np.ptp(logits, axis=1))
             collected.setdefault(("logit_max", head), []).append(np.abs(logits).max())
             collected.setdefault(("context_kurtosis", head), []).append(scipy.stats.kurtosis(context[head].ravel()))
+        chosen = np.concatenate([one[which] for one, which in zip(context, attends, strict=True)])
+        attending.append(scipy.stats.kurtosis(chosen.ravel()) if chosen.size else np.nan)
         bound = 0.01 * np.sqrt(np.mean(np.square(context)))
         for head in range(2):
             collected.setdefault(("context_near_zero", head), []).append((np.abs(context[head]) <= bound).mean())
@@ -424,8 +428,9 @@ def test_vectors_of_heads_by_hand(n):
     assert {key for key, _ in collected} == found.keys() - {
         *("mass_first mass_separator mass_punctuation mass_self null_mass entropy idle_mass".split()),
         *SINK_RATES,
-        "context_kurtosis_active",
+        *outliers.CONTEXTS,
     }
+    assert found["context_kurtosis_attending"] == pytest.approx(np.nanmean(attending), rel=1e-4)
 
 
 def test_context_of_the_heads_that_do_something():
@@ -441,11 +446,44 @@ def test_context_of_the_heads_that_do_something():
         vectors.add("layer.0", torch.full((1, 3, 5, 5), 0.2), *rows)
     kept = np.concatenate([context[..., :4], context[..., 8:]], -1)
     expected = np.mean([scipy.stats.kurtosis(one.ravel()) for one in kept])
-    (found,) = vectors.result({"layer.0": [0.2, 0.9, 0.5]}).values()
+    nowhere = {"layer.0": [0.0, 0.0, 0.0]}
+    (found,) = vectors.result({"layer.0": [0.2, 0.9, 0.5]}, nowhere).values()
     assert found["context_kurtosis_active"] == pytest.approx(expected, rel=1e-5)
     assert found["context_near_zero"][1] > 0.5 > found["context_near_zero"][0]
-    (found,) = vectors.result({"layer.0": [0.6, 0.9, 0.51]}).values()
+    (found,) = vectors.result({"layer.0": [0.6, 0.9, 0.51]}, {"layer.0": [0.2, 0.9, 0.5]}).values()
     assert math.isnan(found["context_kurtosis_active"])
+    assert found["context_kurtosis_attending_heads"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_context_of_the_queries_that_attend():
+    """Queries that give the null slot more than half are left out, head by head; so is padding."""
+    vectors = outliers.HeadVectors(torch.nn.Identity())
+    mask = torch.ones(2, 5)
+    mask[1, 3:] = 0
+    context = random_values(2, 5, 8) ** 3
+    others = [random_values(2, 5, 8, seed=i) for i in range(3)]
+    weights = torch.full((2, 2, 5, 5), 0.1)  # sums to 0.5: attends just so
+    context[0, 1:, :4] *= 1e-4
+    weights[0, 0, 1:] = 0.09
+    weights[1] = torch.where(mask[1] > 0, 0.5 / 3, 0.0)
+    vectors.batch(mask)
+    vectors.add(
+        "layer.0", weights * mask[:, None, None] * torch.tensor([1, 5 / 3])[:, None, None, None], *others, context
+    )
+    expected = np.mean(
+        [
+            scipy.stats.kurtosis(np.concatenate([context[0, :1, :4].ravel(), context[0, :, 4:].ravel()])),
+            scipy.stats.kurtosis(context[1, :3].ravel()),
+        ]
+    )
+    (found,) = vectors.result({"layer.0": [0.0, 0.0]}, {"layer.0": [0.4, 0.5]}).values()
+    assert found["context_kurtosis_attending"] == pytest.approx(expected, rel=1e-5)
+    assert found["attending_share"] == [0.5, 1.0]
+    nulled = outliers.HeadVectors(torch.nn.Identity())
+    nulled.batch(mask)
+    nulled.add("layer.0", weights * 0.5, *others, context)
+    (found,) = nulled.result({"layer.0": [0.0, 0.0]}, {"layer.0": [0.9, 0.9]}).values()
+    assert math.isnan(found["context_kurtosis_attending"]) and math.isnan(found["context_kurtosis_attending_heads"])
 
 
 def flat(found):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pairs import SIGN_TEST, TEST, compare, detectable_effect, no_interval, percent
+from pairs import SIGN_TEST, TEST, compare, compare_ratio, detectable_effect, no_interval, percent
 
 
 def test_three_pairs_by_hand():
@@ -95,3 +95,19 @@ def test_the_detectable_effect_is_that_of_the_noncentral_t():
     effect = detectable_effect(20, 1.0)
     critical = scipy.stats.t.ppf(0.975, 19)
     assert scipy.stats.nct.sf(critical, 19, effect * math.sqrt(20)) == pytest.approx(0.8, abs=1e-5)
+
+
+def test_ratios_are_compared_as_logarithms():
+    """A factor of a third in every pair: the difference of means is the work of the largest seed, the ratio is not."""
+    before, after = {1: 10.0, 2: 40.0, 3: 300.0}, {1: 3.3, 2: 13.5, 3: 99.0}
+    found = compare_ratio(before, after)
+    logs = np.log([3.3 / 10, 13.5 / 40, 99 / 300])
+    interval = scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert found.difference == pytest.approx(logs.mean()) and (found.low, found.high) == pytest.approx(tuple(interval))
+    assert found.high < 0 < compare(before, after).high
+    assert found.mean == pytest.approx(np.log([3.3, 13.5, 99]).mean())
+    shifted = compare_ratio({1: -1.0, 2: 0.0, 4: None}, {1: 1.0, 2: 0.5, 4: 1.0}, shift=3.0, tests=2)
+    assert shifted.difference == pytest.approx(np.mean(np.log([4 / 2, 3.5 / 3]))) and shifted.confidence == 0.975
+    assert compare_ratio({1: 0.0}, {1: 1.0}) is None and compare_ratio({1: 1.0}, {2: 1.0}) is None
+    lost = compare_ratio({1: math.inf, 2: 2.0}, {1: 1.0, 2: math.nan})
+    assert (lost.lower, lost.higher, lost.test) == (1, 1, SIGN_TEST)

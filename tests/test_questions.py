@@ -1,0 +1,359 @@
+"""One sentence for each question: every row of DEFINITIONS.md's tables, with made-up results."""
+
+import inspect
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from made_runs import diverged, made, pairs
+
+import questions as module
+from answer import findings
+from questions import REMOVAL, explained, keeping, questions, rescued
+from report import arms_section, report
+
+SEEDS = (42, 43, 44)
+
+
+def with_values(before: dict, after: dict, start: float | None = 0.0, **changes):
+    """Pairs in which softmax0 and softmax1 have these values, a list over the seeds for each metric."""
+    runs = []
+    for i, seed in enumerate(SEEDS[: len(next(iter(before.values())))]):
+        for n, values in ((0, before), (1, after)):
+            one = {key: some[i] for key, some in values.items()}
+            run = made(n, seed, one.get("gap", 0.5 + 0.1 * n), one.get("loss", 3.0), **changes)
+            raw = one.get("sinks", 0.0) / 100
+            rates = {"sink_rate_any": raw, "sink_rate_any_renormalised": one.get("renormalised", 100 * raw) / 100}
+            layer = run.attention["layer.0"] | {key: [rate, rate] for key, rate in rates.items()}
+            layer["context_kurtosis_attending"] = one.get("attending", 1.0)
+            run.attention = dict.fromkeys(run.attention, layer)
+            run.places = {name: dict(values) for name, values in run.places.items()}
+            for name, values in run.places.items():
+                if name.endswith("ffn_residual"):
+                    values["inf_norm"] = one.get("norm", 5.0)
+                if name.endswith("ffn_output"):
+                    values["kurtosis_sequence"] = one.get("kurtosis", 1.0)
+                if name.endswith(".context"):
+                    values["kurtosis_sequence"] = one.get("context", 1.0)
+            if start is not None:
+                before_training = layer | {key: [start / 100] * 2 for key in rates}
+                run.untrained = {"places": run.places, "attention": {"layer.0": before_training}}
+            runs.append(run)
+    return runs
+
+
+def ask(runs, question):
+    return questions(findings(runs))[question]
+
+
+MANY, FEW, NONE = [20.0, 23.0, 25.0], [5.0, 7.0, 9.0], [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "begins"),
+    [
+        (MANY, [0.1, 0.2, 0.0], "removed", "Softmax1 removes attention sinks, also among the attention that"),
+        (MANY, NONE, "removed", "Softmax1 removes attention sinks"),  # no spread: the value counts
+        (MANY, FEW, "reduced", "Softmax1 reduces attention sinks"),
+        (FEW, MANY, "increased", "Softmax1 increases attention sinks"),
+        (NONE, MANY, "increased", "Softmax1 increases attention sinks"),
+        ([0.0, 0.1, 0.2], [0.0, 0.0, 40.0], "nothing to remove", "Softmax0 has no attention sinks that could be"),
+        (NONE, [0.1, 0.2, 0.0], "nothing in either arm", "Neither softmax0 nor softmax1 has attention sinks, so"),
+        ([0.0, 0.0, 40.0], [0.0, 0.1, 0.2], "undecided", "Whether softmax1 removes attention sinks cannot be said"),
+        ([20.0], [0.0], "one pair", "Open, from one pair (seed 42) nothing is concluded about attention sinks"),
+    ],
+)  # fmt: skip
+def test_sinks(before, after, kind, begins):
+    found = ask(with_values({"sinks": before}, {"sinks": after}), "sinks")
+    assert found.kinds["sink_rate_any"] == kind and found.said.startswith(begins)
+    assert (REMOVAL.keys() | {"one pair"}) >= {kind}
+    one = found.comparisons["sink_rate_any_above_start"]
+    assert one.confidence == pytest.approx(1 - 0.05 / 4)
+    if one.low is not None:
+        low, high = scipy.stats.ttest_1samp(np.subtract(after, before), 0).confidence_interval(1 - 0.05 / 4)
+        assert (one.low, one.high) == pytest.approx((low, high)) and "98.8% interval from" in found.said
+    assert f"over {'one pair' if len(before) == 1 else '3 pairs'} of 3,000 steps" in found.said
+
+
+def test_step_0_is_taken_away():
+    """20 % of which 19.9 were there before training are no sinks that training made."""
+    runs = with_values({"sinks": [20.0, 20.1, 20.2]}, {"sinks": [19.9, 20.0, 20.1]}, start=19.9)
+    found = ask(runs, "sinks")
+    assert found.kinds["sink_rate_any"] == "nothing in either arm" and "above step 0 (19.9 %)" in found.said
+    runs[0].untrained = {}
+    found = ask(runs, "sinks")
+    assert found.kinds["sink_rate_any"] == "undecided" and "step 0 is not known" in found.said
+    assert found.comparisons.keys() == {"sink_rate_any", "sink_rate_any_renormalised"}
+
+
+@pytest.mark.parametrize(
+    ("renormalised", "kind", "said"),
+    [
+        ([0.1, 0.2, 0.3], "removed", "sinks, also among the attention that tokens get at all: "),
+        ([9.0, 11.0, 15.0], "reduced", "sinks, also among the attention that tokens get at all: "),
+        ([10.0, 40.0, 20.0], "undecided", "sinks, but that is not shown among the attention that tokens get at all: "),
+        ([60.0, 61.0, 66.0], "increased", "sinks, but increases them among the attention that tokens get at all: "),
+    ],
+)
+def test_fewer_sinks_by_the_null_slot_alone(renormalised, kind, said):
+    before = {"sinks": MANY}
+    found = ask(with_values(before, {"sinks": FEW, "renormalised": renormalised}), "sinks")
+    assert found.kinds == {"sink_rate_any": "reduced", "sink_rate_any_renormalised": kind} and said in found.said
+    # It is tested only where the first is shown.
+    found = ask(with_values(before, {"sinks": [0.0, 40.0, 20.0], "renormalised": renormalised}), "sinks")
+    assert found.kinds == {"sink_rate_any": "undecided"} and "among the attention" not in found.said
+
+
+LARGE, SMALLER, SMALL = [30.0, 90.0, 300.0], [9.0, 28.0, 88.0], [4.0, 4.1, 4.2]
+
+
+@pytest.mark.parametrize(("key", "shift"), [("norm", 0), ("kurtosis", 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (LARGE, SMALL, "undecided"),  # a ratio from 0.13 to 0.014: three pairs of such a spread show nothing
+        ([30.0, 31.0, 33.0], SMALL, "removed"),
+        (LARGE, SMALLER, "reduced"),  # a constant factor, which the difference of means does not show
+        (SMALLER, LARGE, "increased"),
+        (SMALL, [4.1, 4.0, 40.0], "nothing to remove"),
+        (SMALL, [4.3, 4.5, 4.7], "nothing in either arm"),  # a rise that is shown, and no outliers
+        ([30.0], [4.0], "one pair"),
+    ],
+)
+def test_outliers(key, shift, before, after, kind):
+    """Both by ratios; full kurtosis is 3 more than the excess that is measured, and the bound is 6 for both."""
+    metric = {"norm": "residual_inf_norm", "kurtosis": "ffn_output_kurtosis"}[key]
+    runs = with_values({key: np.subtract(before, shift)}, {key: np.subtract(after, shift)})
+    found = ask(runs, "outliers")
+    assert found.kinds[metric] == kind
+    other = "ffn_output_kurtosis" if key == "norm" else "residual_inf_norm"
+    assert found.kinds[other] == ("one pair" if len(before) == 1 else "nothing in either arm")
+    assert found.said.lower().count("outliers by the") == 2  # a verdict each
+    ratios = np.log(after) - np.log(before)
+    assert found.comparisons[metric].difference == pytest.approx(ratios.mean())
+    if len(before) > 1:
+        interval = scipy.stats.ttest_1samp(ratios, 0).confidence_interval(1 - 0.05 / 4)
+        one = found.comparisons[metric]
+        assert (one.low, one.high) == pytest.approx(tuple(interval))
+        ends = f"98.8% interval from {module.figure(math.exp(one.low))} to {module.figure(math.exp(one.high))}"
+        assert f"ratio {module.figure(math.exp(one.difference))} ({ends})" in found.said
+        table = findings(runs)[0].compared["softmax1"][metric]
+        assert table.ratio == pytest.approx(math.exp(ratios.mean())) and table.ratio_low > math.exp(one.low)
+
+
+def test_a_norm_that_is_no_number():
+    found = ask(with_values({"norm": [math.inf, 30.0, 31.0]}, {"norm": SMALL}), "outliers")
+    assert found.kinds["residual_inf_norm"] == "undecided" and "not finite in 1 of 3 pairs; sign test" in found.said
+
+
+BASE = [3.00, 3.10, 3.05]
+
+
+@pytest.mark.parametrize(
+    ("differences", "kind", "begins"),
+    [
+        ([0.0010, -0.0005, 0.0002], "kept", "Softmax1 keeps held-out loss: softmax1 "),
+        ([0.0030, 0.0031, 0.0032], "kept", "Softmax1 keeps held-out loss: softmax1 "),  # shown, and inside the margin
+        ([0.10, 0.11, 0.12], "worse", "Softmax1 makes held-out loss worse: "),
+        ([-0.10, -0.11, -0.12], "better", "Softmax1 makes held-out loss better: "),
+        (
+            [0.010, 0.012, 0.014],
+            "worse, perhaps within the margin",
+            "Softmax1 makes held-out loss worse, though perhaps by less than the margin of 0.01 nats: ",
+        ),
+        (
+            [-0.010, -0.012, -0.014],
+            "better, perhaps within the margin",
+            "Softmax1 makes held-out loss better, though perhaps by less than the margin of 0.01 nats: ",
+        ),
+        ([0.03, -0.02, 0.01], "undecided", "Whether softmax1 keeps held-out loss cannot be said: "),
+        ([0.03], "one pair", "Open, from one pair (seed 42) nothing is concluded: "),
+    ],
+)
+def test_held_out_loss(differences, kind, begins):
+    before = BASE[: len(differences)]
+    runs = with_values({"loss": before}, {"loss": np.add(before, differences)})
+    found = ask(runs, "held_out_loss")
+    assert found.kinds == {"held_out_loss": kind} and found.said.startswith(begins)
+    if len(differences) > 1:
+        one = found.comparisons["held_out_loss"]
+        test = scipy.stats.ttest_1samp(differences, 0)
+        assert (one.low, one.high) == pytest.approx(tuple(test.confidence_interval(1 - 0.05 / 4)))
+        assert (one.low90, one.high90) == pytest.approx(tuple(test.confidence_interval(1 - 0.1 / 4)))
+        assert ("not inside the margin" in found.said) == (kind != "kept")
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_loss_is_not_kept_where_a_run_diverged(n):
+    runs = with_values({"loss": BASE}, {"loss": np.add(BASE, [0.0010, -0.0005, 0.0002])})
+    found = ask([*runs, diverged(n, 60), made(1 - n, 60)], "held_out_loss")
+    assert found.kinds == {"held_out_loss": "undecided"} and f"seed 60: softmax{n} diverged at step" in found.said
+    assert "over 3 pairs of 3,000 steps in which both arms were trained" in found.said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "begins"),
+    [
+        ([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], "less harmful", "Softmax1 makes quantization less harmful here: static"),
+        ([1.0, 1.2, 1.1], [2.0, 2.1, 2.2], "more harmful", "Softmax1 makes quantization more harmful here"),
+        ([0.5, 0.601, 0.7], [0.501, 0.6, 0.7], "equivalent", "Softmax1 and softmax0 are equivalent in what"),
+        ([0.5, 0.601, 0.7], [0.495, 0.5961, 0.6951], "differs within the margin", "Softmax1 differs, by less than"),
+        ([0.002, 0.0021, 0.001], [0.001, 0.0015, 0.002], "nothing to rescue", "There is nothing to rescue, quantiz"),
+        ([0.002, 0.0021, 0.001], [0.0, 0.5, 0.9], "nothing to rescue", "There is nothing to rescue in softmax0 (upper"),
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5], "undecided", "Whether softmax1 rescues INT8 cannot be said: static W8A8"),
+        ([2.0], [1.0], "one pair", "Open, from one pair (seed 42) nothing is concluded: static W8A8"),
+        ([math.nan] * 3, [1.0] * 3, "undecided", "Whether softmax1 rescues INT8 cannot be said: softmax0's loss after"),
+    ],
+)  # fmt: skip
+def test_int8(before, after, kind, begins):
+    found = ask(pairs(before, after), "int8")
+    assert found.kinds == {"w8a8_static_gap": kind} and found.said.startswith(begins)
+    if len(before) > 1 and np.isfinite(before).all():
+        assert "(95% interval from" in found.said  # the primary question shares its error with none
+    if begins.startswith("There is nothing to rescue in softmax0"):
+        assert "; whether the arms differ cannot be said: " in found.said
+
+
+def test_int8_takes_back_and_stops_as_the_whole_answer_does():
+    found = ask(pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], after_loss=5.0), "int8")
+    assert found.said.startswith("Softmax1 makes quantization less harmful here, but the quantized model is worse: ")
+    runs = pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1])
+    runs[0].damage["self_check"] = {"passed": None}
+    assert ask(runs, "int8").said.endswith("they have learnt too little that quantization could destroy.")
+    runs[1].damage["self_check"] = {"passed": False}
+    asked = questions(findings(runs))
+    assert asked["int8"].kinds == {"w8a8_static_gap": "failed check"}
+    assert asked["int8"].said.startswith("None: the instrument failed its own check on esperberto-softmax1-seed42")
+    assert asked["held_out_loss"].kinds == {"held_out_loss": "undecided"}  # which needs no quantization
+    assert rescued(findings(pairs([2.0], [1.0]))[0].compared["softmax1"]["w8a8_static_gap"], "") == "one pair"
+    assert ask([made(0, 42, None), made(1, 42, None)], "int8").kinds == {"w8a8_static_gap": "not measured"}
+
+
+PLAIN = [3.0, 3.4, 3.8]
+
+
+@pytest.mark.parametrize(
+    ("context", "attending", "kind", "begins"),
+    [
+        ([110, 120, 130], [3.1, 3.3, 3.9], "supported", "Queries whose attention goes nowhere explain the higher"),
+        ([110, 120, 130], [9.0, 10.0, 11.0], "in part", "Queries whose attention goes nowhere explain the higher"),
+        ([110, 120, 130], [111, 119, 130], "not supported", "That queries whose attention goes nowhere explain the"),
+        ([110, 120, 130], [0.0, 120, 900], "undecided", "Whether queries whose attention goes nowhere explain"),
+        ([0.0, 0.4, 0.8], [0.0, 0.4, 0.8], "nothing to explain", "The kurtosis of the attention context is lower with"),
+        ([3.1, 3.3, 3.9], [3.1, 3.3, 3.9], "no rise shown", "That softmax1 raises the kurtosis of the attention"),
+        ([110], [3.3], "one pair", "Open, from one pair (seed 42) nothing is concluded: full kurtosis"),
+    ],
+)  # fmt: skip
+def test_explanation(context, attending, kind, begins):
+    before = {key: PLAIN[: len(context)] for key in ("context", "attending")}
+    found = ask(with_values(before, {"context": context, "attending": attending}), "explanation")
+    assert found.kinds == {"context_kurtosis": kind} and found.said.startswith(begins)
+    whole, alone = np.add(context, 3), np.add(attending, 3)
+    rest = found.comparisons["context_kurtosis_attending_over_context_kurtosis"]
+    assert rest.difference == pytest.approx(np.log(alone / whole).mean())  # 0 in softmax0
+    assert rest.confidence == pytest.approx(1 - 0.05 / 3)
+    assert "entries near zero (at most 1% of the root mean square), softmax1 10.0 %, softmax0 10.0 %" in found.said
+
+
+def test_without_a_place_where_anything_attends_nothing_is_explained():
+    runs = with_values({"context": PLAIN}, {"context": PLAIN, "attending": [math.nan] * 3})
+    assert ask(runs, "explanation").kinds == {"context_kurtosis": "not measured"}
+    assert explained(None, None, None) == keeping(None, False) == "not measured"
+
+
+def test_every_sentence_says_at_which_scale():
+    runs = with_values({"sinks": MANY}, {"sinks": FEW}, model__parameters=5_310_000, training__tokens=21_345_678)
+    for one in questions(findings(runs)).values():
+        assert "over 3 pairs of 3,000 steps (5.3M parameters, 21M tokens a run)" in one.said
+    assert [module.shorter(count) for count in (7, 4_200, 420_000, 83_529_024, 2.1e9)] == [
+        *("7", "4.2k", "420k", "84M", "2.1G")
+    ]
+
+
+def test_two_pairs_say_so_at_the_corrected_level():
+    runs = with_values({"sinks": MANY[:2]}, {"sinks": FEW[:2]})
+    assert "cannot be said, from two pairs only (t = 50.9)" in ask(runs, "sinks").said
+
+
+def test_nothing_is_asked_without_pairs_of_softmax1():
+    assert questions([]) == {} == questions(findings([made(0, 42), made(0.5, 42)]))
+    assert questions(findings(pairs([1.0], [2.0], test_pipeline=True))) == {}
+    assert questions(findings([made(0, 42), diverged(1, 42)])) == {}
+
+
+def test_other_arms_change_no_sentence():
+    runs = with_values({"sinks": MANY}, {"sinks": FEW})
+    more = [made(n, seed, 0.3) for n in (0.25, 4) for seed in SEEDS]
+    assert questions(findings(runs + more)) == questions(findings(runs))
+
+
+def test_the_answers_are_plain_json():
+    text = json.dumps({key: asdict(one) for key, one in questions(findings(pairs([2.0, 2.1], [1.0, 1.2]))).items()})
+    assert json.loads(text).keys() == module.LABELS.keys()
+
+
+# ----------------------------------------------------------------------------------------------------- in the report
+
+
+def whole(runs):
+    return report(runs, [], findings(runs), 4, "data", {"first.png": "one", "second.png": "two"}, True)
+
+
+def test_the_report_leads_with_the_sentences():
+    runs = with_values({"sinks": MANY}, {"sinks": FEW})
+    text = whole(runs)
+    places = [text.index(f"- **{label}.** ") for label in module.LABELS.values()]
+    order = ["| **W8A8 static", "](first.png)", "## INT8, the primary question", "](second.png)", "## Summary"]
+    places += [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert "share an error of 5% (Bonferroni, 98.8% each)" in text
+    assert (
+        "Seen with batches of 16, at most 512 tokens a text, learning rate 5e-05, weight decay 0, adamw_torch_fused, "
+        "float32." in text
+    )
+    assert "**Answer.** None: there is no pair here" in whole([made(0, 42)])
+
+
+def test_all_arms_side_by_side():
+    halves = [made(0.5, seed, gap, size=2.0) for seed, gap in zip(SEEDS, (1.0, 1.4, 1.2), strict=True)]
+    gated = [made(0, seed, 0.4, settings__control="gated") for seed in SEEDS[:2]]
+    runs = [*gated, *pairs([2.0, 2.2, 2.4], [1.0, 1.4, 1.2]), *halves, diverged(4, 42), made(4, 43)]
+    assert arms_section(findings(pairs([2.0, 2.1], [1.0, 1.2]))) == [] == arms_section([])
+    _, table, _ = arms_section(findings(runs))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["", "softmax0", "softmax0.5", "softmax1", "softmax4", "gated"]
+    cells = {first: rest for first, *rest in rows}
+    assert cells["seeds"] == ["3", "3", "3", "2 (1 diverged)", "2"]
+    assert cells["W8A8 static: held-out loss over float32, nats"] == [
+        *("2.20 ± 0.20", "1.20 ± 0.20", "1.20 ± 0.20", "0.50", "0.40 ± 0.00")
+    ]
+    assert cells["residual stream: infinity norm, largest layer"][1] == "2.00 ± 0.00"
+    # At the top, the arm named beforehand alone.
+    first = whole(runs).partition("](first.png)")[0]
+    assert first.count("| **W8A8 static") == 1 and "softmax0.5 |" not in first
+
+
+def test_every_rule_is_written_down():
+    """The tables in DEFINITIONS.md name every kind and the words that go with it."""
+    text = (Path(module.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
+    rules = text.partition("## One sentence for each question")[2].partition("\n## ")[0]
+    decisions = [module.removal, module.keeping, module.rescued, module.explained]
+    source = "".join(map(inspect.getsource, decisions))
+    kinds = {*re.findall(r'(?:return|else) "([a-z ]+)"', source), "one pair", "not measured"}
+    assert len(kinds) > 15
+    for kind in [*kinds, *REMOVAL, "failed check", "worse, perhaps within the margin"]:
+        assert f"`{kind}`" in rules, kind
+    for phrase in (
+        "so there is nothing to remove", "softmax1 increases", "softmax1 removes", "softmax1 reduces", "cannot be said",
+        "that could be removed", "also among the attention that tokens get at all", "softmax1 keeps held-out loss",
+        "but increases them among the attention that tokens get at all", "nothing is concluded",
+        "but that is not shown among the attention that tokens get at all", "whether the arms differ",
+    ):  # fmt: skip
+        assert phrase in rules, phrase
+    for bound in ("below 1 % of heads and texts", "below 6, where", "below 6 (excess 3", "98.75 % each", "98.3 %"):
+        assert bound in rules

@@ -21,7 +21,7 @@ training=(
     --learning_rate 1.5e-3 --warmup_steps 500 --adam_beta2 0.98 --weight_decay 0.1
     --max_eval_samples 500 --eval_steps 250 --logging_steps 100 --save_steps 200
 )
-analysis=(--max_samples 2000 --max_scored 2000)
+analysis=(--max_samples 2000 --max_scored 2000 --onnxruntime)
 softmax_n="0 1 0.1 10"
 controls="clipped gated"
 first_seed=43

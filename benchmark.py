@@ -176,11 +176,12 @@ def ladder(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Run
         Rung("+ statistics every 10th step", our_step(tokenizer, device), STATISTICS_STEPS),
         Rung("softmax1 for softmax", our_step(tokenizer, device, 1), STATISTICS_STEPS),
     ]
+    # A CPU without these instructions computes bfloat16 by way of float32, slower than float32 itself.
+    if device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(record.hardware(device).get("instructions", [])):
+        rungs.append(Rung("+ bfloat16", our_step(tokenizer, device, 1, bf16=True), STATISTICS_STEPS))
     if device.type == "cuda":
-        rungs += [
-            Rung("+ bfloat16", our_step(tokenizer, device, 1, bf16=True), STATISTICS_STEPS),
-            Rung("+ compiled, CUDA graphs", our_step(tokenizer, device, 1, bf16=True, compiled=True), STATISTICS_STEPS),
-        ]
+        compiled = our_step(tokenizer, device, 1, bf16=True, compiled=True)
+        rungs.append(Rung("+ compiled, CUDA graphs", compiled, STATISTICS_STEPS))
     return rungs
 
 

@@ -59,11 +59,12 @@ def hardware(device: torch.device) -> dict:
         count = torch.cuda.device_count()
         name = properties.name
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         count = torch.get_num_threads()
         name = _processor_name()
         instructions = {"instructions": _instructions()}
-    found = {"device": device.type, "name": name, "count": count, "memory_gib": round(memory / 2**30, 1)}
+    found = {"device": device.type, "name": name, "count": count}
+    found["memory_gib"] = None if memory is None else round(memory / 2**30, 1)  # Windows does not say
     return found | instructions
 
 

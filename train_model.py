@@ -13,8 +13,11 @@ is given again. Every flag of transformers' TrainingArguments works; the default
 """
 
 import contextlib
+import dataclasses
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -73,6 +76,20 @@ EMERGENCE_BATCH = 16
 
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
+
+# Flags of TrainingArguments that would change nothing here, or break the comparison, with the reason. At their defaults
+# they are nobody's concern.
+REFUSED = {
+    "label_smoothing_factor": "the loss is the published cross-entropy",
+    "group_by_length": "the samples come in the published, shuffled order",
+    "train_sampling_strategy": "the samples come in the published, shuffled order",
+    "load_best_model_at_end": "the last model is the one that is compared",
+    "auto_find_batch_size": "the batch is a setting of the experiment",
+    "fsdp": "the model fits one device; several processes share the batch (torchrun)",
+    "deepspeed": "the model fits one device; several processes share the batch (torchrun)",
+    "torch_empty_cache_steps": "it is not looked at",
+    "dataloader_persistent_workers": "it is not looked at",
+}
 
 # What --test_pipeline changes; flags on the command line still win.
 TEST_PIPELINE = {
@@ -515,9 +532,11 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
     parser = HfArgumentParser(
         (ExperimentArguments, PublishedTrainingArguments), description=__doc__.split("\n")[0], allow_abbrev=False
     )
+    parser.set_defaults(use_cpu=None)
+    known = parser.parse_known_args(argv)[0]
     # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
     parser.set_defaults(use_cpu=not torch.accelerator.is_available(), disable_tqdm=not sys.stderr.isatty())
-    if parser.parse_known_args(argv)[0].test_pipeline:  # as argparse reads it, in whatever spelling
+    if known.test_pipeline:  # as argparse reads it, in whatever spelling
         parser.set_defaults(**TEST_PIPELINE)
     try:
         experiment, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -527,10 +546,62 @@ def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainin
         sys.exit("error: a token on the command line is read by others: put HUGGINGFACE_TOKEN into .env instead")
     if args.hub_model_id is not None:
         sys.exit("error: --hub_model_id is not for this script: a model goes to <HUGGINGFACE_USER>/<run>")
+    check_arguments(args)
+    if torch.accelerator.is_available() or known.use_cpu:
+        pass
+    elif known.use_cpu is not None:
+        sys.exit("error: --use_cpu False, but PyTorch finds no GPU here")
+    elif gpu := visible_gpu():
+        sys.exit(
+            f"error: nvidia-smi sees {gpu}, which PyTorch {torch.__version__} cannot use: install a PyTorch for its "
+            "CUDA driver, or give --use_cpu to train on the CPU"
+        )
     if unknown:
         # The flag alone: its value may be a secret that belonged to another flag.
         sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
     return experiment, args
+
+
+def check_arguments(args: PublishedTrainingArguments) -> None:
+    """Exit with one line for a number that no training can have, and for a flag that would change nothing."""
+    least = {
+        "seed": 0,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0,
+        "weight_decay": 0,
+        "adam_beta1": 0,
+        "adam_beta2": 0,
+        "adam_epsilon": 0,
+        "max_grad_norm": 0,
+        "warmup_steps": 0,
+    }
+    for name, lowest in least.items():
+        if not lowest <= (value := getattr(args, name)) < math.inf:  # NaN is not either
+            sys.exit(f"error: --{name} must be a number from {lowest} on, got {value:g}")
+    if args.seed >= 1 << 32:
+        sys.exit(f"error: --seed must be below 2**32, which numpy takes, got {args.seed}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        sys.exit(f"error: --num_train_epochs must be above 0, got {args.num_train_epochs:g}")
+    if args.save_strategy == "best":
+        sys.exit("error: --save_strategy best: the last model is the one that is compared")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for name, why in REFUSED.items():
+        if name in defaults and (value := getattr(args, name)) != defaults[name] and value:
+            sys.exit(f"error: --{name} is not for this script: {why}")
+
+
+def visible_gpu() -> str | None:
+    """The first GPU that nvidia-smi lists; None without one, or where CUDA_VISIBLE_DEVICES hides all of them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return None
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^GPU 0: (.*?)(?: \(|$)", listed, re.MULTILINE)
+    return found and found[1]
 
 
 def check_attention(backend: str, args: TrainingArguments) -> None:
@@ -706,7 +777,8 @@ def train_alone(
         if checkpoint is not None:
             print(f"Going on from {checkpoint}")
         print(
-            f"{run}: {parameters:,} parameters, {len(data['train']):,} samples, "
+            f"{run} on {record.hardware(args.device)['name']} ({args.device}): {parameters:,} parameters, "
+            f"{len(data['train']):,} samples, "
             f"effective batch {effective_batch_size}, "
             f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
         )

@@ -636,11 +636,48 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
         (["--config_overrides", "initializer_range=nan"], "initializer_range cannot be nan"),
         (["--config_overrides", "max_position_embeddings=50"], "the model's 48 positions"),
         (["--fp16", "true", "--bf16", "true"], "bf16"),
+        (["--seed", "-1"], "--seed must be a number from 0 on, got -1"),
+        (["--seed", str(10**20)], "--seed must be below 2**32"),
+        (["--learning_rate", "nan"], "--learning_rate must be a number from 0 on, got nan"),
+        (["--learning_rate", "-1"], "--learning_rate must be a number from 0 on, got -1"),
+        (["--learning_rate", "inf"], "--learning_rate must be a number from 0 on, got inf"),
+        (["--per_device_train_batch_size", "-4"], "--per_device_train_batch_size must be a number from 1 on, got -4"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be a number from 1 on, got 0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),
+        (["--max_steps", "0", "--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0"),
+        (["--weight_decay", "nan"], "--weight_decay must be a number from 0 on"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not for this script: the loss is"),
+        (["--load_best_model_at_end"], "--load_best_model_at_end is not for this script"),
+        (["--save_strategy", "best"], "the last model is the one that is compared"),
     ],
 )
 def test_bad_flags(train, capsys, flags, text):
     exits_with(capsys, text, lambda: train(*flags))
     assert not Path("results").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU that works")
+def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatch, capsys):
+    """A driver that is too old for PyTorch would cost days on the CPU before anybody looks."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10G (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    exits_with(capsys, "nvidia-smi sees NVIDIA A10G, which PyTorch", train)
+    exits_with(capsys, "--use_cpu False, but PyTorch finds no GPU here", lambda: train("--use_cpu", "False"))
+    assert "(cpu): " in (train("--use_cpu"), capsys.readouterr().out)[1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert train_model.visible_gpu() is None
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert train_model.visible_gpu() is None
+
+
+def test_the_record_is_written_where_the_system_does_not_tell_its_memory(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    assert record.hardware(torch.device("cpu"))["memory_gib"] is None
 
 
 def test_complete_run_is_not_overwritten_unasked(train, capsys):

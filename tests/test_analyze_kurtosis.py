@@ -31,6 +31,7 @@ from transformers import (
 
 import analyze_kurtosis
 import arms
+import measurement
 import plots
 from analyze_kurtosis import EMERGING, SEEDS, pictures
 from answer import GLANCE
@@ -288,17 +289,17 @@ def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch)
             for parameter in first.parameters():
                 parameter.add_(1)
         first.save_pretrained(tmp_path / "model")
-        model, _ = analyze_kurtosis.load(str(tmp_path / "model"))
-        found = analyze_kurtosis.untrained_model(model, results)
+        model, _ = measurement.load(str(tmp_path / "model"))
+        found = measurement.untrained_model(model, results)
         assert type(found) is type(first) and not found.training
         assert all(torch.equal(before[name], tensor) for name, tensor in found.state_dict().items())
-        assert analyze_kurtosis.untrained_model(model, {**results, "seed": 42}) is None
-        assert analyze_kurtosis.untrained_model(model, {"seed": 43, "model": {"path": "models"}}) is None
-        assert analyze_kurtosis.untrained_model(model, None) is None
+        assert measurement.untrained_model(model, {**results, "seed": 42}) is None
+        assert measurement.untrained_model(model, {"seed": 43, "model": {"path": "models"}}) is None
+        assert measurement.untrained_model(model, None) is None
 
 
 def test_step_0_stands_beside_the_trained_model(workplace, monkeypatch):
-    model, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax1"))
+    model, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
     transformers.set_seed(42)
     before = type(model)(model.config).eval()
     edit_results(workplace, lambda results: results.update(model={"initial_weights": weights_sha256(before)}))
@@ -330,13 +331,13 @@ def test_the_digest_of_weights_sees_every_tensor_and_not_their_dtype():
 
 
 def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
-    stock, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax0"))
+    stock, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax0"))
     ours = RobertaSoftmaxNForMaskedLM(
         RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=len(tokenizer), softmax_n=1e-30)
     ).eval()
     ours.load_state_dict(stock.state_dict())
     batches = padded_batches(tokenizer, tokenizer(TEXTS)["input_ids"], 2)
-    found = [analyze_kurtosis.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
+    found = [measurement.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
     assert found[0].keys() == found[1].keys() == {"layer 0", "layer 1"}
     for name, counts in found[0].items():  # a rounding error may move an entry over a border
         assert np.abs(counts - found[1][name]).sum() <= 4 < counts.sum()
@@ -353,7 +354,7 @@ def test_the_held_out_loss_is_training_s(workplace):
     """The float32 loss of the analysis is held_out_loss on the validation split with training's masks."""
     analyse(workplace)
     found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
-    model, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax1"))
+    model, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
     masks = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=HELD_OUT_SEED)
     ids = tokenizer(TEXTS)["input_ids"]
     loss, count = held_out_loss(model, held_out_batches({"input_ids": ids}, masks, 3))
@@ -373,7 +374,7 @@ def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workp
         path.write_text(json.dumps(results))
     analyse(workplace)
     found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax0"]
-    _, tokenizer = analyze_kurtosis.load(str(workplace / "models" / "esperberto-softmax0"))
+    _, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax0"))
     assert tokenizer.model_max_length == 128  # of 130 positions RoBERTa uses all but two
     lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
     assert max(lengths) > 20 and found["max_length"] == 20
@@ -475,7 +476,7 @@ def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
     results["validation"] |= {"loss": None, "perplexity": None}
     results["loss_history"] = [[1, 10.9], [1000, 5.0], [1200, None]]
     (workplace / "results" / "esperberto-softmax1-seed43.json").write_text(json.dumps(results))
-    measure_damage = analyze_kurtosis.measure_damage
+    measure_damage = measurement.measure_damage
 
     def overflowing(model, *rest, **keywords):
         found = measure_damage(model, *rest, **keywords)
@@ -483,7 +484,7 @@ def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
             found["schemes"]["w8a8_static"] |= {"loss": math.nan, "perplexity": math.inf, "gap": math.nan}
         return found
 
-    monkeypatch.setattr(analyze_kurtosis, "measure_damage", overflowing)
+    monkeypatch.setattr(measurement, "measure_damage", overflowing)
     monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": "c", "dirty": False})
     analyse(workplace)
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
@@ -527,7 +528,7 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
             expected = scipy.stats.kurtosis(values.double().numpy().ravel())
             assert run["parameters"][parameter]["kurtosis"] == pytest.approx(expected, rel=1e-9)
             assert run["parameters"][parameter]["inf_norm"] == values.abs().max().item()
-        model, tokenizer = analyze_kurtosis.load(str(folder))
+        model, tokenizer = measurement.load(str(folder))
         model.eval()
         outputs = []
         module = model.roberta.encoder.layer[1].output.dense
@@ -556,8 +557,8 @@ def test_batch_size_changes_nothing_and_max_samples_takes_fewer(workplace):
 
 def test_held_out_texts_are_spread_over_the_split(workplace):
     split = datasets.load_from_disk(str(workplace / "data"))["validation"]["text"]
-    assert analyze_kurtosis.texts_of(workplace / "data", "validation", 2) == [split[0], split[-1]]
-    assert analyze_kurtosis.texts_of(workplace / "data", "validation", 10_000) == list(split)
+    assert measurement.texts_of(workplace / "data", "validation", 2) == [split[0], split[-1]]
+    assert measurement.texts_of(workplace / "data", "validation", 10_000) == list(split)
 
 
 def test_a_model_folder_without_results_file(workplace, capsys):
@@ -874,3 +875,55 @@ def test_the_damage_picture_takes_gaps_of_any_size():
     runs += [("softmax1", {"a": (0.001, math.nan), "b": (-0.002, 0.001), "c": (0.0, 0.0)})]
     for some in (runs, runs[:1], [("softmax0", {"a": (math.nan, math.nan)})]):
         assert plots.damage(some, "gaps").startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------ what was measured before
+
+
+def test_what_was_measured_is_taken_again_and_gives_the_same_bytes(workplace, monkeypatch, capsys):
+    analyse(workplace)
+    results = workplace / "results"
+    written = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    assert sorted(path.stem for path in (results / "measured").iterdir()) == [
+        "esperberto-softmax0",
+        "esperberto-softmax1",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured again"))
+        capsys.readouterr()
+        analyse(workplace)
+        assert capsys.readouterr().err.count("measured before") == 2
+    assert {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()} == written
+
+
+@pytest.mark.parametrize("what", ["weights", "text", "settings", "code", "results", "damaged", "unchecked"])
+def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
+    analyse(workplace)
+    kept = workplace / "results" / "measured" / "esperberto-softmax1.json"
+    flags, again = [], {"esperberto-softmax1"}
+    if what == "weights":
+        model, _ = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
+        with torch.no_grad():
+            model.base_model.embeddings.word_embeddings.weight.mul_(1.01)
+        model.save_pretrained(workplace / "models" / "esperberto-softmax1")
+    elif what == "text":
+        flags, again = ["--max_samples", "3"], {"esperberto-softmax0", "esperberto-softmax1"}
+    elif what == "settings":
+        flags, again = ["--batch_size", "3"], {"esperberto-softmax0", "esperberto-softmax1"}
+    elif what == "code":
+        monkeypatch.setattr(measurement, "CODE", [*measurement.CODE, "report"])
+        again = {"esperberto-softmax0", "esperberto-softmax1"}
+    elif what == "results":
+        file = workplace / "results" / "esperberto-softmax1.json"
+        file.write_text(file.read_text().replace('"loss_mean": 4.456', '"loss_mean": 4.457'))
+    elif what == "damaged":
+        kept.write_text(kept.read_text()[:1000])
+    else:
+        found = json.loads(kept.read_text())
+        del found["damage"]["self_check"]
+        kept.write_text(json.dumps(found))
+    measured = set()
+    whole = measurement.measure
+    monkeypatch.setattr(analyze_kurtosis, "measure", lambda run, *rest: measured.add(run.name) or whole(run, *rest))
+    analyse(workplace, *flags)
+    assert measured == again

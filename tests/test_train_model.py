@@ -18,9 +18,9 @@ from scipy import stats
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
-import analyze_kurtosis
 import arms
 import folder
+import measurement
 import record
 import train_model
 from arms import prepared
@@ -343,10 +343,10 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
     """At the end on the saved model, in its own class; at step 0 on the model as it was built."""
     result = train("--softmax_n", str(n), "--max_length", "512")  # the analysis cuts there
     assert result["emergence_texts"] == train_model.EMERGENCE_TEXTS
-    texts = analyze_kurtosis.texts_of(sample / "data", "validation", train_model.EMERGENCE_TEXTS)
+    texts = measurement.texts_of(sample / "data", "validation", train_model.EMERGENCE_TEXTS)
     folder = f"results-models/esperberto-softmax{n}"
-    trained, tokenizer = analyze_kurtosis.load(folder)
-    batches = padded_batches(tokenizer, analyze_kurtosis.token_ids(tokenizer, texts), 7)
+    trained, tokenizer = measurement.load(folder)
+    batches = padded_batches(tokenizer, measurement.token_ids(tokenizer, texts), 7)
     untrained = arms.build_model(n, 1024, tokenizer, 42)
     for model, entry in ((untrained, result["emergence"][0]), (trained, result["emergence"][-1])):
         places, attention, _ = measure_model(model, batches, tokenizer)

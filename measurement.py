@@ -1,0 +1,360 @@
+"""What is measured of one model: activations, attention, weights, interventions, quantization. Fills in a runs.Run.
+
+measure            everything, on texts that are the same for all runs
+measured_already   the same from the file that an earlier analysis left, where nothing has changed since
+load               a masked-LM and its tokenizer, or one line that says what is wrong with them
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import scipy.stats
+import torch
+import transformers
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import plots
+import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+from controls import GATE, self_check  # which registers the controls' classes too
+from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, longest_text, padded_batches
+from interventions import interventions
+from outliers import PLACES, eager_attention, measure_model, uniform_attention
+from packing import MaskedLMCollator
+from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
+from record import one_line, versions, weights_sha256
+from report import FFN
+from runs import Run
+
+MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
+PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
+CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
+MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
+HISTOGRAM_TEXTS = 32  # are held in memory at once, for the histograms
+INTERVENTION_TEXTS = 100  # of those that are scored under each quantization, evenly spread
+MAPPED_TEXTS = 2
+MAPPED_LENGTH = range(8, 17)  # tokens: a map that can be read
+
+
+# -------------------------------------------------------------------------------------------------- models and texts
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or Hub name; exits with one line where either is missing or damaged."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        sys.exit(f"error: no model folder {name}")
+    try:
+        model, loading = AutoModelForMaskedLM.from_pretrained(
+            name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
+        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
+    if loading["missing_keys"]:
+        sys.exit(f"error: {name} is not a complete masked language model: it lacks {sorted(loading['missing_keys'])}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(
+            f"error: {name} has no tokenizer that loads, copy the one it was trained with there: {one_line(error)}"
+        )
+    # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
+    if len(tokenizer) > model.config.vocab_size:
+        sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        sys.exit(f"error: {name}: its tokenizer has no mask or no padding token, so this is no masked language model")
+    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
+        sys.exit(
+            f"error: {name} ({model.config.model_type}) has no layer.0.{FFN}: only BERT-shaped models fit the tables"
+        )
+    if not model._supports_attention_backend:
+        sys.exit(f"error: {name} ({model.config.model_type}) does not take its attention from transformers' interface")
+    tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
+    return model, tokenizer
+
+
+def texts_of(data_dir: Path, split: str, max_samples: int) -> list[str]:
+    """Texts of a split, evenly spread over it, because its sources lie one behind the other."""
+    try:
+        rows = datasets.load_from_disk(str(data_dir))[split]
+        if not len(rows):
+            raise ValueError("it is empty")
+        return rows[evenly_spread(len(rows), max_samples)]["text"]
+    except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
+        sys.exit(f"error: no texts in the {split} split of {data_dir} ({one_line(error)}): run build_dataset.py first")
+
+
+def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Every text's tokens; texts without a token are left out."""
+    if not len(texts):
+        return []
+    found = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
+    special = set(tokenizer.all_special_ids)
+    return [ids for ids in found if not special.issuperset(ids)]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The same, the shortest text first, so that little is padded."""
+    return sorted(in_order(tokenizer, texts), key=len)
+
+
+# ------------------------------------------------------------------------------------------------------ what we measure
+
+
+@dataclass
+class Texts:
+    """What the runs are measured on, the same for all of them."""
+
+    held_out: list[str]
+    scored: int  # as many of these are scored under each quantization
+    calibration: list[str]  # of the training split, dealt into several draws
+    published: list[str]  # of the held-out split, joined for the published setting
+    calibration_batches: int
+
+
+def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Callable | None) -> None:
+    """Fill in everything that is measured of a run.
+
+    `checked`: the instrument checks itself on this model; `execute`: executed.execute, or None to leave that out.
+    """
+    model, tokenizer = load(run.model)
+    n = getattr(model.config, "softmax_n", 0.0)
+    if run.results and n != run.results["softmax_n"]:
+        sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
+    if run.results:  # what the model was not trained on tells nothing of the training
+        trained = run.results.get("settings", {}).get("max_length", MAX_LENGTH)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, trained)
+    run.max_length = tokenizer.model_max_length
+    run.digest = weights_sha256(model)
+    run.weights = weight_statistics(model)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = token_ids(tokenizer, texts.held_out)
+    if not ids:
+        sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
+
+    batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
+    run.places, run.attention, seen = measure_model(model, batches, tokenizer)
+    run.tokens = seen["tokens"]
+    run.attention_uniform = uniform_attention(seen["lengths"], n, getattr(model.config, "attention_weights", None))
+    if (before := untrained_model(model, run.results)) is not None:
+        batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
+        run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
+        del before
+    run.histograms = ffn_histograms(
+        model, padded_batches(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size)
+    )
+    run.maps = attention_maps(model, tokenizer, ids, run.attention)
+
+    masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
+    some = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
+    scored = held_out_batches({"input_ids": some}, masks, batch_size)
+    few = [some[i] for i in evenly_spread(len(some), INTERVENTION_TEXTS)]
+    run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
+    draws = calibration_draws(tokenizer, texts.calibration, masks)
+    if not draws:
+        sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
+    # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
+    limit = texts.calibration_batches * CALIBRATION_SIZE
+    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
+    published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
+    run.damage = {
+        "sequences": len(some),
+        "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
+        **measure_damage(model, scored, draws, published, run.name),
+    }
+    if execute:
+        run.damage["executed"] = execute(model, scored, draws[0], run.damage)
+        if "error" in run.damage["executed"]:
+            print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
+    if checked:
+        run.damage["self_check"] = self_check(model, scored, draws[0])
+
+
+def calibration_draws(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], masks: MaskedLMCollator
+) -> list[list[dict]]:
+    """DRAWS lists of calibration batches, of other texts each: the same for every run with this tokenizer."""
+    shuffled = list(texts)
+    random.Random(0).shuffle(shuffled)
+    draws = []
+    for i in range(DRAWS):
+        if ids := token_ids(tokenizer, shuffled[i::DRAWS]):
+            draw = held_out_batches({"input_ids": ids}, masks, CALIBRATION_SIZE)
+            # The running range forgets: in the order of length, the longest texts would have the last word.
+            random.Random(i).shuffle(draw)
+            draws.append(draw)
+    return draws
+
+
+def real_tokens(batches: list[dict]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedModel | None:
+    """The model as it was before its first update, on the same device; None where that is not known for sure.
+
+    Training starts from a seed, so the model is built again from class, config and seed. It must have the digest of the
+    initial weights that training wrote down: another release of a package may draw other random numbers.
+    """
+    expected = ((results or {}).get("model") or {}).get("initial_weights")
+    if expected is None:
+        return None
+    transformers.set_seed(results["seed"])
+    before = type(model)(copy.deepcopy(model.config))
+    return before.eval().to(model.device) if weights_sha256(before, leave_out=GATE) == expected else None
+
+
+def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """{parameter: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
+    found = weight_errors(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().numpy().ravel().astype(np.float64)
+            found[name] = {
+                "kurtosis": float(scipy.stats.kurtosis(values)),
+                "inf_norm": float(np.abs(values).max()),
+                **found[name],
+            }
+    return found
+
+
+@torch.inference_mode()
+def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
+    """Counts in plots.BINS of the standardised FFN output of every layer, on a few texts."""
+    held: dict[str, list[torch.Tensor]] = {}
+    suffix, _ = PLACES["ffn_output"]
+    mask = None
+
+    def keep(name: str):
+        return lambda module, inputs, output: held.setdefault(name, []).append(output[mask].flatten().float().cpu())
+
+    handles = [
+        module.register_forward_hook(keep(f"layer {match[1]}"))
+        for name, module in model.named_modules()
+        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(suffix)}$", name))
+    ]
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        mask = batch["attention_mask"].bool()
+        model.base_model(**batch)
+    for handle in handles:
+        handle.remove()
+    counts = {}
+    for name, values in held.items():
+        values = torch.cat(values).double().numpy()
+        scores = (values - values.mean()) / (values.std() or 1.0)
+        counts[name] = np.histogram(np.clip(scores, plots.BINS[0], plots.BINS[-1]), plots.BINS)[0]
+    return counts
+
+
+@torch.inference_mode()
+def attention_maps(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], attention: dict
+) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
+    """(caption, tokens, weights, null mass) of the head that does least, on a few short texts."""
+    some = [one for one in ids if len(one) in MAPPED_LENGTH] or ids
+    some = [some[i] for i in sorted(set(np.linspace(0, len(some) - 1, MAPPED_TEXTS).astype(int)))]
+    if not attention:
+        return []
+    idle = {(layer, head): mass for layer, found in attention.items() for head, mass in enumerate(found["idle_mass"])}
+    layer, head = max(idle, key=idle.get)
+    maps = []
+    for one in some:
+        one = one[: MAPPED_LENGTH[-1]]
+        with eager_attention(model):
+            output = model.base_model(torch.tensor([one], device=model.device), output_attentions=True)
+        weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
+        # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
+        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in one]
+        maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
+    return maps
+
+
+# ------------------------------------------------------------------------------------------------- kept from earlier
+
+
+# What an analysis computes with: when one of these files changes, models are measured again.
+CODE = "controls executed held_out interventions measurement outliers packing plots quantization softmax1".split()
+MEASURED = (
+    "digest max_length tokens weights places attention attention_uniform untrained interventions damage histograms maps"
+).split()
+
+
+def fingerprint(run: Run, texts: Texts, batch_size: int, execute: bool) -> str:
+    """SHA-256 of everything that the figures of a run depend on: its files, the texts, the settings, code, packages."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(run.model).iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(path.name.encode() + path.read_bytes())
+    for name in CODE:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    packages = {name: version for name, version in versions().items() if name != "python"}
+    asked = [asdict(texts), batch_size, execute, packages, str(torch.cuda.is_available())]
+    digest.update(json.dumps([asked, run.results], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def measured_already(run: Run, file: Path, wanted: str, checked: bool) -> bool:
+    """Take what is measured of a run from `file`, where it has the fingerprint `wanted`; whether it was so.
+
+    `checked`: the instrument's check of itself must be in it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
+        if found["fingerprint"] != wanted or (checked and "self_check" not in found["damage"]):
+            return False
+        values = {name: found[name] for name in MEASURED}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False  # it costs a measurement, and nothing else
+    for name, value in values.items():
+        setattr(run, name, value)
+    return True
+
+
+def keep_measured(run: Run, file: Path, fingerprint: str) -> None:
+    """Write what was measured of a run, beside first and then renamed. NaN and infinities survive."""
+    values = {"fingerprint": fingerprint, **{name: getattr(run, name) for name in MEASURED}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(_encoded(values), allow_nan=False), encoding="utf-8")
+    partial.replace(file)
+
+
+def _encoded(value):
+    """JSON has neither NaN and infinity nor arrays."""
+    if isinstance(value, dict):
+        return {key: _encoded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return {"array": _encoded(value.tolist()), "dtype": str(value.dtype)}
+    if isinstance(value, np.generic):
+        return _encoded(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value
+
+
+def _decoded(found: dict):
+    if found.keys() == {"float"}:
+        return float(found["float"])
+    if found.keys() == {"array", "dtype"}:
+        return np.array(found["array"], dtype=found["dtype"])
+    return found

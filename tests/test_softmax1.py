@@ -1,6 +1,11 @@
 """softmax_n and its attention against independent oracles: mpmath, closed forms, softmax identities, stock models."""
 
 import math
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -412,3 +417,20 @@ def test_softmax_n_roberta_cannot_be_turned_into_softmax():
         model.set_attn_implementation("sdpa")
     model.set_attn_implementation("softmax_n")
     assert model.config._attn_implementation == "softmax_n"
+
+
+def test_the_one_file_can_be_installed(tmp_path):
+    """What `pip install .` installs is softmax1.py, and nothing else of this project."""
+    root = Path(__file__).parent.parent
+    for name in ("pyproject.toml", "softmax1.py", "README.md", "LICENSE", "arms.py"):
+        shutil.copy(root / name, tmp_path / name)
+    build = [sys.executable, "-c", "import setuptools.build_meta as build; print(build.build_wheel('dist'))"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
+    if "No module named 'setuptools'" in done.stderr:
+        pytest.skip("setuptools is not installed here")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("softmax1-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".py")] == ["softmax1.py"]
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+    assert "Requires-Dist: torch" in metadata and "Requires-Dist: transformers" in metadata

@@ -6,6 +6,7 @@
 #     bash runner.sh --seeds 3 --parallel 2 two of their trainings at a time, with a log each in results/logs/
 #     bash runner.sh --recipe small --parallel 2 --from_files 'texts/*.gz'
 #                                           another experiment of those in recipes/, on your own text
+#     bash runner.sh -- --bf16              flags behind -- go to every training (python train_model.py --help)
 #     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
@@ -21,7 +22,7 @@ cd "$(dirname "$0")"
 usage() {
     echo "error: $1" >&2
     echo "usage: bash runner.sh [--no_venv] [--recipe $(ls recipes | sed 's/\.sh$//' | paste -sd '|' -)] [--from_files PATTERN]" \
-        "[--seeds N] [--parallel K] | --test_pipeline | --tests [pytest flags] | --benchmark" >&2
+        "[--seeds N] [--parallel K] [-- FLAGS OF train_model.py] | --test_pipeline | --tests [pytest flags] | --benchmark" >&2
     exit 2
 }
 
@@ -30,6 +31,7 @@ recipe=
 texts=
 wanted_seeds=
 parallel=1
+flags=()
 venv=yes
 if [ "${1:-}" = --no_venv ]; then
     venv=
@@ -37,6 +39,21 @@ if [ "${1:-}" = --no_venv ]; then
 fi
 while [ $# -gt 0 ]; do
     case "$1" in
+        -h | --help)
+            sed -n '2,/^$/s/^# \{0,1\}//p' runner.sh
+            exit
+            ;;
+        --*=*) # --seeds=3
+            key=${1%%=*} value=${1#*=}
+            shift
+            set -- "$key" "$value" "$@"
+            continue
+            ;;
+        --)
+            shift
+            flags=("$@")
+            break
+            ;;
         --tests)
             [ "$mode$recipe$wanted_seeds$texts" = experiment ] || usage "--tests goes with no other flag before it"
             mode=tests
@@ -156,26 +173,29 @@ fi
 
 # ------------------------------------------------------------------------------------------------- the experiment
 # Every stage is asked for, and each keeps what an earlier call of this script has made with the same flags.
-echo "== Dataset"
+stage() { echo "== $(date +%H:%M) Stage $1 of 4: $2"; }
+
+stage 1 dataset
 python build_dataset.py --keep --output_dir $work/data ${dataset[@]+"${dataset[@]}"}
 push $work/data
 
-echo "== Tokenizer"
+stage 2 tokenizer
 python train_tokenizer.py --keep --data_dir $work/data --output_dir $work/tokenizer ${tokenizer[@]+"${tokenizer[@]}"}
 
-echo "== Training"
+stage 3 training
 status=0
 python train_runs.py --softmax_n $softmax_n ${controls:+--controls $controls} \
     --seeds $(seq $first_seed $((first_seed + seeds - 1))) --parallel "$parallel" ${pushing:+--push} \
     --results_dir $work/results --output_dir "$work/models/<run>" -- \
-    --data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"} || status=$?
+    --data_dir $work/data --tokenizer_dir $work/tokenizer ${training[@]+"${training[@]}"} \
+    ${flags[@]+"${flags[@]}"} || status=$?
 case $status in
     0) ;;
     4) unpushed=yes ;;
     *) exit $status ;;
 esac
 
-echo "== Analysis"
+stage 4 analysis
 report=$work/results/report.md
 if [ -f $report ] && [ -z "$(find $work/results -maxdepth 1 -name 'esperberto-*.json' -newer $report)" ]; then
     echo "$report: found and kept, no results are newer"

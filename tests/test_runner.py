@@ -73,6 +73,18 @@ def test_the_stages_run_in_order(runner):
     )
 
 
+def test_flags_behind_two_dashes_reach_every_training(runner):
+    calls = runner("--seeds=2", "--", "--bf16", "--learning_rate", "1e-4")[2]
+    assert "--seeds 42 43 " in calls[2]
+    assert calls[2].endswith("-- --data_dir ./data --tokenizer_dir ./tokenizer --bf16 --learning_rate 1e-4")
+
+
+def test_help_is_the_head_of_the_script(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "runner.sh"), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("The whole experiment, top to bottom, on one machine:\n")
+    assert done.stdout.rstrip().endswith("is not sent again.") and "#" not in done.stdout
+
+
 def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, tmp_path):
     runner()
     status, _, calls = runner()

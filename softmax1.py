@@ -146,12 +146,18 @@ def softmax_n_attention(
         (B, H, L, V).
 
     Raises:
-        ValueError: n is negative, NaN or infinite, both `attn_mask` and `is_causal` are given, or the backend that
-            `attention_backend` forces cannot do this.
+        ValueError: n is negative, NaN or infinite, both `attn_mask` and `is_causal` are given, the mask holds whole
+            numbers, the shapes do not fit, or the backend that `attention_backend` forces cannot do this.
     """
     n = checked_softmax_n(n)
     if n > 0 and is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: put the causal mask into attn_mask")
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask is boolean, or floating point and added to the scores, got {attn_mask.dtype}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"query and key need the same size, key and value the same length, got {_shapes(query, key, value)}"
+        )
     if n == 0:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -168,6 +174,8 @@ def softmax_n_attention(
         irregular = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         irregular = "it gives the mask no gradient"
+    elif is_causal and scale is not None and scale <= 0:
+        irregular = "a causal mask with a scale of at most 0 is NaN in torch's CPU kernel"
     backend = _choose(
         query,
         irregular,
@@ -212,12 +220,15 @@ def softmax_n_attention_varlen(
     """
     n = checked_softmax_n(n)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3 or not len(query) == len(key) == len(value):
-        raise ValueError(f"packed attention takes (tokens, heads, size), got {[*map(tuple, (query, key, value))]}")
+        raise ValueError(f"packed attention takes (tokens, heads, size), got {_shapes(query, key, value)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is one row of int32, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key need the same size, got {_shapes(query, key, value)}")
     query, key, value = _autocast(query, key, value)
     if query.numel() == 0:
-        return query.new_zeros(*query.shape[:2], value.shape[2])
+        nothing = 0 * (query.sum() + key.sum() + value.sum())  # which keeps what asks for a gradient
+        return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
     irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
     wide = max(query.shape[-1], value.shape[-1]) > 192
     backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
@@ -240,6 +251,10 @@ def softmax_n_attention_varlen(
     lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
     return _attend(backend, *rows, mask, *options, True)[sequence, :, position]
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
 def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -734,7 +749,7 @@ def softmax_n_attention_forward(
         output, weights = _eager_attention(query, key, value, attention_mask, dropout, is_causal, scaling, n)
     else:
         output = softmax_n_attention(
-            query, key, value, attention_mask, dropout, is_causal, scaling, n=n, enable_gqa=groups > 1
+            query, key, value, attention_mask, dropout, is_causal, scaling, n=n, enable_gqa=bool(groups > 1)
         )
         weights = None
     return output.transpose(1, 2).contiguous(), weights

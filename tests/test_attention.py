@@ -22,6 +22,7 @@ from softmax1 import (
     RobertaSoftmaxNForMaskedLM,
     apply_softmax_n,
     attention_backend,
+    softmax_n,
     softmax_n_attention,
     softmax_n_attention_varlen,
 )
@@ -826,3 +827,60 @@ def test_dropout_in_a_cuda_graph_differs_from_replay_to_replay(path):
         right = (inputs[2].detach().double() * gradient.double()).sum()
         # Equal but for rounding, far under this; another mask would change it by some p / (1 - p) = 43 %.
         assert abs(left - right) <= torch.finfo(BF16).eps * left
+
+
+# --------------------------------------------------------------------------------------- arguments that mean nothing
+
+
+@pytest.mark.parametrize("n", [0.0, 1.0])
+def test_shapes_and_masks_that_mean_nothing_are_refused(n):
+    """Each of these gave numbers once."""
+    x = torch.randn(1, 2, 4, 16)
+    with pytest.raises(ValueError, match=r"query and key need the same size.*\(1, 2, 4, 16\), \(1, 2, 4, 8\)"):
+        softmax_n_attention(x, x[..., :8], x, n=n)
+    with pytest.raises(ValueError, match="key and value the same length"):
+        softmax_n_attention(x, x, torch.cat([x, x], 2), n=n)
+    with pytest.raises(ValueError, match=r"attn_mask is boolean, or floating point .* got torch.int64"):
+        softmax_n_attention(x, x, x, torch.ones(4, 4, dtype=torch.int64), n=n)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="query and key need the same size"):
+        softmax_n_attention_varlen(x[0], x[0, ..., :8], x[0], bounds, 4, n=n)
+    with pytest.raises(ValueError, match=r"got \(1, 2, 4, 16\), \(1, 2, 4, 16\), \(1, 2, 4, 16\)$"):
+        softmax_n_attention_varlen(x, x, x, bounds, 4, n=n)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_causal_mask_with_a_scale_that_is_not_positive(scale):
+    query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
+    scores = (query @ key.mT * scale).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf)
+    expected = softmax_n(scores, 1.0) @ value
+    assert_close(softmax_n_attention(query, key, value, is_causal=True, scale=scale, n=1.0), expected)
+
+
+@pytest.mark.parametrize("n", [0.0, 1.0])
+def test_packed_input_without_tokens_keeps_its_gradient(n):
+    query = torch.zeros(0, 2, 8, requires_grad=True)
+    output = softmax_n_attention_varlen(query, query, query, torch.zeros(1, dtype=torch.int32), 0, n=n)
+    assert output.shape == (0, 2, 8) and output.requires_grad
+    output.sum().backward()
+    assert query.grad.shape == query.shape
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of what it makes constant
+def test_a_traced_model_computes_the_same_for_other_shapes():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    model = apply_softmax_n(RobertaForMaskedLM(RobertaConfig(**size, vocab_size=50)).eval(), 1.0)
+    ids, other = torch.randint(5, 50, (2, 7)), torch.randint(5, 50, (3, 9))
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids).logits
+
+    traced = torch.jit.trace(Logits(), ids, check_trace=False)
+    with torch.no_grad():
+        assert_close(traced(other), model(other).logits)

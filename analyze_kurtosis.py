@@ -25,6 +25,7 @@ import transformers
 
 import plots
 from answer import PRIMARY, PRIMARY_ARM, Finding, answer, findings
+from folder import refuse_unwritable
 from held_out import evenly_spread
 from measurement import (
     CALIBRATION_SIZE,
@@ -317,7 +318,8 @@ def measure_or_take(run: Run, texts: Texts, args: argparse.Namespace, checked: b
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    execute = executor(args.onnxruntime)  # before hours of measuring
+    refuse_unwritable(args.results_dir)  # this and the next before hours of measuring
+    execute = executor(args.onnxruntime)
     # One clear line instead of theirs.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -42,6 +42,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTr
 import record
 from arms import build_model, prepared
 from corpus import load_data, load_tokenizer, tokenized
+from folder import refuse_unwritable
 from outliers import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
 from softmax1 import attention_backend, softmax_n_attention
@@ -675,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(args.output_dir)
     measure, tables, plot = BENCHMARKS[args.what]
     hardware = record.hardware(device)
     result = {

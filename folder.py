@@ -57,6 +57,20 @@ def sole(path: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Exit with one line where nothing can be written to the folder `path`, before hours of work that would be lost.
+
+    It is made if it is not there yet.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        sys.exit(f"error: nothing can be written to {path} ({why}): choose another folder or make room")
+
+
 @contextmanager
 def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends, and disappears when the block fails.

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+from folder import refuse_unwritable
 from pairs import CONFIDENCE, TEST, compare, no_interval
 from record import git_state, hardware, one_line, sha256, versions, write_json
 
@@ -274,6 +275,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def labelled(models: list[str]) -> list[str]:
+    """A name for each model's figures: that of its folder, or the whole path where several folders share a name."""
+    names = [Path(model).resolve().name if Path(model).is_dir() else Path(model).name for model in models]
+    return [
+        "--".join(part for part in Path(model).parts if part not in "/.") if names.count(name) > 1 else name
+        for model, name in zip(models, names, strict=True)
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()  # one clear line instead of theirs
@@ -296,10 +306,11 @@ def main(argv: list[str] | None = None) -> None:
         load(name, tags)
 
     folder = args.results_dir / "tagging"
+    refuse_unwritable(folder)
+    labels = labelled(models)
     steps = len(models) * args.seeds * args.epochs * -(-len(parts[0]) // BATCH_SIZE)
     with tqdm(total=steps, unit="step") as bar:
-        for name in models:
-            run = Path(name).name
+        for name, run in zip(models, labels, strict=True):
             bar.set_description(run)
             scores = [fine_tune(name, parts, tags, seed, args.epochs, bar) for seed in range(args.seeds)]
             result = {
@@ -319,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
                 "versions": versions(),
             }
             write_json(folder / f"{run}.json", result)
-    found = [json.loads((folder / f"{Path(name).name}.json").read_text(encoding="utf-8")) for name in models]
+    found = [json.loads((folder / f"{run}.json").read_text(encoding="utf-8")) for run in labels]
     text = report(found)
     print(text)
     (folder / "report.md").write_text(text, encoding="utf-8")

@@ -48,7 +48,7 @@ import record
 from arms import prepared
 from controls import CONTROLS, GATE
 from corpus import load_data, load_tokenizer, tokenized
-from folder import locked, sole
+from folder import locked, refuse_unwritable, sole
 from held_out import (
     HELD_OUT_SEED,
     evenly_spread,
@@ -677,6 +677,9 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         sys.exit(
             f"error: {run} is complete ({results_path} is there): move it away, or pass --overwrite to train again"
         )
+    if args.process_index == 0:
+        refuse_unwritable(experiment.results_dir)
+        refuse_unwritable(args.output_dir)
     check_attention(experiment.attention, args)
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")

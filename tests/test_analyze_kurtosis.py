@@ -135,7 +135,7 @@ def workplace(finished, tmp_path):
 
 def analyse(root, *argv):
     folders = {"results": "--results_dir", "models": "--models_dir", "data": "--data_dir"}
-    analyze_kurtosis.main([*argv, *(part for name, flag in folders.items() for part in (flag, str(root / name)))])
+    analyze_kurtosis.main([*(part for name, flag in folders.items() for part in (flag, str(root / name))), *argv])
 
 
 def strict_json(path):
@@ -927,3 +927,10 @@ def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda run, *rest: measured.add(run.name) or whole(run, *rest))
     analyse(workplace, *flags)
     assert measured == again
+
+
+def test_a_report_that_could_not_be_written_is_seen_before_measuring(workplace, monkeypatch):
+    (workplace / "file").touch()
+    monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"nothing can be written to .*file \(it is a file\)"):
+        analyse(workplace, str(workplace / "models" / "esperberto-softmax0"), "--results_dir", str(workplace / "file"))

@@ -169,6 +169,17 @@ def test_two_arms_are_fine_tuned_scored_and_compared(conllu, tmp_path, capsys, m
     assert (tmp_path / "results" / "tagging" / "report.md").read_text() in printed
 
 
+def test_models_in_folders_of_the_same_name_are_told_apart(conllu, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent in ("a", "b"):
+        save_stock(tmp_path / parent / "final")
+    tag_words.main([str(conllu(*tagged_lines(20))), "a/final", "./b/final/", "--seeds", "1", "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert sorted(path.stem for path in Path("results/tagging").glob("*.json")) == ["a--final", "b--final"]
+    assert "| a--final | " in printed and "| b--final | " in printed
+    assert tag_words.labelled(["a/final", "you/final", "you/other"]) == ["a--final", "you--final", "other"]
+
+
 def test_our_arm_is_fine_tuned_with_its_own_attention(tmp_path):
     tokenizer = save_tokenizer(tmp_path)
     config = softmax1.RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=len(tokenizer), softmax_n=2.0)
@@ -220,3 +231,7 @@ def test_bad_input_ends_in_one_line(conllu, tmp_path, capsys):
     )
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: no model folder {tmp_path}/nobody"
     assert not (Path(tmp_path) / "results").exists()
+    save_stock(tmp_path / "model")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"nothing can be written to .*tagging \(Not a directory\)"):
+        tag_words.main([path, str(tmp_path / "model"), "--results_dir", str(tmp_path / "file")])

@@ -680,6 +680,13 @@ def test_the_record_is_written_where_the_system_does_not_tell_its_memory(monkeyp
     assert record.hardware(torch.device("cpu"))["memory_gib"] is None
 
 
+@pytest.mark.parametrize("flag", ["--results_dir", "--output_dir"])
+def test_a_place_that_cannot_be_written_is_seen_before_the_training(train, flag, capsys):
+    Path("file").touch()
+    exits_with(capsys, "nothing can be written to file (it is a file)", lambda: train(flag, "file"))
+    exits_with(capsys, "nothing can be written to file/here (Not a dir", lambda: train(flag, "file/here"))
+
+
 def test_complete_run_is_not_overwritten_unasked(train, capsys):
     train()
     exits_with(capsys, "is complete", train)

@@ -11,7 +11,7 @@
 #     bash runner.sh --tests [pytest flags] the tests
 #     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
 #
-# Makes its own virtual environment in .venv; with --no_venv before everything else, takes the Python at hand as it is.
+# Makes its own virtual environment in .venv; with --no_venv, takes the Python at hand as it is.
 # Run again after an interruption, it finishes what is unfinished: a stage whose result is there is not repeated. Pushes
 # data and models to the Hub when HUGGINGFACE_TOKEN and HUGGINGFACE_USER are set, in the environment or in .env (see
 # .env.example); what the Hub already has is not sent again.
@@ -33,10 +33,6 @@ wanted_seeds=
 parallel=1
 flags=()
 venv=yes
-if [ "${1:-}" = --no_venv ]; then
-    venv=
-    shift
-fi
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help)
@@ -61,6 +57,7 @@ while [ $# -gt 0 ]; do
             break # the rest are pytest's
             ;;
         --benchmark) mode=benchmark ;;
+        --no_venv) venv= ;;
         --test_pipeline | --recipe)
             if [ "$1" = --recipe ]; then shift; wanted=${1:-}; else wanted=test_pipeline; fi
             case "$wanted" in "" | *[!a-z_]*) usage "--recipe needs the name of a file in recipes/" ;; esac

@@ -677,9 +677,6 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         sys.exit(
             f"error: {run} is complete ({results_path} is there): move it away, or pass --overwrite to train again"
         )
-    if args.process_index == 0:
-        refuse_unwritable(experiment.results_dir)
-        refuse_unwritable(args.output_dir)
     check_attention(experiment.attention, args)
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
@@ -687,6 +684,9 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     push_to_hub, args.push_to_hub = args.push_to_hub, False
     if push_to_hub and args.process_index == 0:
         hub.check()
+    if args.process_index == 0:
+        refuse_unwritable(experiment.results_dir)
+        refuse_unwritable(args.output_dir)
     with sole(args.output_dir) if args.process_index == 0 else contextlib.nullcontext():
         train_alone(experiment, args, command, results_path, push_to_hub)
 

@@ -20,9 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    echo "error: $1" >&2
-    echo "usage: bash runner.sh [--no_venv] [--recipe $(ls recipes | sed 's/\.sh$//' | paste -sd '|' -)] [--from_files PATTERN]" \
-        "[--seeds N] [--parallel K] [-- FLAGS OF train_model.py] | --test_pipeline | --tests [pytest flags] | --benchmark" >&2
+    echo "error: $1 (recipes: $(ls recipes | sed 's/\.sh$//' | paste -sd ' ' -); all flags: bash runner.sh --help)" >&2
     exit 2
 }
 

@@ -685,7 +685,6 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     if push_to_hub and args.process_index == 0:
         hub.check()
     if args.process_index == 0:
-        refuse_unwritable(experiment.results_dir)
         refuse_unwritable(args.output_dir)
     with sole(args.output_dir) if args.process_index == 0 else contextlib.nullcontext():
         train_alone(experiment, args, command, results_path, push_to_hub)
@@ -721,7 +720,7 @@ def train_alone(
     initial_weights = record.weights_sha256(model, leave_out=GATE)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(experiment.results_dir)
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
     needed = parameters * 4 * (3 + 3 + 1)
     if shutil.disk_usage(args.output_dir).free < needed:

@@ -135,9 +135,7 @@ def test_a_wrong_flag_ends_before_any_run(stand_in):
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize(
-    ("how", "parallel"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGINT, 1)]
-)
+@pytest.mark.parametrize(("how", "parallel"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2)])
 def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_path, how, parallel):
     driver = "import pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()

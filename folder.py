@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 
 @contextmanager
@@ -22,39 +22,35 @@ def locked(path: str | Path) -> Iterator[None]:
     Raises:
         OSError: the file cannot be written.
     """
-    lock = FileLock(f"{path}.lock")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock = _acquired(path)
     except Timeout:
         print(f"Waiting for another process that is making {path}", flush=True)
-        lock.acquire()
-    try:
+        lock = _acquired(path, seconds=-1)
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def sole(path: str | Path) -> Iterator[None]:
-    """Let one process at a time work in `path`, and end every other with one line.
-
-    The lock is a file beside `path`. The system releases it when its process ends, however it ends.
+    """The same, but end every other process with one line.
 
     Raises:
         SystemExit: another process works there.
         OSError: the file cannot be written.
     """
-    lock = FileLock(f"{path}.lock")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock = _acquired(path)
     except Timeout:
         sys.exit(f"error: another process is at work on {path}: wait until it has ended, or end it")
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
+
+
+def _acquired(path: str | Path, seconds: float = 0) -> AcquireReturnProxy:
+    """The lock of `path`, to be released by `with`. Raises Timeout when it is not free in time; -1 waits for ever."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock").acquire(timeout=seconds)
 
 
 def refuse_unwritable(path: str | Path) -> None:

@@ -116,9 +116,8 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkeypatch, capsys):
-    expected = train("--use_softmax1", results="whole")
-
+def interrupted(monkeypatch, call) -> None:
+    """`call` trains, and is interrupted in its fourth step."""
     init = train_model.ExperimentTrainer.__init__
 
     def stopping(self, *args, callbacks, **kwargs):
@@ -127,7 +126,13 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     with monkeypatch.context() as patch:
         patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
         with pytest.raises(KeyboardInterrupt):
-            train("--use_softmax1")
+            call()
+
+
+def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkeypatch, capsys):
+    expected = train("--use_softmax1", results="whole")
+
+    interrupted(monkeypatch, lambda: train("--use_softmax1"))
     assert not Path("results/esperberto-softmax1.json").exists()
 
     exits_with(capsys, "made with softmax_n", lambda: train("--output_dir", "results-models/esperberto-softmax1"))
@@ -205,15 +210,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monk
 def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, monkeypatch, capsys):
     flags = ["--save_steps", "1", "--save_total_limit", "2"]
     expected = train(*flags, results="whole")
-    init = train_model.ExperimentTrainer.__init__
-
-    def stopping(self, *args, callbacks, **kwargs):
-        init(self, *args, callbacks=[*callbacks, StopAfter()], **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(*flags)
+    interrupted(monkeypatch, lambda: train(*flags))
     folder = Path("results-models/esperberto-softmax0")
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
     (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"half a file")

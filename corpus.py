@@ -20,15 +20,14 @@ def load_data(path: str) -> tuple[DatasetDict, dict]:
         manifest = record.read_json(Path(path) / "manifest.json")
         data = load_from_disk(path)
         data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
     for name in ("train", "validation"):
         split = data[name]
         if "text" not in split.column_names or split.features["text"].dtype not in ("string", "large_string"):
             sys.exit(f"error: the {name} split in {path} has no column `text` of strings: run build_dataset.py")
-        if not len(split) or split.data.column("text").null_count:
-            what = "samples without a text" if len(split) else "no samples"
-            sys.exit(f"error: the {name} split in {path} has {what}: run build_dataset.py again")
+        if split.data.column("text").null_count:
+            sys.exit(f"error: the {name} split in {path} has samples without a text: run build_dataset.py again")
     return data, manifest
 
 
@@ -66,7 +65,7 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
         found = load_from_disk(folder)
         if any(len(found[name]) != len(split) for name, split in data.items()):
             raise ValueError("it has not the samples of the dataset")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"error: {folder} is damaged ({record.one_line(error)}): delete that folder, it is made again")
     return found
 

@@ -1116,7 +1116,15 @@ def train_alone(
     trainer.add_callback(stop)
     diverged = None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        ended = None
+        if checkpoint is not None:
+            ended = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if ended is not None and ended.global_step >= ended.max_steps:
+            # Only what comes behind the training was interrupted. Trainer would train a step more.
+            trainer.state = ended
+            trainer.model.load_state_dict(AutoModelForMaskedLM.from_pretrained(checkpoint).state_dict())
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
         diverged = error
     finally:

@@ -114,7 +114,6 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
 
 def train_alone(job: Job) -> bool:
     """Run one job in this terminal; whether it has left its results file. Ends it too when it is interrupted."""
-    print(f"== {job.name}", flush=True)
     process = subprocess.Popen(job.command, start_new_session=True)  # Ctrl-C reaches it through us, once
     try:
         process.wait()
@@ -241,7 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         failed = train(missing, args.parallel, push)
     else:
         failed = []
-        for job in missing:
+        started = time.monotonic()
+        for done, job in enumerate(missing):
+            left = duration((time.monotonic() - started) / done * (len(missing) - done)) if done else "unknown"
+            now = f"== {time.strftime('%H:%M')} Run {done + 1} of {len(missing)}: {job.name}"
+            print(now if len(missing) == 1 else f"{now} (time left for all of them: {left})", flush=True)
             if train_alone(job):
                 push(job)
             else:

@@ -86,6 +86,11 @@ def test_help_is_the_head_of_the_script(tmp_path):
     assert done.stdout.rstrip().endswith("is not sent again.") and "#" not in done.stdout
 
 
+def test_env_is_not_run_as_shell(runner, tmp_path):
+    (tmp_path / ".env").write_text('X=$(touch ran)\nHUGGINGFACE_TOKEN = "hf_x"\n')
+    assert runner()[0] == 0 and not (tmp_path / "ran").exists()
+
+
 def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, tmp_path):
     runner()
     status, _, calls = runner()

@@ -616,7 +616,8 @@ def test_without_a_terminal_the_log_has_steps_and_the_time_left_and_no_bar(train
     assert not args.disable_tqdm
 
 
-def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys):
+@pytest.mark.parametrize("lines", ["true", "false"])
+def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, lines):
     """A stand-in for TensorBoard, which is not installed everywhere."""
     drawn = []
 
@@ -626,7 +627,7 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys):
 
     monkeypatch.setattr(train_model, "get_reporting_integration_callbacks", lambda names: [Tracker])
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
-    result = train("--report_to", "tensorboard", "--use_softmax1")
+    result = train("--report_to", "tensorboard", "--use_softmax1", "--disable_tqdm", lines)
     for entry in result["emergence"]:  # step 0 included
         [logs] = [logs for step, logs in drawn if step == entry["step"] and "eval_layer.0.attention.null_mass" in logs]
         assert {name: logs[f"eval_{name}"] for name in entry if name != "step"} == {
@@ -638,7 +639,8 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys):
     assert [logs["eval_loss"] for _, logs in drawn if "eval_loss" in logs] == [
         loss for _, loss in result["validation_loss_history"]
     ]
-    assert "null_mass" not in capsys.readouterr().out  # the log keeps to what a reader can take in
+    printed = "".join(capsys.readouterr())
+    assert "grad_norm" in printed and "null_mass" not in printed  # log and bar keep to what a reader can take in
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert "step 10 of 1,000" in Path("results/logs/esperberto-softmax0.log").read_text()
     train_runs.main(flags)
     assert len(started()) == 6 and capsys.readouterr().out.count("found and kept") == 6
+
+
+def test_one_at_a_time_says_which_of_how_many_and_the_time_left_once_it_is_known(stand_in, capfd):
+    train_runs.main(["--softmax_n", "0", "1"])
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("== ")]
+    assert re.fullmatch(r"== \d\d:\d\d Run 1 of 2: esperberto-softmax0 \(time left for all of them: unknown\)", told[0])
+    assert re.fullmatch(r"== \d\d:\d\d Run 2 of 2: esperberto-softmax1 \(time left .*: \d+ m \d+ s\)", told[1])
 
 
 def test_controls_are_runs_of_their_own(stand_in):

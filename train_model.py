@@ -787,8 +787,8 @@ class Parser(command.Parser, HfArgumentParser):
             text.add_arguments([readable(actions[flag], words) for flag, words in flags.items()])
             text.end_section()
         if everything:
-            refused = [f"  --{name}: {why}" for name, why in REFUSED.items() if f"--{name}" in actions]
-            text.add_text("refused, because it would change nothing or break the comparison:\n" + "\n".join(refused))
+            reasons = [f"  --{name}: {why}" for name, why in REFUSED.items() if f"--{name}" in actions]
+            text.add_text("refused, because it would change nothing or break the comparison:\n" + "\n".join(reasons))
         return text.format_help()
 
 

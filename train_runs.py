@@ -126,7 +126,8 @@ def train_alone(job: Job) -> bool:
 
 def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[Job]:
     """Run the jobs, `parallel` at a time; returns those that failed. Ends all of them when it is interrupted."""
-    threads = max(1, len(os.sched_getaffinity(0)) // parallel) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    threads = max(1, cores // parallel)
     waiting, running, failed = list(jobs), [], []
     terminal = sys.stderr.isatty()
     told = -TELL_SECONDS

@@ -665,6 +665,7 @@ def test_help_shows_ours_first_each_once_and_the_rest_is_behind_help_all(capsys)
     for text in told.values():
         flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
         assert len(flags) == len(set(flags)) and [f"--{name}" for name in shown] == flags[: len(shown)]
+        assert not re.search(r"--\w+-\w", text)  # by one of its spellings
     assert "--adam_epsilon" not in told["--help"] and "--adam_epsilon X" in told["--help_all"]
     assert "where it is highest (5e-05)" in told["--help"] and "(52032)" in told["--help"]
     assert "--label_smoothing_factor: the loss is the published cross-entropy" in told["--help_all"]

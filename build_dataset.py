@@ -30,6 +30,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets.arrow_writer import ArrowWriter
@@ -55,6 +60,8 @@ EXPECTED_TOLERANCE = 0.01  # the 974,000 is itself rounded
 
 FILE_TYPES = (".txt", ".gz", ".zst")
 NOT_UTF8, NO_TAB, BLANK = "not UTF-8", "no tab", "blank"
+OLD_MAC = "ends its lines with \\r alone, as old Macs did: convert it (tr '\\r' '\\n' < FILE > NEW)"
+FEW = 100  # validation samples; a held-out loss of fewer says little
 MAX_DAMAGED = 0.01  # a source with more lines than this that are not UTF-8 or lack the tab is the wrong file
 MAX_LINE_BYTES = 1 << 24  # bounds memory when a file without line ends is given by mistake
 
@@ -84,11 +91,11 @@ class Source:
     lines_read: int = 0
     lines_kept: int = 0
     lines_dropped: dict[str, int] = field(default_factory=lambda: {BLANK: 0, NOT_UTF8: 0, NO_TAB: 0})
+    carriage_returns: int = 0  # inside lines
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    description, _, _ = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--sources", nargs="+", metavar="NAME", choices=list(EXPECTED_LINES), help="published sources")
     inputs.add_argument("--from_files", nargs="+", metavar="PATTERN", help="your own .txt, .gz, .zst, -sentences.txt")
@@ -237,6 +244,8 @@ def archived_lines(stream: pa.NativeFile, path: Path) -> Iterator[bytes]:
 def split_lines(file: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
         if len(line) == MAX_LINE_BYTES:
+            if b"\r" in line:
+                sys.exit(f"error: {path} {OLD_MAC}")
             sys.exit(f"error: {path} is not text with one sample a line: a line has {MAX_LINE_BYTES:,} bytes or more")
         yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
 
@@ -268,6 +277,7 @@ def samples(source: Source) -> Iterator[str]:
                 source.lines_dropped[dropped] += 1
             else:
                 source.lines_kept += 1
+                source.carriage_returns += text.count("\r")
                 yield text
     except (OSError, tarfile.TarError) as error:
         sys.exit(f"error: {source.path} cannot be read ({error}): if it is damaged, delete it and run again")
@@ -299,6 +309,8 @@ def check(source: Source, whole: bool) -> None:
         if source.lines_dropped[reason] > MAX_DAMAGED * source.lines_read:
             count = f"{source.lines_dropped[reason]:,} of {source.lines_read:,} lines: {reason}"
             sys.exit(f"error: {source.path} {meaning} ({count}): convert it or leave it out")
+    if source.carriage_returns >= source.lines_read > 0:
+        sys.exit(f"error: {source.path} {OLD_MAC}")
     if not source.lines_kept:
         sys.exit(f"error: {source.path} has no usable line: leave it out")
     expected = source.expected_lines
@@ -366,9 +378,12 @@ def write_splits(sources: list[Source], args: argparse.Namespace, output: Path) 
         datasets = {name: split.dataset() for name, split in splits.items() if split.samples}
         for name in splits:
             if name not in datasets:
+                [other] = datasets.values()
+                if (different := len(other.unique("text"))) == 1:
+                    sys.exit(f"error: all {total:,} samples are the same text, which belongs to one split: give more")
                 sys.exit(
-                    f"error: no sample of {total:,} falls into the {name} split with --validation_fraction "
-                    f"{args.validation_fraction}: choose another fraction or give more text"
+                    f"error: no sample of {total:,} ({different:,} different texts) falls into the {name} split with "
+                    f"--validation_fraction {args.validation_fraction}: choose another fraction or give more text"
                 )
         DatasetDict(datasets).save_to_disk(output)
     figures = {name: {"samples": split.samples, "sha256": split.digest.hexdigest()} for name, split in splits.items()}
@@ -396,6 +411,11 @@ def print_table(sources: list[dict], splits: dict, output_dir: str) -> None:
         print(f"{source['name']:{width}}  {read:>10,}  {kept:>10,}  {', '.join(reasons) or 0}")
     train, validation = splits["train"]["samples"], splits["validation"]["samples"]
     print(f"{output_dir}: {train:,} training samples, {validation:,} validation samples")
+    if validation < FEW:
+        print(
+            f"note: a held-out loss of {validation:,} validation samples says little: a larger --validation_fraction "
+            "holds more out"
+        )
 
 
 def made(manifest: dict) -> dict:
@@ -423,6 +443,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.push_to_hub:
         hub.check()  # before hours of downloading
+    if any(source.url and not source.path.exists() for source in sources):
+        folder.refuse_unwritable(args.download_dir)
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         described, splits = write_splits(sources, args, output)
         manifest = {
@@ -439,9 +461,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

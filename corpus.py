@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,13 +15,19 @@ from folder import locked
 
 
 def load_data(path: str) -> tuple[DatasetDict, dict]:
-    """The dataset of build_dataset.py and its manifest. Exits with one line when there is none."""
+    """The dataset of build_dataset.py and its manifest. Exits with one line when there is none that is whole."""
     try:
-        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = record.read_json(Path(path) / "manifest.json")
         data = load_from_disk(path)
         data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
+    for name in ("train", "validation"):
+        split = data[name]
+        if "text" not in split.column_names or split.features["text"].dtype not in ("string", "large_string"):
+            sys.exit(f"error: the {name} split in {path} has no column `text` of strings: run build_dataset.py")
+        if split.data.column("text").null_count:
+            sys.exit(f"error: the {name} split in {path} has samples without a text: run build_dataset.py again")
     return data, manifest
 
 
@@ -56,7 +61,13 @@ def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBas
         with locked(folder):  # of several runs that start together, one tokenizes
             if not folder.exists():
                 _tokenize(data, folder, tokenizer, max_length)
-    return load_from_disk(folder)
+    try:
+        found = load_from_disk(folder)
+        if any(len(found[name]) != len(split) for name, split in data.items()):
+            raise ValueError("it has not the samples of the dataset")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        sys.exit(f"error: {folder} is damaged ({record.one_line(error)}): delete that folder, it is made again")
+    return found
 
 
 def _tokenize(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,25 +10,30 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
+
+from record import read_json
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Let one process at a time into the block that makes `path`; says so when it has to wait for another.
 
-    The lock is a file beside `path`. The system releases it when its process ends, however it ends.
+    The lock is a file beside `path`, which holds the process id of its holder. The system releases it when that process
+    ends, however it ends.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
-        lock = _acquired(path)
+        lock = _acquire(path)
     except Timeout:
-        print(f"Waiting for another process that is making {path}", flush=True)
-        lock = _acquired(path, seconds=-1)
-    with lock:
+        print(f"Waiting for {_holder(path)}, which is making {path}", flush=True)
+        lock = _acquire(path, seconds=-1)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -40,17 +45,30 @@ def sole(path: str | Path) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     try:
-        lock = _acquired(path)
+        lock = _acquire(path)
     except Timeout:
-        sys.exit(f"error: another process is at work on {path}: wait until it has ended, or end it")
-    with lock:
+        sys.exit(f"error: {_holder(path)} is at work on {path}: wait until it has ended, or end it")
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _acquired(path: str | Path, seconds: float = 0) -> AcquireReturnProxy:
-    """The lock of `path`, to be released by `with`. Raises Timeout when it is not free in time; -1 waits for ever."""
+def _acquire(path: str | Path, seconds: float = 0) -> FileLock:
+    """The lock of `path`, acquired. Raises Timeout when it is not free in time; -1 waits for ever."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock").acquire(timeout=seconds)
+    lock = FileLock(f"{path}.lock")
+    lock.acquire(timeout=seconds)
+    Path(lock.lock_file).write_text(f"{os.getpid()}\n", encoding="utf-8")
+    return lock
+
+
+def _holder(path: str | Path) -> str:
+    """Who holds the lock of `path`."""
+    try:
+        return f"process {int(Path(f'{path}.lock').read_text(encoding='utf-8'))}"
+    except (OSError, ValueError):
+        return "another process"
 
 
 def refuse_unwritable(path: str | Path) -> None:
@@ -63,7 +81,9 @@ def refuse_unwritable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(bytes(1 << 16))
     except OSError as error:
-        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        why = error.strerror
+        if isinstance(error, FileExistsError):
+            why = "it is a file" if Path(path).is_file() else "it is a link that leads to no folder"
         sys.exit(f"error: nothing can be written to {path} ({why}): choose another folder or make room")
 
 
@@ -82,7 +102,12 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
         SystemExit: with one line, before the block runs, if `path` may not be replaced.
         OSError: if the disk does not allow it.
     """
-    target = Path(path).resolve()  # a link to a folder on a larger disk stays a link
+    try:
+        target = Path(path).resolve()  # a link to a folder on a larger disk stays a link
+    except RuntimeError:  # what Python before 3.13 says of links in a circle
+        target = Path(path)
+    if target.is_symlink():
+        sys.exit(f"error: {path} is a link that leads to no folder: choose another --output_dir")
     if target.exists() and not target.is_dir():
         sys.exit(f"error: {path} is a file: choose another --output_dir")
     entries = [entry.name for entry in target.iterdir()] if target.exists() else []
@@ -95,7 +120,7 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
     if target.is_mount():
         sys.exit(f"error: {path} is a mount point and cannot be replaced: choose a folder inside it")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(target.parent)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
@@ -125,7 +150,7 @@ def kept(path: str | Path, wanted: dict, made: Callable[[dict], dict] = dict) ->
     if not manifest.is_file():
         return False
     try:
-        found = made(json.loads(manifest.read_text(encoding="utf-8")))
+        found = made(read_json(manifest))
         differing = [name for name, value in wanted.items() if found[name] != value]
     except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"error: {manifest} is damaged: move {path} away, or add --overwrite to make it again")

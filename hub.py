@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import email.utils
-import json
 import math
 import os
 import re
@@ -24,6 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import command
+
+if __name__ == "__main__":
+    command.begin()
 
 import datasets
 import dotenv
@@ -48,6 +52,9 @@ SHARD_BYTES = 500_000_000  # of Arrow data in one Parquet file, the Hub's own re
 # Every card of ours carries the first tag, those of --test_pipeline and of the sample the second too. A repository
 # without our tag is somebody's other work, and one without the second a real run: neither is overwritten by mistake.
 OUR_TAG, TEST_TAG = "esperberto", "test-pipeline"
+
+# How values of another kind than this project writes surface, in reading them or in making a card of them.
+WRONG = (ValueError, LookupError, TypeError, AttributeError)
 
 # What a model folder gives to the Hub. Not training_args.bin: it is pickled, so it can run code, and it holds paths and
 # names of the machine; nor checkpoints.
@@ -220,14 +227,15 @@ def push(path: str | Path, results: str | Path | None = None, private: bool = Fa
     if diverged(Path(results or beside)):
         print(f"{path} diverged in training, so there is no model to push.")
         return
+    # What is to be pushed is read first: of what is not there or not whole nothing may be said to be saved.
+    if (path / "dataset_dict.json").is_file():
+        send, what = push_dataset, read_dataset(path)
+    elif (path / "config.json").is_file():
+        send, what = push_model, read_model(path, Path(results or beside))
+    else:
+        sys.exit(f"error: {path} holds neither a dataset of build_dataset.py nor a model of train_model.py")
     try:
-        hub = Hub()
-        if (path / "dataset_dict.json").is_file():
-            push_dataset(hub, path, private)
-        elif (path / "config.json").is_file():
-            push_model(hub, path, Path(results or beside), private)
-        else:
-            sys.exit(f"error: {path} holds neither a dataset of build_dataset.py nor a model of train_model.py")
+        send(Hub(), path, what, private)
     except HubError as error:
         sys.exit(f"error: {error}. {path} is saved and complete here; this pushes it: {shlex.join(again)}")
 
@@ -235,13 +243,14 @@ def push(path: str | Path, results: str | Path | None = None, private: bool = Fa
 def diverged(results_path: Path) -> bool:
     """Whether the results file says that the run diverged; False where there is none that can be read."""
     try:
-        return json.loads(results_path.read_text(encoding="utf-8")).get("status") == "diverged"
+        return record.read_json(results_path).get("status") == "diverged"
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def push_model(hub: Hub, folder: Path, results_path: Path, private: bool) -> None:
-    config, results = read_model(folder, results_path)
+def push_model(hub: Hub, folder: Path, what: tuple[dict, dict | None], private: bool) -> None:
+    """`what` is of `read_model`."""
+    config, results = what
     run = folder.absolute().name if results is None else results["run"]
     repo = f"{hub.namespace}/{run}"
     card = model_card(repo, config, results)
@@ -255,7 +264,7 @@ def push_model(hub: Hub, folder: Path, results_path: Path, private: bool) -> Non
 def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
     """config.json and the results file, checked against each other. Exits with one line when the model is not whole."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = record.read_json(folder / "config.json")
         weights = sorted(folder.glob("model*.safetensors"))
         for file in weights:
             safe_open(file, "pt").keys()
@@ -267,31 +276,40 @@ def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
             missing += [] if "AutoModelForMaskedLM" in config.get("auto_map", {}) else ["auto_map in config.json"]
         if missing or not weights:
             raise ValueError(f"no {(missing or ['model.safetensors'])[0]}")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model_card(f"user/{folder.name}", config, None)
+    except (OSError, *WRONG, SafetensorError) as error:
         sys.exit(f"error: {folder} holds no whole model ({record.one_line(error)}): train it again")
     if not results_path.is_file():
         print(f"note: there is no {results_path}, so the card of {folder} says little", file=sys.stderr)
         return config, None
     try:
-        results = json.loads(results_path.read_text(encoding="utf-8"))
+        results = record.read_json(results_path)
         n, run = results["softmax_n"], results["run"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model_card(f"user/{run}", config, results)
+    except (OSError, *WRONG) as error:
         sys.exit(f"error: {results_path} is no results file ({record.one_line(error)}): give the right --results")
     if n != config.get("softmax_n", 0.0):
         sys.exit(f"error: {results_path} ({run}, n = {n}) is not about the model in {folder}: give the right --results")
     return config, results
 
 
-def push_dataset(hub: Hub, folder: Path, private: bool) -> None:
-    """One commit of Parquet files and card; at most one batch of rows is in memory."""
+def read_dataset(folder: Path) -> tuple[dict, dict[str, datasets.Dataset]]:
+    """manifest.json and the splits, checked against each other. Exits with one line when the dataset is not whole."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = record.read_json(folder / "manifest.json")
         splits = {split: datasets.Dataset.load_from_disk(folder / split) for split in ("train", "validation")}
         for split, dataset in splits.items():
             if len(dataset) != manifest["splits"][split]["samples"]:
                 raise ValueError(f"{len(dataset):,} samples in {split}, manifest.json has another number")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dataset_card(f"user/{DATASET}", manifest, splits)
+    except (OSError, *WRONG) as error:
         sys.exit(f"error: {folder} holds no whole dataset ({record.one_line(error)}): run build_dataset.py")
+    return manifest, splits
+
+
+def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Dataset]], private: bool) -> None:
+    """One commit of Parquet files and card; at most one batch of rows is in memory. `what` is of `read_dataset`."""
+    manifest, splits = what
     repo = f"{hub.namespace}/{DATASET}"
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.absolute().parent) as scratch:
         stage = Path(scratch)
@@ -677,8 +695,7 @@ def check() -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    description, _, _ = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser("check", help="check that HUGGINGFACE_TOKEN may write for HUGGINGFACE_USER")
     checking.add_argument(
@@ -686,7 +703,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"end with status {UNSET} where the two are not both set: no push is meant",
     )
-    pushing = commands.add_parser("push", help="push a model folder or a dataset", allow_abbrev=False)
+    pushing = commands.add_parser("push", help="push a model folder or a dataset")
     pushing.add_argument("path", help="models/<run> or data")
     pushing.add_argument("--results", metavar="FILE", help="the model's results (default: results/<run>.json)")
     pushing.add_argument("--private", action="store_true", help="into a private repository")
@@ -711,9 +728,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {record.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

@@ -30,6 +30,10 @@ IGNORED = -100  # label of a token that is not to be predicted: torch's and tran
 BOOKKEEPING = ("masked_tokens", "samples", "tokens", "sequences")  # of a batch, not for the model
 
 
+class NothingToMask(ValueError):
+    """A batch has no token that can be masked, and so no loss."""
+
+
 @dataclass
 class MaskedLMCollator(DataCollatorForLanguageModeling):
     """transformers' 80/10/10 masking, with masks that depend on `seed` and the batch's own tokens alone.
@@ -71,7 +75,9 @@ class MaskedLMCollator(DataCollatorForLanguageModeling):
             if (labels != IGNORED).any():
                 break
         else:
-            raise ValueError("a batch holds nothing but special tokens, so nothing can be masked: look at the data")
+            raise NothingToMask(
+                "a batch of samples holds nothing but special tokens, so nothing can be masked: look at the data"
+            )
         whole = {
             "masked_tokens": (labels != IGNORED).sum().float(),
             "samples": len(examples),

@@ -59,13 +59,21 @@ def hardware(device: torch.device) -> dict:
         count = torch.cuda.device_count()
         name = properties.name
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        memory = _memory()
         count = torch.get_num_threads()
         name = _processor_name()
         instructions = {"instructions": _instructions()}
     found = {"device": device.type, "name": name, "count": count}
-    found["memory_gib"] = None if memory is None else round(memory / 2**30, 1)  # Windows does not say
+    found["memory_gib"] = None if memory is None else round(memory / 2**30, 1)
     return found | instructions
+
+
+def _memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _processor(field: str) -> str | None:
@@ -123,6 +131,19 @@ def weights_sha256(model: torch.nn.Module, leave_out: str | None = None) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def read_json(path: str | Path):
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than Python reads it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: str | Path, value) -> None:

@@ -203,4 +203,4 @@ if [ "$unpushed" ]; then
     echo "error: not everything is on the Hub (see above): everything is saved in $work, run this again to push it" >&2
     exit 1
 fi
-echo "== Done: read $report. ${pushing:+Data, tokenizer and models are on the Hub.}"
+echo "== $(date +%H:%M) Done: read $report. ${pushing:+Data, tokenizer and models are on the Hub.}"

@@ -9,11 +9,13 @@
 
 Reads data/ (build_dataset.py) and tokenizer/ (train_tokenizer.py). Writes models/<run>/ (model and tokenizer) and
 results/<run>.json (record.py says with what). An interrupted run goes on from its last checkpoint when the same command
-is given again. Every flag of transformers' TrainingArguments works; the defaults are the published experiment's.
+is given again. The flags of transformers' TrainingArguments work, or are refused in one line (--help_all has them all);
+the defaults are the published experiment's.
 """
 
+import argparse
 import contextlib
-import dataclasses
+import copy
 import json
 import math
 import os
@@ -24,8 +26,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import command
+
+if __name__ == "__main__":
+    command.begin()
 
 import datasets
 import numpy as np
@@ -37,10 +45,14 @@ from transformers import (
     AutoModelForMaskedLM,
     HfArgumentParser,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import safe_globals
 
 import arms
 import hub
@@ -59,7 +71,7 @@ from held_out import (
     perplexity,
 )
 from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
-from packing import MaskedLMCollator, on_device, summed_loss
+from packing import MaskedLMCollator, NothingToMask, on_device, summed_loss
 from runs import read_results
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
 from tables import duration
@@ -78,17 +90,142 @@ EMERGENCE_BATCH = 16
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
 
 # Flags of TrainingArguments that would change nothing here, or break the comparison, with the reason. At their defaults
-# they are nobody's concern.
+# they are nobody's concern. What is not named works as transformers says.
 REFUSED = {
     "label_smoothing_factor": "the loss is the published cross-entropy",
-    "group_by_length": "the samples come in the published, shuffled order",
+    "average_tokens_across_devices": "the loss is the mean over the masked tokens of the whole batch",
+    "neftune_noise_alpha": "its noise would depend on how a batch is packed",
+    "logging_nan_inf_filter": "a loss that is no number is a result, and ends the run",
     "train_sampling_strategy": "the samples come in the published, shuffled order",
-    "load_best_model_at_end": "the last model is the one that is compared",
-    "auto_find_batch_size": "the batch is a setting of the experiment",
-    "fsdp": "the model fits one device; several processes share the batch (torchrun)",
-    "deepspeed": "the model fits one device; several processes share the batch (torchrun)",
-    "torch_empty_cache_steps": "it is not looked at",
+    "group_by_length": "the samples come in the published, shuffled order",
+    "length_column_name": "the samples come in the published, shuffled order",
+    "dataloader_in_order": "the samples come in the published, shuffled order",
+    "ignore_data_skip": "a run that goes on sees what it would have seen",
+    "accelerator_config": "every process makes the whole batch and keeps its share of it",
     "dataloader_persistent_workers": "it is not looked at",
+    "dataloader_multiprocessing_context": "it is not looked at",
+    "remove_unused_columns": "the tokenized dataset has one column",
+    "label_names": "the labels are the masked tokens",
+    "auto_find_batch_size": "the batch is a setting of the experiment",
+    "torch_empty_cache_steps": "it is not looked at",
+    "use_liger_kernel": "it has nothing for this model",
+    "liger_kernel_config": "it has nothing for this model",
+    "use_cache": "a masked language model has no cache",
+    "fsdp": "the model fits one device; several processes share the batch (torchrun)",
+    "fsdp_config": "the model fits one device; several processes share the batch (torchrun)",
+    "deepspeed": "the model fits one device; several processes share the batch (torchrun)",
+    "parallelism_config": "the model fits one device; several processes share the batch (torchrun)",
+    "bf16_full_eval": "the held-out loss is that of the weights in float32",
+    "fp16_full_eval": "the held-out loss is that of the weights in float32",
+    "prediction_loss_only": "the held-out loss is all that is evaluated",
+    "include_for_metrics": "the held-out loss is all that is evaluated",
+    "batch_eval_metrics": "the held-out loss is all that is evaluated",
+    "eval_do_concat_batches": "the held-out loss is all that is evaluated",
+    "eval_use_gather_object": "the held-out loss is all that is evaluated",
+    "eval_accumulation_steps": "the held-out loss is all that is evaluated",
+    "do_predict": "the held-out loss is all that is evaluated",
+    "load_best_model_at_end": "the last model is the one that is compared",
+    "metric_for_best_model": "the last model is the one that is compared",
+    "greater_is_better": "the last model is the one that is compared",
+    "save_only_model": "a checkpoint is there to go on from",
+    "save_on_each_node": "the first process writes the checkpoints",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM write a checkpoint without it",
+    "restore_callback_states_from_checkpoint": "a checkpoint has all that is needed without it",
+    "run_name": "a run is named by its arm and its seed",
+    "hub_token": "on a command line others read it: put HUGGINGFACE_TOKEN into .env instead",
+    "hub_model_id": "a model goes to <HUGGINGFACE_USER>/<run>",
+    "hub_strategy": "the finished model is pushed, once",
+    "hub_always_push": "the finished model is pushed, once",
+    "hub_revision": "the finished model is pushed, once",
+}
+# Optimizers that need another loop than ours, and those that look at --optim_args or --optim_target_modules.
+REFUSED_OPTIMIZERS = re.compile(r"lomo|adalomo|schedule_free_\w+|\w+_layerwise")
+TAKES_NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+TAKES_TARGET_MODULES = ("galore_", "apollo_")
+
+TAKE_JSON = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+# What a number may be: (lowest, below). NaN lies nowhere.
+MANY = 1 << 31
+BOUNDS = {
+    "seed": (0, 1 << 32),  # numpy's
+    "data_seed": (0, 1 << 32),
+    "per_device_train_batch_size": (1, MANY),
+    "per_device_eval_batch_size": (1, MANY),
+    "gradient_accumulation_steps": (1, MANY),
+    "max_steps": (-1, MANY),
+    "num_train_epochs": (0, MANY),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, MANY),
+    "logging_steps": (0, MANY),
+    "eval_steps": (0, MANY),
+    "save_steps": (0, MANY),
+    "eval_delay": (0, MANY),
+    "save_total_limit": (1, MANY),
+    "dataloader_num_workers": (0, 1 << 10),
+    "dataloader_prefetch_factor": (1, MANY),
+    "ddp_timeout": (1, MANY),
+    "usd_per_hour": (0, math.inf),
+}
+
+# What --help shows of the flags, in this order, with our words for those of TrainingArguments; --help_all has the rest.
+HELP = {
+    "what is trained": {
+        "softmax_n": "",
+        "use_softmax1": "",
+        "control": "",
+        "seed": "of the weights, the order of the samples, their masks and dropout",
+        "config_overrides": "",
+        "vocab_size": "",
+    },
+    "from what, and where to": {
+        "data_dir": "",
+        "tokenizer_dir": "",
+        "output_dir": "",
+        "results_dir": "",
+        "overwrite": "",
+        "resume_from_checkpoint": "checkpoint to go on from (the newest of this run)",
+        "push_to_hub": "push the finished model to the Hub",
+        "hub_private_repo": "into a private repository",
+        "usd_per_hour": "",
+    },
+    "the text": {"max_length": "", "mlm_probability": "", "max_eval_samples": ""},
+    "the training": {
+        "num_train_epochs": "passes over the data",
+        "max_steps": "updates, in place of epochs; -1 for none",
+        "per_device_train_batch_size": "",
+        "gradient_accumulation_steps": "batches that make an update",
+        "learning_rate": "where it is highest",
+        "lr_scheduler_type": "how it falls: linear, cosine, constant and others",
+        "warmup_steps": "updates in which it rises from 0; below 1, the share of them",
+        "weight_decay": "of all weights but biases and LayerNorms (0)",
+        "adam_beta1": "",
+        "adam_beta2": "",
+        "max_grad_norm": "what gradients are clipped to; 0 for no clipping",
+        "optim": "optimizer",
+    },
+    "how it is computed": {
+        "padded": "",
+        "attention": "",
+        "statistics_steps": "",
+        "bf16": "compute in bfloat16, keep the weights in float32",
+        "torch_compile": "compile the model",
+        "use_cpu": "train on the CPU though there is a GPU",
+        "dataloader_num_workers": "processes that make batches",
+    },
+    "log and checkpoints": {
+        "logging_steps": "updates between two entries of the log",
+        "eval_steps": "updates between two held-out losses",
+        "save_steps": "updates between two checkpoints",
+        "report_to": "tensorboard, trackio, wandb or another: draws losses, kurtosis, null mass and sinks",
+        "disable_tqdm": "lines in place of a bar (so where there is no terminal)",
+    },
+    "trying it out": {"test_pipeline": ""},
 }
 
 # What --test_pipeline changes; flags on the command line still win.
@@ -112,7 +249,7 @@ TEST_PIPELINE = {
 class ExperimentArguments:
     """What the experiment varies, and where its files are."""
 
-    softmax_n: float | None = field(default=None, metadata={"help": "n of the attention, >= 0 (default 0: softmax)"})
+    softmax_n: float | None = field(default=None, metadata={"help": "n of the attention, >= 0 (0: softmax)"})
     use_softmax1: bool = field(default=False, metadata={"help": "short for --softmax_n 1"})
     control: str | None = field(
         default=None,
@@ -131,21 +268,23 @@ class ExperimentArguments:
     )
     attention: str = field(
         default="auto",
-        metadata={"choices": list(BACKENDS), "help": "the kernel of softmax_n attention (auto: the fastest there is)"},
+        metadata={"choices": list(BACKENDS), "help": "the kernel of softmax_n attention; auto is the fastest"},
     )
     statistics_steps: int = field(
-        default=10, metadata={"help": "steps between measurements of the activations' kurtosis (published: 1)"}
+        default=10, metadata={"help": "steps between measurements of the activations' kurtosis; published: 1"}
     )
     max_length: int = field(default=512, metadata={"help": "tokens of a sample at most; the rest is cut off"})
-    mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that are masked (80/10/10)"})
+    mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that are masked, 80/10/10"})
     vocab_size: int = field(default=52_032, metadata={"help": "rows of the embedding; >= the tokenizer's entries"})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "N held-out samples, evenly spread (default: all)"}
+        default=None, metadata={"help": "so many held-out samples, evenly spread (all)"}
     )
     config_overrides: str = field(
         default="", metadata={"help": 'another size: "num_hidden_layers=4,hidden_size=256,..." (of RobertaConfig)'}
     )
-    usd_per_hour: float | None = field(default=None, metadata={"help": "price of this machine, for the cost"})
+    usd_per_hour: float | None = field(
+        default=None, metadata={"help": "price of this machine, for the cost; that of an A10G is known"}
+    )
 
     def __post_init__(self):
         if self.use_softmax1 and self.softmax_n not in (None, 1):
@@ -178,7 +317,9 @@ class PublishedTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0)
     # The published run asked for 128, ran out of memory and was halved to 16. Ours is 16 on purpose, divided over the
     # processes and accumulation steps if there are several.
-    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 16 over all processes"})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "samples that a process takes at a time (16 over all processes)"}
+    )
     per_device_eval_batch_size: int = field(default=16)
     logging_steps: float = field(default=1_000)
     logging_first_step: bool = field(default=True)
@@ -219,6 +360,7 @@ class ExperimentTrainer(Trainer):
         self, *args, held_out: list[dict], statistics: ActivationKurtosis, statistics_steps: int, packed: bool, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        self.bookkeeping: Bookkeeping | None = None
         self.held_out = held_out
         self.statistics = statistics
         self.statistics_steps = statistics_steps
@@ -288,10 +430,34 @@ class ExperimentTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with how far outliers have grown beside every training loss, so that --report_to draws it too."""
+        if math.isfinite(logs.get("loss", math.nan)):
+            logs |= self.bookkeeping.watch()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, *args, **kwargs):
+        with refused(f"--optim {self.args.optim.value}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with refused(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
+            return super().create_scheduler(*args, **kwargs)
+
     def counts(self) -> dict[str, int]:
         """What the run has seen so far, over all processes. Every process has to call it."""
         padded_tokens = self.accelerator.reduce(torch.tensor(self.padded_tokens, device=self.args.device), "sum")
         return {"samples": self.samples, "tokens": self.tokens, "padded_tokens": int(padded_tokens)}
+
+
+@contextlib.contextmanager
+def refused(flag: str) -> Iterator[None]:
+    """Exit with one line that names the flag where the block fails, as transformers does for a package that is missing
+    and for arguments that do not fit."""
+    try:
+        yield
+    except Exception as error:  # of as many kinds as there are optimizers
+        sys.exit(f"error: {flag}: {record.one_line(error)}")
 
 
 class Diverged(Exception):
@@ -325,11 +491,18 @@ class Bookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
         if state.global_step == 0:
-            self.emerged = [{"step": 0, **self.emergence(self.trainer.model)}]
+            self.emerged = []
+            self.trainer.log(self.watch())
         if self.window is not None:
             trainer = self.trainer
             trainer._globalstep_last_logged, losses = self.window
             trainer._tr_loss += losses[args.process_index]
+
+    def watch(self) -> dict[str, float]:
+        """What Emergence measures of the model as it is now, by names that trackers group as of held-out texts."""
+        found = self.emergence(self.trainer.model)
+        self.emerged.append({"step": self.trainer.state.global_step, **found})
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:  # so that the last, shorter window of the loss is logged too
@@ -355,12 +528,12 @@ class Bookkeeping(TrainerCallback):
 
     def restore(self, checkpoint: str) -> None:
         """Take up the counts of an earlier session. Exits when that session had other settings."""
-        progress = json.loads((Path(checkpoint) / "progress.json").read_text(encoding="utf-8"))
-        for name, value in json.loads(json.dumps(self.settings)).items():
-            if progress["settings"].get(name) != value:
-                before = progress["settings"].get(name)
+        progress = read_progress(checkpoint)
+        had = progress["settings"]
+        for name, value in self.settings.items():
+            if name in had and had[name] != value:
                 sys.exit(
-                    f"error: {checkpoint} was made with {name} = {before}, not {value}: "
+                    f"error: {checkpoint} was made with {name} = {had[name]}, not {value}: "
                     "give the same settings to go on with it, or --overwrite to start again"
                 )
         self.seconds_before = progress["seconds"]
@@ -370,15 +543,12 @@ class Bookkeeping(TrainerCallback):
             trainer.padded_tokens = counts["padded_tokens"]
             trainer.statistics.load_state(progress["activation_kurtosis"])
         self.emerged = progress["emergence"]
-        last_logged, losses = progress["loss_window"]
-        self.window = last_logged, np.atleast_1d(losses).tolist()
+        self.window = progress["loss_window"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if name in (logs or {}) and not math.isfinite(logs[name]):
                 raise Diverged(name, logs[name], state.global_step)
-        if "loss" in (logs or {}):
-            self.emerged.append({"step": state.global_step, **self.emergence(self.trainer.model)})
 
 
 class StopWhenAsked(TrainerCallback):
@@ -410,6 +580,20 @@ class StopWhenAsked(TrainerCallback):
         self.before = {}
 
 
+def shown(logs: dict[str, float] | None) -> dict[str, float]:
+    """What a terminal or a log shows of the figures; trackers draw the others too."""
+    names = ("loss", "eval_loss", "grad_norm", "learning_rate")
+    return {name: logs[name] for name in names if name in (logs or {})}
+
+
+class Bar(ProgressCallback):
+    """In a terminal: Trainer's bar, with a line of figures at every logging step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if found := shown(logs):
+            super().on_log(args, state, control, logs=found, **kwargs)
+
+
 class LogLines(TrainerCallback):
     """Where there is no terminal: a line at every logging step and at least every minute, with the time that is left.
 
@@ -427,9 +611,8 @@ class LogLines(TrainerCallback):
             self.tell(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = [name for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in (logs or {})]
-        if names:
-            self.tell(state, "".join(f", {name} {logs[name]:.4g}" for name in names))
+        if found := shown(logs):
+            self.tell(state, "".join(f", {name} {value:.4g}" for name, value in found.items()))
 
     def tell(self, state, what: str = "") -> None:
         self.told = time.monotonic()
@@ -446,9 +629,10 @@ def shaping_settings(
     """The settings that shape the weights: a run may only be resumed with the same ones."""
     names = (
         "seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
-        "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-        "optim bf16 fp16"
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 "
+        "adam_epsilon max_grad_norm optim optim_args optim_target_modules dataloader_drop_last bf16 fp16"
     ).split()
+    as_json = args.to_dict()  # enumerations by their values
     return {
         "softmax_n": experiment.softmax_n,
         "control": experiment.control,
@@ -461,7 +645,7 @@ def shaping_settings(
         "padded": experiment.padded,
         "statistics_steps": experiment.statistics_steps,
         "processes": args.world_size,
-        **{name: getattr(args, name) for name in names},
+        **{name: as_json[name] for name in names},
     }
 
 
@@ -473,7 +657,6 @@ def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, a
     _, manifest = load_data(experiment.data_dir)
     tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
     asked = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
-    asked = {name: value for name, value in {**asked, **args.to_dict()}.items() if name in asked}  # no enumerations
     had = {
         **results["settings"],
         "dataset": results["dataset"]["sha256"],
@@ -494,26 +677,60 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
+def read_progress(checkpoint: str | Path) -> dict:
+    """progress.json of a checkpoint, as Bookkeeping wrote it; null in it is a number that was not finite.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: it is damaged.
+    """
+    progress = record.read_json(Path(checkpoint) / "progress.json")
+
+    def number(value) -> float:
+        return math.nan if value is None else float(value)
+
+    last_logged, losses = progress["loss_window"]
+    return {
+        "settings": dict(progress["settings"]),
+        "seconds": float(progress["seconds"]),
+        "counts": {name: int(progress["counts"][name]) for name in ("samples", "tokens", "padded_tokens")},
+        "activation_kurtosis": {
+            name: [number(total), int(count)] for name, (total, count) in progress["activation_kurtosis"].items()
+        },
+        "emergence": [dict(entry) for entry in progress["emergence"]],
+        "loss_window": (int(last_logged), [number(loss) for loss in np.atleast_1d(losses)]),
+    }
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, every file of which is read once in full; None where it is whole."""
+    if not (checkpoint / "progress.json").exists():  # written last of all
+        return "was interrupted while it was written"
+    try:
+        read_progress(checkpoint)
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        AutoModelForMaskedLM.from_pretrained(checkpoint)
+        random_states = sorted(checkpoint.glob("rng_state*.pth"))
+        if not random_states:
+            raise FileNotFoundError("no rng_state.pth")
+        with safe_globals():
+            for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
+                torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # half-written archives fail in as many ways as there are formats
+        return f"is damaged ({record.one_line(error)})"
+    return None
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`, read once in full to be sure that it can be; None where there is none.
+    """The newest whole checkpoint in `folder`; None where there is none.
 
     Newer ones that are not whole are deleted, with a line each: what was interrupted while it was written, and what is
     damaged. Exits when the only one that was written to its end is damaged, since all its work would be lost unseen.
     """
     useless = []
     for checkpoint in checkpoints(folder):
-        if not (checkpoint / "progress.json").exists():  # written last of all
-            useless.append((checkpoint, "was interrupted while it was written"))
-            continue
-        try:
-            (checkpoint / "progress.json").read_text(encoding="utf-8")
-            AutoModelForMaskedLM.from_pretrained(checkpoint)
-            for name in ("optimizer.pt", "scheduler.pt"):
-                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-        except Exception as error:  # half-written archives fail in as many ways as there are formats
-            useless.append((checkpoint, f"is damaged ({record.one_line(error)})"))
-            continue
-        break
+        if (why := damage(checkpoint)) is None:
+            break
+        useless.append((checkpoint, why))
     else:
         checkpoint = None
     if checkpoint is None and (damaged := [said for said in useless if "damaged" in said[1]]):
@@ -524,84 +741,185 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
+def checkpoint_to_go_on_from(wanted: str | None, folder: str) -> str | None:
+    """The newest whole checkpoint in `folder`, or the one that --resume_from_checkpoint names; None where none is.
+
+    Exits with one line where a checkpoint is wanted and there is none.
+    """
+    if wanted is None or wanted.lower() == "true":
+        found = last_checkpoint(folder)
+        if wanted and found is None:
+            sys.exit(f"error: --resume_from_checkpoint True, but {folder} has no checkpoint: leave the flag out")
+        return found
+    if not Path(wanted).is_dir():
+        sys.exit(f"error: --resume_from_checkpoint {wanted} is no folder: name a checkpoint, or True for the newest")
+    if why := damage(Path(wanted)):
+        sys.exit(f"error: {wanted} {why}: name another checkpoint, or leave the flag out")
+    return wanted
+
+
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainingArguments]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(
-        (ExperimentArguments, PublishedTrainingArguments), description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.set_defaults(use_cpu=None)
-    known = parser.parse_known_args(argv)[0]
-    # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available(), disable_tqdm=not sys.stderr.isatty())
-    if known.test_pipeline:  # as argparse reads it, in whatever spelling
-        parser.set_defaults(**TEST_PIPELINE)
-    try:
-        experiment, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError) as error:  # how TrainingArguments refuses settings that this machine cannot run
-        sys.exit(f"error: {record.one_line(error)}")
-    if args.hub_token is not None:  # would also be pickled into training_args.bin beside the model
-        sys.exit("error: a token on the command line is read by others: put HUGGINGFACE_TOKEN into .env instead")
-    if args.hub_model_id is not None:
-        sys.exit("error: --hub_model_id is not for this script: a model goes to <HUGGINGFACE_USER>/<run>")
-    check_arguments(args)
-    if torch.accelerator.is_available() or known.use_cpu:
-        pass
-    elif known.use_cpu is not None:
-        sys.exit("error: --use_cpu False, but PyTorch finds no GPU here")
-    elif gpu := visible_gpu():
-        sys.exit(
-            f"error: nvidia-smi sees {gpu}, which PyTorch {torch.__version__} cannot use: install a PyTorch for its "
-            "CUDA driver, or give --use_cpu to train on the CPU"
+class Parser(command.Parser, HfArgumentParser):
+    """All flags, ours and those of TrainingArguments; --help shows the ones of HELP, --help_all the others too."""
+
+    def __init__(self):
+        super().__init__(
+            dataclass_types=(ExperimentArguments, PublishedTrainingArguments), description=__doc__, add_help=False
         )
+        self.add_argument("-h", "--help", action="help", help="show the flags that matter, and exit")
+        self.add_argument("--help_all", action=HelpAll, help="show those of TrainingArguments that are left, too")
+
+    def format_help(self, everything: bool = False) -> str:
+        actions = {action.option_strings[0]: action for action in self._actions}
+        text = argparse.RawDescriptionHelpFormatter(self.prog, max_help_position=36)
+        text.add_usage("%(prog)s [flags]", [], [])
+        text.add_text(self.description)
+        groups = {title: {f"--{name}": words for name, words in flags.items()} for title, flags in HELP.items()}
+        groups["help"] = {"-h": "", "--help_all": ""}
+        if everything:
+            told = {flag for flags in groups.values() for flag in flags}
+            left = [flag for flag, action in actions.items() if flag not in told and action.dest not in REFUSED]
+            groups["the rest of TrainingArguments"] = dict.fromkeys(left, "")
+        for title, flags in groups.items():
+            text.start_section(title)
+            text.add_arguments([readable(actions[flag], words) for flag, words in flags.items()])
+            text.end_section()
+        if everything:
+            reasons = [f"  --{name}: {why}" for name, why in REFUSED.items() if f"--{name}" in actions]
+            text.add_text("refused, because it would change nothing or break the comparison:\n" + "\n".join(reasons))
+        return text.format_help()
+
+
+class HelpAll(argparse.Action):
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, *rest):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def readable(action: argparse.Action, words: str) -> argparse.Action:
+    """A flag as the help shows it: by one of its spellings, with its default, in `words` or its own first sentence."""
+    shown = copy.copy(action)
+    shown.option_strings = [text for text in action.option_strings if "-" not in text[2:]]
+    if action.nargs == "?":  # "--padded" and "--padded True" are one
+        shown.nargs = 0
+    elif action.choices is None or len(action.choices) > 6:
+        shown.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+    what = words or " ".join((action.help or "").split()).partition(". ")[0].rstrip(".")
+    default = action.default
+    if isinstance(default, (list, dict)) or default in (None, "", False, argparse.SUPPRESS):
+        default = ""
+    shown.help = (what + (f" ({getattr(default, 'value', default)})" if default != "" else "")).replace("%", "%%")
+    return shown
+
+
+def parse(argv: list[str] | None) -> tuple[ExperimentArguments, PublishedTrainingArguments]:
+    """The flags, checked: exits with one line where a training with them is impossible, or not what it seems."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser()
+    parser.set_defaults(use_cpu=None)
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
         # The flag alone: its value may be a secret that belonged to another flag.
         sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
+    for name, why in REFUSED.items():
+        if name in known and getattr(known, name) != parser.get_default(name):
+            sys.exit(f"error: --{name} is not for this script: {why}")
+    check_numbers(known)
+    check_device(known.use_cpu)
+    # Trainer refuses bfloat16 on a CPU unless it is told that the CPU is meant.
+    parser.set_defaults(use_cpu=not usable_gpu(), disable_tqdm=not sys.stderr.isatty())
+    if known.test_pipeline:  # as argparse reads it, in whatever spelling
+        parser.set_defaults(**TEST_PIPELINE)
+    try:
+        experiment, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except Exception as error:  # TrainingArguments refuses what this machine cannot do by whatever fails first
+        sys.exit(f"error: {record.one_line(error)}")
+    check_choices(experiment, args)
     return experiment, args
 
 
-def check_arguments(args: PublishedTrainingArguments) -> None:
-    """Exit with one line for a number that no training can have, and for a flag that would change nothing."""
-    least = {
-        "seed": 0,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 0,
-        "weight_decay": 0,
-        "adam_beta1": 0,
-        "adam_beta2": 0,
-        "adam_epsilon": 0,
-        "max_grad_norm": 0,
-        "warmup_steps": 0,
-    }
-    for name, lowest in least.items():
-        if not lowest <= (value := getattr(args, name)) < math.inf:  # NaN is not either
-            sys.exit(f"error: --{name} must be a number from {lowest} on, got {value:g}")
-    if args.seed >= 1 << 32:
-        sys.exit(f"error: --seed must be below 2**32, which numpy takes, got {args.seed}")
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        sys.exit(f"error: --num_train_epochs must be above 0, got {args.num_train_epochs:g}")
+def check_numbers(known: argparse.Namespace) -> None:
+    """Exit with one line for a number that no training can have."""
+    for name, (lowest, below) in BOUNDS.items():
+        value = getattr(known, name, None)
+        if value is not None and not lowest <= value < below:  # NaN is neither
+            upwards = f"from {lowest} on" if below == math.inf else f"from {lowest} to below {below}"
+            got = f"{value:g}" if isinstance(value, float) else str(value)[:24]
+            sys.exit(f"error: --{name} must be a number {upwards}, got {got}")
+    for name in TAKE_JSON:
+        text = getattr(known, name, None)
+        with refused(f"--{name} needs a JSON object"):
+            if text is not None and not isinstance(json.loads(text), dict):
+                raise ValueError(text)
+    if known.max_steps == 0:
+        sys.exit("error: --max_steps must be at least 1, or -1 for whole epochs, got 0")
+    if known.max_steps < 0 and known.num_train_epochs == 0:
+        sys.exit("error: --num_train_epochs must be above 0, got 0")
+    for what in ("logging", "eval", "save"):
+        if getattr(known, f"{what}_steps") == 0:
+            sys.exit(f"error: --{what}_steps must be above 0; --{what}_strategy no does without")
+
+
+def check_choices(experiment: ExperimentArguments, args: PublishedTrainingArguments) -> None:
+    """Exit with one line for a choice that this script does not make, and for a tracker that is not installed."""
     if args.save_strategy == "best":
         sys.exit("error: --save_strategy best: the last model is the one that is compared")
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    for name, why in REFUSED.items():
-        if name in defaults and (value := getattr(args, name)) != defaults[name] and value:
-            sys.exit(f"error: --{name} is not for this script: {why}")
+    if experiment.overwrite and args.resume_from_checkpoint:
+        sys.exit("error: --overwrite starts again, which contradicts --resume_from_checkpoint: give one of them")
+    optimizer = args.optim.value
+    if REFUSED_OPTIMIZERS.fullmatch(optimizer):
+        sys.exit(f"error: --optim {optimizer} needs a training loop of its own: choose another")
+    if args.optim_args and optimizer in TAKES_NO_ARGUMENTS:
+        sys.exit(f"error: --optim {optimizer} does not look at --optim_args: leave them out")
+    if args.optim_target_modules and not optimizer.startswith(TAKES_TARGET_MODULES):
+        sys.exit(f"error: --optim {optimizer} does not look at --optim_target_modules: leave them out")
+    for tracker in args.report_to:
+        with refused(f"--report_to {tracker}"):
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+
+
+def check_device(use_cpu: bool | None) -> None:
+    """Exit with one line where a GPU is meant, or there to be seen, that the training could not use."""
+    if usable_gpu() or use_cpu:
+        return
+    if use_cpu is not None:
+        why = "the statistics need float64, which Apple's GPUs lack" if has_mps() else "PyTorch finds no GPU here"
+        sys.exit(f"error: --use_cpu False, but {why}")
+    if seen := visible_gpu():
+        sys.exit(
+            f"error: {seen}, which PyTorch {torch.__version__} cannot use: install a PyTorch for its CUDA driver, or "
+            "give --use_cpu to train on the CPU"
+        )
+
+
+def has_mps() -> bool:
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == "mps"
+
+
+def usable_gpu() -> bool:
+    """Whether PyTorch has an accelerator that computes in float64, as the statistics do. Apple's does not."""
+    return torch.accelerator.is_available() and not has_mps()
 
 
 def visible_gpu() -> str | None:
-    """The first GPU that nvidia-smi lists; None without one, or where CUDA_VISIBLE_DEVICES hides all of them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
+    """What says that a GPU is there: nvidia-smi, or else CUDA_VISIBLE_DEVICES; None where that hides all of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
         return None
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"^GPU 0: (.*?)(?: \(|$)", listed, re.MULTILINE)
-    return found and found[1]
+    if shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+            if found := re.search(r"^GPU 0: (.*?)(?: \(|$)", listed, re.MULTILINE):
+                return f"nvidia-smi sees {found[1]}"
+    if visible and re.match(r"\d|GPU-|MIG-", visible):
+        return f"CUDA_VISIBLE_DEVICES={visible} names a GPU"
+    return None
 
 
 def check_attention(backend: str, args: TrainingArguments) -> None:
@@ -685,6 +1003,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     if push_to_hub and args.process_index == 0:
         hub.check()
     if args.process_index == 0:
+        print(f"{run} trains on {record.hardware(args.device)['name']} ({args.device})", flush=True)
         refuse_unwritable(args.output_dir)
     with sole(args.output_dir) if args.process_index == 0 else contextlib.nullcontext():
         train_alone(experiment, args, command, results_path, push_to_hub)
@@ -712,29 +1031,39 @@ def train_alone(
     if experiment.max_eval_samples is not None:
         validation = validation.select(evenly_spread(len(validation), experiment.max_eval_samples))
 
+    effective_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last and len(data["train"]) < args.train_batch_size * args.world_size:
+        sys.exit(
+            f"error: a batch of {args.train_batch_size * args.world_size:,} is more than the {len(data['train']):,} "
+            "training samples, so --dataloader_drop_last leaves none: choose a smaller batch"
+        )
+
     overrides = arms.config_overrides(experiment.config_overrides)
-    model = arms.build_model(
-        experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control
-    )
-    # Says that both arms of a pair started from the same point; a control's gates are what it has beyond the other.
-    initial_weights = record.weights_sha256(model, leave_out=GATE)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
-    refuse_unwritable(experiment.results_dir)
+    design = (experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control)
+    with torch.device("meta"):  # without memory, to see first whether there is room
+        parameters = sum(parameter.numel() for parameter in arms.build_model(*design).parameters())
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
     needed = parameters * 4 * (3 + 3 + 1)
     if shutil.disk_usage(args.output_dir).free < needed:
         sys.exit(
             f"error: {args.output_dir} needs {needed / 1e9:.1f} GB for checkpoints and model, but the disk has less"
         )
+    try:
+        model = arms.build_model(*design)
+    except (RuntimeError, MemoryError) as error:
+        sys.exit(f"error: no memory for {parameters:,} parameters ({record.one_line(error)}): choose a smaller model")
+    # Says that both arms of a pair started from the same point; a control's gates are what it has beyond the other.
+    initial_weights = record.weights_sha256(model, leave_out=GATE)
+    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
+    refuse_unwritable(experiment.results_dir)
 
     if experiment.overwrite and args.process_index == 0:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and not experiment.overwrite:
+    checkpoint = None
+    if not experiment.overwrite:
         with args.main_process_first(desc="looking for checkpoints"):  # the others find what is left of them
-            checkpoint = last_checkpoint(args.output_dir)
+            checkpoint = checkpoint_to_go_on_from(args.resume_from_checkpoint, args.output_dir)
 
     masking = {"tokenizer": tokenizer, "mlm_probability": experiment.mlm_probability}
     held_out = held_out_batches(
@@ -754,33 +1083,31 @@ def train_alone(
     bookkeeping = Bookkeeping(settings, emergence)
     # Trainer takes the model's **kwargs for the wish to be told the number of labels, and would count them every step.
     model.accepts_loss_kwargs = False
-    trainer = ExperimentTrainer(
-        model=prepared(model),
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=validation,
-        data_collator=collator,
-        processing_class=tokenizer,
-        callbacks=[bookkeeping],
-        held_out=held_out,
-        statistics=ActivationKurtosis(model),
-        statistics_steps=experiment.statistics_steps,
-        packed=not experiment.padded,
-    )
-    bookkeeping.trainer = trainer
-    if args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogLines())
+    with refused("transformers' Trainer"):
+        trainer = ExperimentTrainer(
+            model=prepared(model),
+            args=args,
+            train_dataset=data["train"],
+            eval_dataset=validation,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[bookkeeping],
+            held_out=held_out,
+            statistics=ActivationKurtosis(model),
+            statistics_steps=experiment.statistics_steps,
+            packed=not experiment.padded,
+        )
+    bookkeeping.trainer, trainer.bookkeeping = trainer, bookkeeping
+    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+    trainer.add_callback(LogLines() if args.disable_tqdm else Bar())
     first = trainer.is_world_process_zero()
     if checkpoint is not None:
         bookkeeping.restore(checkpoint)
-    effective_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if first:
         if checkpoint is not None:
             print(f"Going on from {checkpoint}")
         print(
-            f"{run} on {record.hardware(args.device)['name']} ({args.device}): {parameters:,} parameters, "
-            f"{len(data['train']):,} samples, "
+            f"{run}: {parameters:,} parameters, {len(data['train']):,} samples, "
             f"effective batch {effective_batch_size}, "
             f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
         )
@@ -789,7 +1116,15 @@ def train_alone(
     trainer.add_callback(stop)
     diverged = None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        ended = None
+        if checkpoint is not None:
+            ended = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if ended is not None and ended.global_step >= ended.max_steps:
+            # Only what comes behind the training was interrupted. Trainer would train a step more.
+            trainer.state = ended
+            trainer.model.load_state_dict(AutoModelForMaskedLM.from_pretrained(checkpoint).state_dict())
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
         diverged = error
     finally:
@@ -833,7 +1168,9 @@ def train_alone(
     if (loss := measured["validation"]["loss"]) is not None:
         validation_history[step] = loss
     hardware = record.hardware(model.device)
-    usd_per_hour = experiment.usd_per_hour or USD_PER_HOUR.get(hardware["name"])
+    usd_per_hour = experiment.usd_per_hour
+    if usd_per_hour is None:
+        usd_per_hour = USD_PER_HOUR.get(hardware["name"])
     result = {
         "run": run,
         "status": "complete" if diverged is None else "diverged",
@@ -891,14 +1228,12 @@ def train_alone(
 
 def main(argv: list[str] | None = None) -> None:
     experiment, args = parse(argv)
-    with attention_backend(experiment.attention):
-        train(experiment, args, record.command_line() if argv is None else ["train_model.py", *argv])
+    try:
+        with attention_backend(experiment.attention):
+            train(experiment, args, record.command_line() if argv is None else ["train_model.py", *argv])
+    except NothingToMask as error:
+        sys.exit(f"error: {record.one_line(error)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {record.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

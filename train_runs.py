@@ -25,9 +25,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import train_model
 from arms import run_name
 from controls import CONTROLS
+from folder import refuse_unwritable
 from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
@@ -108,7 +114,6 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
 
 def train_alone(job: Job) -> bool:
     """Run one job in this terminal; whether it has left its results file. Ends it too when it is interrupted."""
-    print(f"== {job.name}", flush=True)
     process = subprocess.Popen(job.command, start_new_session=True)  # Ctrl-C reaches it through us, once
     try:
         process.wait()
@@ -121,7 +126,8 @@ def train_alone(job: Job) -> bool:
 
 def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[Job]:
     """Run the jobs, `parallel` at a time; returns those that failed. Ends all of them when it is interrupted."""
-    threads = max(1, len(os.sched_getaffinity(0)) // parallel) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    threads = max(1, cores // parallel)
     waiting, running, failed = list(jobs), [], []
     terminal = sys.stderr.isatty()
     told = -TELL_SECONDS
@@ -174,7 +180,7 @@ class Push:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     parser.add_argument("--softmax_n", type=float, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)")
     parser.add_argument("--controls", nargs="+", default=[], choices=list(CONTROLS), help="controls to train too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="seeds (42)")
@@ -188,6 +194,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--parallel must be at least 1")
     if any(flag.startswith("--control") for flag in args.flags):
         parser.error("give controls by --controls, before the --")
+    for name in ("softmax_n", "controls", "seeds"):
+        if len(set(given := getattr(args, name))) < len(given):
+            parser.error(f"--{name} names one of them twice")
     if "<run>" not in args.output_dir:
         parser.error("--output_dir needs <run> in it, or the runs overwrite each other")
     return args
@@ -226,11 +235,17 @@ def main(argv: list[str] | None = None) -> None:
             push(job)
         else:
             missing.append(job)
+    if missing:
+        refuse_unwritable(args.results_dir)  # once, and not by every training
     if args.parallel > 1:
         failed = train(missing, args.parallel, push)
     else:
         failed = []
-        for job in missing:
+        started = time.monotonic()
+        for done, job in enumerate(missing):
+            left = duration((time.monotonic() - started) / done * (len(missing) - done)) if done else "unknown"
+            now = f"== {time.strftime('%H:%M')} Run {done + 1} of {len(missing)}: {job.name}"
+            print(now if len(missing) == 1 else f"{now} (time left for all of them: {left})", flush=True)
             if train_alone(job):
                 push(job)
             else:
@@ -246,9 +261,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):  # plain, they would leave the trainings behind
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

@@ -11,8 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import queue
 import sys
+import threading
 import unicodedata
+from collections.abc import Callable
+
+import command
+
+if __name__ == "__main__":
+    command.begin()
 
 from datasets import Dataset
 from tokenizers import AddedToken, ByteLevelBPETokenizer
@@ -26,6 +34,7 @@ from corpus import load_data
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
 VOCAB_SIZE = 52_032  # a multiple of 64, for the matrix units of GPUs
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that no text is unknown
+LARGEST = 1 << 24  # entries, and frequency of a pair: more is a slip of the finger, and memory runs out
 MAX_LENGTH = 512
 BATCH_TEXTS = 1_000
 
@@ -50,8 +59,7 @@ OURS = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "special_tok
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    description, _, _ = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
     parser.add_argument("--output_dir", default="tokenizer", help="tokenizer to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer that is there")
@@ -63,19 +71,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be at least {SMALLEST_VOCAB}: the special tokens and every byte")
     if args.min_frequency < 1:
         parser.error("--min_frequency must be at least 1")
+    for name in ("vocab_size", "min_frequency"):
+        if getattr(args, name) > LARGEST:
+            parser.error(f"--{name} must be at most {LARGEST:,}")
     return args
 
 
 def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizer:
     """Byte-level BPE with the entries in order: special tokens, bytes, merges."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        (batch["text"] for batch in dataset.iter(BATCH_TEXTS)),
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        show_progress=sys.stderr.isatty(),  # elsewhere these bars print empty lines
-        special_tokens=SPECIAL_TOKENS,
-        length=len(dataset),
+    interruptible(
+        lambda: bpe.train_from_iterator(
+            (batch["text"] for batch in dataset.iter(BATCH_TEXTS)),
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            show_progress=sys.stderr.isatty(),  # elsewhere these bars print empty lines
+            special_tokens=SPECIAL_TOKENS,
+            length=len(dataset),
+        )
     )
     model = json.loads(bpe.to_str())["model"]
     # RobertaTokenizerFast is this class under its older name (in transformers 5.0 to 5.2 a broken leftover has it).
@@ -90,6 +103,24 @@ def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaToken
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
+
+
+def interruptible(work: Callable[[], None]) -> None:
+    """Do the work in a thread, so that Ctrl-C ends the script at once: the tokenizers library looks for it when it has
+    done, and a thread that is left is no reason for Python to stay. Raises what the work raises."""
+    ended: queue.Queue[BaseException | None] = queue.Queue()
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=do, daemon=True).start()
+    if (error := ended.get()) is not None:
+        raise error
 
 
 def check(tokenizer: RobertaTokenizer) -> None:
@@ -125,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.keep and folder.kept(args.output_dir, asked):
         return
+    if not any(text.strip() for batch in data["validation"].iter(BATCH_TEXTS) for text in batch["text"]):
+        sys.exit(f"error: the validation split in {args.data_dir} holds nothing but white space: build the data again")
     with folder.replacing(args.output_dir, OURS, args.overwrite) as output:
         tokenizer = train(data["train"], args.vocab_size, args.min_frequency)
         check(tokenizer)
@@ -156,9 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

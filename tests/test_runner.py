@@ -1,6 +1,7 @@
 """runner.sh with a stand-in for Python: which stages run, in which order, and what a failure stops."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,11 @@ def test_help_is_the_head_of_the_script(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "runner.sh"), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("The whole experiment, top to bottom, on one machine:\n")
     assert done.stdout.rstrip().endswith("is not sent again.") and "#" not in done.stdout
+
+
+def test_env_is_not_run_as_shell(runner, tmp_path):
+    (tmp_path / ".env").write_text('X=$(touch ran)\nHUGGINGFACE_TOKEN = "hf_x"\n')
+    assert runner()[0] == 0 and not (tmp_path / "ran").exists()
 
 
 def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, tmp_path):
@@ -209,3 +215,17 @@ def test_flags_that_make_no_sense_get_one_line(flags, said, runner):
 def test_flags_that_need_a_number(flags, tmp_path):
     done = subprocess.run(["bash", str(ROOT / "runner.sh"), *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and f"error: {flags[0]} needs a whole number above 0" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["runner.sh", ".ci/run", *(f"recipes/{name}.sh" for name in ("published", "small"))])
+def test_the_shell_scripts_run_in_the_bash_of_macos(script):
+    """3.2, of 2007: under `set -u` it takes an empty array for an unbound variable, and it lacks what came later."""
+    lines = [line.partition(" # ")[0] for line in (ROOT / script).read_text().splitlines() if not line.startswith("#")]
+    text = "\n".join(lines)
+    guarded = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", text)
+    assert not re.findall(r"\$\{\w+\[[@*]\]", guarded)
+    newer = (
+        r"\$\{\w+(,|\^|@[A-Z])|\b(mapfile|readarray|coproc|declare -[Ang]|local -n|wait -n)\b|&>>|\|&|;;&|;&|\[\[? -v "
+    )
+    assert not re.search(newer, text)
+    assert not re.search(r"\b(sed -i|grep -P|readlink -f|date -d|sort -V|xargs -r|stat -c|tac|timeout|nproc)\b", text)

@@ -1,8 +1,10 @@
 """train_model.py with a small architecture: pairing, repeatability, resuming, the record, bad input."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -223,17 +225,48 @@ def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, 
 
 def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
     with folder.sole("results-models/esperberto-softmax0"):
-        exits_with(capsys, "another process is at work on results-models/esperberto-softmax0", train)
+        exits_with(capsys, f"process {os.getpid()} is at work on results-models/esperberto-softmax0: wait", train)
         train("--use_softmax1")  # another run is nobody's concern
     train()
 
 
-def test_damaged_checkpoint_is_named(train, capsys):
-    checkpoint = Path("results-models/esperberto-softmax0/checkpoint-3")
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "progress.json").write_text("{}")
-    (checkpoint / "model.safetensors").write_bytes(b"half a file")
-    exits_with(capsys, "checkpoint-3 is damaged", train)
+def test_a_run_that_was_killed_behind_its_last_step_is_not_trained_further(train, monkeypatch):
+    expected = train("--lr_scheduler_type", "constant", results="whole")
+    write = record.write_json
+
+    def full(path, value):
+        if Path(path).parent.name == "results":
+            raise OSError("No space left on device")
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            train("--lr_scheduler_type", "constant")
+    resumed = train("--lr_scheduler_type", "constant")
+    for key in ("loss_history", "validation_loss_history", "validation", "emergence", "weight_excess_kurtosis"):
+        assert resumed[key] == expected[key]
+    for name in ("steps", "samples", "tokens", "padded_tokens", "loss_mean"):
+        assert resumed["training"][name] == expected["training"][name]
+
+
+def test_a_checkpoint_can_be_named_or_the_newest_be_asked_for(train, monkeypatch, capsys):
+    """What is refused, a damaged file of a checkpoint for example, stands in test_bad_input.py."""
+    interrupted(monkeypatch, train)
+    folder = Path("results-models/esperberto-softmax0")
+    for wanted in (None, "True", "true", f"{folder}/checkpoint-3"):
+        assert train_model.checkpoint_to_go_on_from(wanted, str(folder)) == f"{folder}/checkpoint-3"
+    capsys.readouterr()
+    train("--resume_from_checkpoint", f"{folder}/checkpoint-3")
+    assert f"Going on from {folder}/checkpoint-3" in capsys.readouterr().out
+
+
+def test_sums_that_were_no_numbers_are_none_after_going_on_either(tmp_path):
+    progress = {"settings": {}, "seconds": 1, "counts": {"samples": 1, "tokens": 2, "padded_tokens": 2}}
+    progress |= {"activation_kurtosis": {"a": [None, 3]}, "emergence": [], "loss_window": [5, None]}
+    record.write_json(tmp_path / "progress.json", progress)
+    read = train_model.read_progress(tmp_path)
+    assert math.isnan(read["activation_kurtosis"]["a"][0]) and math.isnan(read["loss_window"][1][0])
 
 
 # ------------------------------------------------------------------------------------------------------ held-out loss
@@ -572,6 +605,65 @@ def test_without_a_terminal_the_log_has_steps_and_the_time_left_and_no_bar(train
     assert not args.disable_tqdm
 
 
+@pytest.mark.parametrize("lines", ["true", "false"])
+def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, lines):
+    """A stand-in for TensorBoard, which is not installed everywhere."""
+    drawn = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            drawn.append((state.global_step, dict(logs)))
+
+    monkeypatch.setattr(train_model, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
+    result = train("--report_to", "tensorboard", "--use_softmax1", "--disable_tqdm", lines)
+    for entry in result["emergence"]:  # step 0 included
+        [logs] = [logs for step, logs in drawn if step == entry["step"] and "eval_layer.0.attention.null_mass" in logs]
+        assert {name: logs[f"eval_{name}"] for name in entry if name != "step"} == {
+            name: value for name, value in entry.items() if name != "step"
+        }
+        assert ("loss" in logs) == (entry["step"] > 0)
+    names = "ffn_residual.kurtosis_sequence ffn_residual.inf_norm attention.sink_rate_any".split()
+    assert all(f"eval_layer.1.{name}" in drawn[0][1] for name in names)
+    assert [logs["eval_loss"] for _, logs in drawn if "eval_loss" in logs] == [
+        loss for _, loss in result["validation_loss_history"]
+    ]
+    printed = "".join(capsys.readouterr())
+    assert "grad_norm" in printed and "null_mass" not in printed  # log and bar keep to what a reader can take in
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, tracker):
+    for name in ("tensorboard", "trackio", "wandb"):
+        monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{name}_available", lambda: False)
+    with pytest.raises(SystemExit, match=rf"^error: --report_to {tracker}: \w+ requires {tracker} to be installed"):
+        train_model.parse(["--report_to", tracker])
+
+
+def test_help_shows_ours_first_each_once_and_the_rest_is_behind_help_all(capsys):
+    told = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as end:
+            train_model.main([flag])
+        assert end.value.code == 0
+        told[flag] = capsys.readouterr().out
+        assert train_model.__doc__ in told[flag]  # examples, reads and writes
+    shown = [name for flags in train_model.HELP.values() for name in flags]
+    ours = [field.name for field in dataclasses.fields(train_model.ExperimentArguments)]
+    assert set(ours) <= set(shown) and shown[0] == "softmax_n"
+    for text in told.values():
+        flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+        assert len(flags) == len(set(flags)) and [f"--{name}" for name in shown] == flags[: len(shown)]
+        assert not re.search(r"--\w+-\w", text)  # by one of its spellings
+    assert "--adam_epsilon" not in told["--help"] and "--adam_epsilon X" in told["--help_all"]
+    assert "where it is highest (5e-05)" in told["--help"] and "(52032)" in told["--help"]
+    assert "--label_smoothing_factor: the loss is the published cross-entropy" in told["--help_all"]
+
+
+def test_a_machine_that_costs_nothing_costs_nothing(train):
+    assert train("--usd_per_hour", "0", steps=1)["training"]["cost_usd"] == 0
+
+
 def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     result = train("--bf16", steps=1)
@@ -603,56 +695,6 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--bogus", "1"], "unknown argument: --bogus"),
-        (["--soft", "1"], "unknown argument: --soft"),
-        (["--use_softmax1", "--softmax_n", "2"], "contradicts"),
-        (["--softmax_n", "-1"], "n >= 0"),
-        (["--softmax_n", "nan"], "n >= 0"),
-        (["--control", "clipped", "--softmax_n", "1"], "--control clipped has an attention of its own"),
-        (["--max_length", "513"], "512 positions"),
-        (["--mlm_probability", "1.5"], "between 0 and 1"),
-        (["--max_eval_samples", "0"], "at least 1"),
-        (["--statistics_steps", "0"], "at least 1"),
-        (["--attention", "flash"], "does not run on cpu"),
-        (["--data_dir", "nowhere"], "run build_dataset.py first"),
-        (["--tokenizer_dir", "nowhere"], "run train_tokenizer.py first"),
-        (["--vocab_size", "500"], "more than --vocab_size 500"),
-        (["--config_overrides", "layers=2"], "with a name out of num_hidden_layers, hidden_size"),
-        (["--config_overrides", "vocab_size=2"], "with a name out of num_hidden_layers, hidden_size"),
-        (["--config_overrides", "hidden_size"], "takes NAME=VALUE"),
-        (["--config_overrides", "hidden_size=wide"], "hidden_size needs a number, got 'wide'"),
-        (["--config_overrides", "hidden_size=2.5"], "hidden_size needs a number, got '2.5'"),
-        (["--config_overrides", "hidden_size=0"], "hidden_size cannot be 0"),
-        (["--config_overrides", "hidden_size=30"], "30 is no multiple of 4 heads"),
-        (["--config_overrides", "hidden_size=32,hidden_size=64"], "names hidden_size twice"),
-        (["--config_overrides", "hidden_act=gellu"], "hidden_act cannot be gellu"),
-        (["--config_overrides", "hidden_dropout_prob=1"], "hidden_dropout_prob cannot be 1"),
-        (["--config_overrides", "initializer_range=nan"], "initializer_range cannot be nan"),
-        (["--config_overrides", "max_position_embeddings=50"], "the model's 48 positions"),
-        (["--fp16", "true", "--bf16", "true"], "bf16"),
-        (["--seed", "-1"], "--seed must be a number from 0 on, got -1"),
-        (["--seed", str(10**20)], "--seed must be below 2**32"),
-        (["--learning_rate", "nan"], "--learning_rate must be a number from 0 on, got nan"),
-        (["--learning_rate", "-1"], "--learning_rate must be a number from 0 on, got -1"),
-        (["--learning_rate", "inf"], "--learning_rate must be a number from 0 on, got inf"),
-        (["--per_device_train_batch_size", "-4"], "--per_device_train_batch_size must be a number from 1 on, got -4"),
-        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be a number from 1 on, got 0"),
-        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),
-        (["--max_steps", "0", "--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0"),
-        (["--weight_decay", "nan"], "--weight_decay must be a number from 0 on"),
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not for this script: the loss is"),
-        (["--load_best_model_at_end"], "--load_best_model_at_end is not for this script"),
-        (["--save_strategy", "best"], "the last model is the one that is compared"),
-    ],
-)
-def test_bad_flags(train, capsys, flags, text):
-    exits_with(capsys, text, lambda: train(*flags))
-    assert not Path("results").exists()
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU that works")
 def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatch, capsys):
     """A driver that is too old for PyTorch would cost days on the CPU before anybody looks."""
@@ -664,39 +706,39 @@ def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     exits_with(capsys, "nvidia-smi sees NVIDIA A10G, which PyTorch", train)
     exits_with(capsys, "--use_cpu False, but PyTorch finds no GPU here", lambda: train("--use_cpu", "False"))
-    assert "(cpu): " in (train("--use_cpu"), capsys.readouterr().out)[1]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert train_model.visible_gpu() is None
+    capsys.readouterr()
+    train("--use_cpu", steps=1)
+    assert capsys.readouterr().out.startswith("esperberto-softmax0 trains on ")  # the device is said first of all
+    for hidden in ("", "-1"):  # on purpose
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert train_model.visible_gpu() is None
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    exits_with(capsys, "CUDA_VISIBLE_DEVICES=1 names a GPU, which PyTorch", train)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert train_model.visible_gpu() is None
 
 
+def test_a_gpu_without_float64_is_not_taken(monkeypatch):
+    """Apple's: the statistics are sums in float64."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert train_model.parse([])[1].device.type == "cpu"
+    with pytest.raises(SystemExit, match="--use_cpu False, but the statistics need float64"):
+        train_model.parse(["--use_cpu", "False"])
+
+
 def test_the_record_is_written_where_the_system_does_not_tell_its_memory(monkeypatch):
-    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", unknown)
     assert record.hardware(torch.device("cpu"))["memory_gib"] is None
 
 
-@pytest.mark.parametrize("flag", ["--results_dir", "--output_dir"])
-def test_a_place_that_cannot_be_written_is_seen_before_the_training(train, flag, capsys):
-    Path("file").touch()
-    exits_with(capsys, "nothing can be written to file (it is a file)", lambda: train(flag, "file"))
-    exits_with(capsys, "nothing can be written to file/here (Not a dir", lambda: train(flag, "file/here"))
-
-
-def test_complete_run_is_not_overwritten_unasked(train, capsys):
+def test_a_complete_run_is_trained_again_where_that_is_asked(train):
     train()
-    exits_with(capsys, "is complete", train)
     train("--overwrite")
-
-
-def test_damaged_inputs(train, sample, capsys, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/manifest.json").write_text("{")
-    exits_with(capsys, "run build_dataset.py first", lambda: train("--data_dir", "data"))
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
-    exits_with(capsys, "train_tokenizer.py again", lambda: train("--tokenizer_dir", "tokenizer"))
 
 
 def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):

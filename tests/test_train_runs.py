@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert "step 10 of 1,000" in Path("results/logs/esperberto-softmax0.log").read_text()
     train_runs.main(flags)
     assert len(started()) == 6 and capsys.readouterr().out.count("found and kept") == 6
+
+
+def test_one_at_a_time_says_which_of_how_many_and_the_time_left_once_it_is_known(stand_in, capfd):
+    train_runs.main(["--softmax_n", "0", "1"])
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("== ")]
+    assert re.fullmatch(r"== \d\d:\d\d Run 1 of 2: esperberto-softmax0 \(time left for all of them: unknown\)", told[0])
+    assert re.fullmatch(r"== \d\d:\d\d Run 2 of 2: esperberto-softmax1 \(time left .*: \d+ m \d+ s\)", told[1])
 
 
 def test_controls_are_runs_of_their_own(stand_in):
@@ -138,9 +146,9 @@ def test_a_wrong_flag_ends_before_any_run(stand_in):
 
 @pytest.mark.parametrize(("how", "parallel"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2)])
 def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_path, how, parallel):
-    driver = "import pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
+    driver = "import command, pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()
-    main = source[source.index('if __name__ == "__main__":') :].replace("main()", "train_runs.main()", 1)
+    main = source[source.rindex('if __name__ == "__main__":') :].replace("run(main)", "run(train_runs.main)", 1)
     # Behind a shell's & it would be ignored, here as in pytest itself.
     driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
         'if __name__ == "__main__":', "if True:"
@@ -216,20 +224,3 @@ def test_the_time_left_is_that_of_all_runs():
     running = [job(0, 20, 100, 40), job(30, 40, 100, 20)]
     assert seconds_left(waiting, running, 2) == pytest.approx(2 * 340 / 2, rel=1e-3)
     assert seconds_left([], running[:1], 2) == pytest.approx(2 * 80, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--parallel", "0"], "--parallel must be at least 1"),
-        (["--parallel", "two"], "invalid int value"),
-        (["--output_dir", "models"], "needs <run> in it"),
-        (["--seeds"], "expected at least one argument"),
-        (["--controls", "open"], "invalid choice: 'open'"),
-        (["--", "--control", "clipped"], "give controls by --controls"),
-    ],
-)
-def test_bad_flags(flags, said, capsys):
-    with pytest.raises(SystemExit) as end:
-        train_runs.main(flags)
-    assert end.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]

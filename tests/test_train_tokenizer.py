@@ -5,8 +5,11 @@ import itertools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -220,11 +223,21 @@ def test_bad_data(tmp_path, capsys):
     assert not list(tmp_path.glob("t*.partial*")) and not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--vocab_size", "260"], ["--vocab_size", "much"], ["--min_frequency", "0"], ["--vocab", "300"], ["data"]]
-)
-def test_wrong_flags(flags, capsys):
-    assert "error: " in refused(capsys, *flags)
+def test_ctrl_c_does_not_wait_for_the_library():
+    threads = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's & started the tests
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer.interruptible(lambda: threads.append(threading.current_thread()) or time.sleep(20))
+        assert time.monotonic() - started < 10
+        # Signals reach Python in the main thread, between two of its instructions: the library must not hold that one.
+        assert threads[0] is not threading.main_thread() and threads[0].daemon
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(OSError, match="full"):
+        train_tokenizer.interruptible(lambda: (_ for _ in ()).throw(OSError("full")))
 
 
 def test_command_line_errors_are_one_line(data, tmp_path):

@@ -3,9 +3,12 @@
     python analyze_kurtosis.py                       # every run that train_model.py finished
     python analyze_kurtosis.py FOLDER HUB/NAME ...   # these models instead: any BERT-shaped masked-LM
     python analyze_kurtosis.py --onnxruntime         # and run them in INT8, by ONNX Runtime
+    python analyze_kurtosis.py --report_only         # the report again, from what was measured before
 
 Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/
-Writes  results/report.md and report.html (the same, in one file), results/analysis.json, results/<picture>.png
+Writes  results/report.md and report.html (the same, in one file), results/analysis.json, results/<picture>.png, and
+        results/measured/<run>.json: all that was measured of a run, which the next analysis takes where nothing has
+        changed since, and which is enough where the model is gone
 
 What is measured is defined in DEFINITIONS.md. Activations: of the final model on held-out text, in eval mode, padding
 left out. Quantization: calibrated on training text, scored on the same held-out text, masked as in training.
@@ -32,10 +35,11 @@ from measurement import (
     HISTOGRAM_TEXTS,
     PUBLISHED_TEXTS,
     Texts,
-    fingerprint,
     keep_measured,
+    made_with,
     measure,
     measured_already,
+    take_measured,
     texts_of,
 )
 from outliers import SINK
@@ -57,7 +61,7 @@ from report import (
     self_check_notes,
     trained_on,
 )
-from runs import Run, arms, by_layer, find_runs
+from runs import MEASURED_DIR, Run, arms, by_layer, find_runs
 from sets import BASELINE, from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 PANELS = {  # of kurtosis.png and norms.png
@@ -220,6 +224,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
                 "arm": run.arm,
                 "diverged": run.diverged,
                 "weights_sha256": run.digest,
+                "measured": run.made_with | run.measured_at or None,
                 "max_length": run.max_length,
                 "held_out_tokens": run.tokens,
                 "weights": {suffix: layers(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
@@ -239,8 +244,9 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
 
 
 def is_record(runs: list[Run]) -> bool:
-    """Whether this analysis and all results it reads were made from unmodified checkouts, which can be looked up."""
-    return git_state()["dirty"] is False and not any(from_modified_tree(run) for run in runs)
+    """Whether this analysis and all it reads were made from unmodified checkouts, which can be looked up."""
+    modified = any(from_modified_tree(run) or run.measured_at.get("dirty", False) is not False for run in runs)
+    return git_state()["dirty"] is False and not modified
 
 
 def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
@@ -288,7 +294,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also export every model to ONNX, quantize it to INT8 with ONNX Runtime and run it: loss, size, latency",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--report_only",
+        action="store_true",
+        help="make report and pictures again from the results files and what was measured before; needs no models",
+    )
+    args = parser.parse_args(argv)
+    if args.report_only and (args.models or args.onnxruntime):
+        parser.error("--report_only measures nothing: it goes with no models and not with --onnxruntime")
+    return args
 
 
 def executor(wanted: bool) -> Callable | None:
@@ -304,30 +318,21 @@ def executor(wanted: bool) -> Callable | None:
 
 def measure_or_take(run: Run, texts: Texts, args: argparse.Namespace, checked: bool, execute: Callable | None) -> None:
     """Measure a run, or take what an earlier analysis has measured where nothing has changed since."""
-    if not run.results or not Path(run.model).is_dir():  # a model of somebody else's
+    if not run.results or (args.models and not Path(run.model).is_dir()):  # somebody else's, or from the Hub
         measure(run, texts, args.batch_size, checked, execute)
         return
-    kept = args.results_dir / "measured" / f"{run.name}.json"
-    wanted = fingerprint(run, texts, args.batch_size, execute is not None)
-    if measured_already(run, kept, wanted, checked):
+    kept = args.results_dir / MEASURED_DIR / f"{run.name}.json"
+    made = made_with(texts, args.batch_size, execute is not None)
+    if measured_already(run, kept, made, checked):
         print(f"{run.name}: measured before, found in {kept}", file=sys.stderr)
         return
     measure(run, texts, args.batch_size, checked, execute)
-    keep_measured(run, kept, wanted)
+    keep_measured(run, kept, made)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    refuse_unwritable(args.results_dir)  # this and the next before hours of measuring
+def measure_all(runs: list[Run], args: argparse.Namespace) -> int:
+    """Measure the models of all runs on the same texts; returns how many texts these are."""
     execute = executor(args.onnxruntime)
-    # One clear line instead of theirs.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-
-    runs = find_runs(args.models, args.results_dir, args.models_dir)
-    refuse_duplicates(runs)
-    refuse_copies(runs)  # by what training wrote, before hours of measuring
     texts = Texts(
         texts_of(args.data_dir, "validation", args.max_samples),
         args.max_scored,
@@ -341,14 +346,33 @@ def main(argv: list[str] | None = None) -> None:
             measure_or_take(run, texts, args, run.arm not in checked, execute)
             checked.add(run.arm)
         refuse_copies(runs[: i + 1])
+    return len(texts.held_out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    refuse_unwritable(args.results_dir)  # this and the next before hours of measuring
+    # One clear line instead of theirs.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+
+    runs = find_runs(args.models, args.results_dir, args.models_dir)
+    refuse_duplicates(runs)
+    refuse_copies(runs)  # by what training wrote, before hours of measuring
+    if args.report_only:
+        sequences = take_measured([run for run in runs if not run.diverged], args.results_dir / MEASURED_DIR)
+        refuse_copies(runs)
+    else:
+        sequences = measure_all(runs, args)
     warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]
     found = findings(runs)
-    made = pictures(headline(runs), len(texts.held_out))
+    made = pictures(headline(runs), sequences)
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, found, len(texts.held_out), args.data_dir, captions, is_record(runs))
+    text = report(runs, warned, found, sequences, args.data_dir, captions, is_record(runs))
     print(text)
 
-    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts.held_out), args.data_dir))
+    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, sequences, args.data_dir))
     images = {name: picture for name, (_, picture) in made.items()}
     for name, picture in images.items():
         write(args.results_dir / name, picture)

@@ -2,6 +2,7 @@
 
 measure            everything, on texts that are the same for all runs
 measured_already   the same from the file that an earlier analysis left, where nothing has changed since
+take_measured      the same for all runs from these files alone
 load               a masked-LM and its tokenizer, or one line that says what is wrong with them
 """
 
@@ -43,7 +44,7 @@ from interventions import interventions
 from outliers import PLACES, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
-from record import one_line, versions, weights_sha256
+from record import git_state, one_line, versions, weights_sha256
 from report import FFN
 from runs import Run
 
@@ -363,40 +364,99 @@ MEASURED = (
 ).split()
 
 
-def fingerprint(run: Run, texts: Texts, batch_size: int, execute: bool) -> str:
-    """SHA-256 of everything that the figures of a run depend on: its files, the texts, the settings, code, packages."""
+def made_with(texts: Texts, batch_size: int, execute: bool) -> dict:
+    """What figures depend on besides the model: the texts and settings, our code, packages, and the kind of device."""
+    asked = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
+    code = hashlib.sha256()
+    for name in CODE:
+        code.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return {
+        "texts": len(texts.held_out),
+        "texts_and_settings": hashlib.sha256(asked.encode()).hexdigest(),
+        "code": code.hexdigest(),
+        "packages": {name: version for name, version in versions().items() if name != "python"},
+        "cuda": torch.cuda.is_available(),
+    }
+
+
+def model_sha256(run: Run) -> str:
+    """SHA-256 of the files of a run's model folder that say what the model is."""
     digest = hashlib.sha256()
     for path in sorted(Path(run.model).iterdir()):
         if path.suffix in (".safetensors", ".json"):
             digest.update(path.name.encode() + path.read_bytes())
-    for name in CODE:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    packages = {name: version for name, version in versions().items() if name != "python"}
-    asked = [asdict(texts), batch_size, execute, packages, str(torch.cuda.is_available())]
-    digest.update(json.dumps([asked, run.results], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def measured_already(run: Run, file: Path, wanted: str, checked: bool) -> bool:
-    """Take what is measured of a run from `file`, where it has the fingerprint `wanted`; whether it was so.
+def results_sha256(run: Run) -> str:
+    return hashlib.sha256(json.dumps(run.results, sort_keys=True).encode()).hexdigest()
 
-    `checked`: the instrument's check of itself must be in it.
-    """
+
+def read_measured(run: Run, file: Path) -> dict | None:
+    """All that an earlier analysis wrote of a run; None where there is none, or it is damaged or of other results."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
-        if found["fingerprint"] != wanted or (checked and "self_check" not in found["damage"]):
+        whole = {*MEASURED, "model", "made_with", "git"} <= found.keys()
+        return found if whole and found["results"] == results_sha256(run) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # it costs a measurement, and nothing else
+
+
+def take(run: Run, found: dict) -> None:
+    """Fill in what read_measured found."""
+    for name in MEASURED:
+        setattr(run, name, found[name])
+    run.made_with, run.measured_at = found["made_with"], found["git"]
+
+
+def measured_already(run: Run, file: Path, wanted: dict, checked: bool) -> bool:
+    """Take what is measured of a run from `file`, where it is of this model and made with `wanted`; whether it was so.
+
+    `checked`: the instrument's check of itself must be in it. Where the model folder is gone, its figures are all there
+    is of it: they are taken when texts and settings agree, and a note of the report says where code or packages differ.
+    """
+    found = read_measured(run, file)
+    gone = not Path(run.model).is_dir()
+    key = "texts_and_settings"
+    if gone and (found is None or found["made_with"][key] != wanted[key]):
+        sys.exit(
+            f"error: {run.file} has no model folder {run.model}, and {file} is damaged, or of another training, other "
+            "texts or other settings: set --models_dir, or move the results file away"
+        )
+    if not gone:
+        if found is None or found["made_with"] != wanted or found["model"] != model_sha256(run):
             return False
-        values = {name: found[name] for name in MEASURED}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False  # it costs a measurement, and nothing else
-    for name, value in values.items():
-        setattr(run, name, value)
+        if checked and "self_check" not in found["damage"]:
+            return False
+    take(run, found)
     return True
 
 
-def keep_measured(run: Run, file: Path, fingerprint: str) -> None:
+def take_measured(runs: list[Run], folder: Path) -> int:
+    """Fill in all runs from `folder` alone, without models or texts; returns how many texts they were measured on.
+
+    Exits with one line where a run was not measured, or where two were measured on other texts or with other settings.
+    """
+    for run in runs:
+        if (found := read_measured(run, folder / f"{run.name}.json")) is None:
+            sys.exit(
+                f"error: {folder / run.name}.json is missing, damaged or of another training: leave out --report_only "
+                "where the models are"
+            )
+        take(run, found)
+        if run.made_with["texts_and_settings"] != runs[0].made_with["texts_and_settings"]:
+            sys.exit(
+                f"error: {runs[0].name} and {run.name} were measured on other texts or with other settings: leave out "
+                "--report_only where the models are"
+            )
+    return runs[0].made_with["texts"] if runs else 0
+
+
+def keep_measured(run: Run, file: Path, made: dict) -> None:
     """Write what was measured of a run, beside first and then renamed. NaN and infinities survive."""
-    values = {"fingerprint": fingerprint, **{name: getattr(run, name) for name in MEASURED}}
+    run.made_with, run.measured_at = made, git_state()
+    of = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
+    values = of | {name: getattr(run, name) for name in MEASURED}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(_encoded(values), allow_nan=False), encoding="utf-8")

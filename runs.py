@@ -50,6 +50,7 @@ OPTIONAL = {
     "diverged.step": COUNT,
 }
 STATUS = ("complete", "diverged")
+MEASURED_DIR = "measured"  # in the folder of the results: what was measured of each run, for the next analysis
 
 
 @dataclass(eq=False)  # two runs are never equal, whatever was measured of them
@@ -72,6 +73,8 @@ class Run:
     tokens: int = 0  # real ones in the held-out text, by this model's tokenizer
     file: Path | None = None  # where the results were read
     digest: str | None = None  # SHA-256 of the weights that were measured
+    made_with: dict = field(default_factory=dict)  # texts, settings, code and packages it was measured with
+    measured_at: dict = field(default_factory=dict)  # record.git_state() of the checkout it was measured in
 
     @property
     def arm(self) -> str:
@@ -210,7 +213,7 @@ def _numbers(key: str, value: list | dict) -> bool:
 def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Run]:
     """The models named, or else every results file with its model folder, ordered by n and seed.
 
-    A run that diverged has no model folder.
+    A run that diverged has no model folder; of one that was measured before, its figures are enough.
     """
     if models:
         names = [Path(model).name or model for model in models]
@@ -227,7 +230,8 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
         sys.exit(f"error: no results in {results_dir}/: run train_model.py first, or name a model folder or Hub model")
     runs = [Run(path.stem, str(models_dir / path.stem), read_results(path), file=path) for path in files]
     for run in runs:
-        if not run.diverged and not Path(run.model).is_dir():
+        measured = results_dir / MEASURED_DIR / f"{run.name}.json"
+        if not run.diverged and not Path(run.model).is_dir() and not measured.is_file():
             sys.exit(f"error: {run.file} has no model folder {run.model}: set --models_dir, or move the file away")
     return sorted(runs, key=lambda run: (run.results["softmax_n"], run.arm, run.results["seed"]))
 

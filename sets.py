@@ -272,8 +272,17 @@ def _of_the_circumstances(runs: list[Run]) -> list[str]:
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
                 lines.append(f"The runs differ in {label} ({listed}): compared all the same.")
+    for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():
+        values = {run.name: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with}
+        if len(set(values.values())) > 1:
+            groups = [
+                ", ".join(name for name in values if values[name] == one) for one in dict.fromkeys(values.values())
+            ]
+            lines.append(f"Measured with different {label} ({' | '.join(groups)}): compared all the same.")
     if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
         lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")
+    if dirty := [run.name for run in runs if run.measured_at.get("dirty")]:
+        lines.append(f"Measured from a modified tree, so no record: {', '.join(dirty)}.")
     return lines
 
 

@@ -929,6 +929,51 @@ def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
     assert measured == again
 
 
+def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsys):
+    """Results files and measured files are enough, for --report_only without any data, and for an analysis of more."""
+    analyse(workplace)
+    results = workplace / "results"
+    written = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    for path in list(results.iterdir()):
+        if path.is_file() and not path.name.startswith("esperberto-"):
+            path.unlink()
+    shutil.rmtree(workplace / "models" / "esperberto-softmax1")
+    monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured again"))
+    analyse(workplace)
+    shutil.rmtree(workplace / "models" / "esperberto-softmax0")
+    with pytest.raises(SystemExit, match=r"softmax0.json has no model folder .* other texts or other settings"):
+        analyse(workplace, "--max_samples", "3")
+    shutil.rmtree(workplace / "data")
+    analyse(workplace, "--report_only")
+    assert {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()} == written
+
+    monkeypatch.setattr(analyze_kurtosis, "pictures", lambda *_: {})
+    kept = results / "measured" / "esperberto-softmax1.json"
+    found = json.loads(kept.read_text())
+    found["made_with"]["code"] = "another"
+    kept.write_text(json.dumps(found | {"git": {"commit": "c", "dirty": True}}))
+    analyse(workplace, "--report_only")
+    told = strict_json(results / "analysis.json")
+    assert (
+        "Measured with different code (esperberto-softmax0 | esperberto-softmax1): compared all the same."
+        in (told["notes"])
+    )
+    assert any(re.match("Measured from a modified tree.*softmax1", note) for note in told["notes"])
+    assert told["record"] is False
+    found["made_with"]["texts_and_settings"] = "another"
+    kept.write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="softmax0 and esperberto-softmax1 were measured on other texts"):
+        analyse(workplace, "--report_only")
+    for damage in (kept.read_text()[:1000], "[]", "{}"):
+        kept.write_text(damage)
+        with pytest.raises(SystemExit, match="missing, damaged or of another training: leave out --report_only"):
+            analyse(workplace, "--report_only")
+    for flags in (["--onnxruntime"], ["SOME/MODEL"]):
+        with pytest.raises(SystemExit):
+            analyse(workplace, "--report_only", *flags)
+        assert "--report_only measures nothing" in capsys.readouterr().err
+
+
 def test_a_report_that_could_not_be_written_is_seen_before_measuring(workplace, monkeypatch):
     (workplace / "file").touch()
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))

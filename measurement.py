@@ -9,6 +9,7 @@ load               a masked-LM and its tokenizer, or one line that says what is 
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import random
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import plots
-import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import GATE, self_check  # which registers the controls' classes too
 from held_out import (
     HELD_OUT_SEED,
@@ -84,6 +86,12 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     except Exception as error:
         sys.exit(f"error: {name} is {kind}: {one_line(error)}")
+    n = getattr(config, "softmax_n", 0)
+    if n and not str(model.config._attn_implementation).startswith(softmax1.ATTENTION):
+        sys.exit(
+            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n was "
+            "saved from a class that does not keep it"
+        )
     if loading["missing_keys"]:
         sys.exit(f"error: {name} is not a complete masked language model: it lacks {sorted(loading['missing_keys'])}")
     if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
@@ -148,15 +156,38 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
             raise ValueError(f"{name} does not run, so that its quantization has no range")
 
 
-def texts_of(data_dir: Path, split: str, max_samples: int) -> list[str]:
-    """Texts of a split, evenly spread over it, because its sources lie one behind the other."""
+def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
+    """Texts of a split, evenly spread over it, because its sources lie one behind the other.
+
+    `source` is what build_dataset.py wrote; or a text file, whose lines are validation and train in turn.
+    """
+    if source.is_file():
+        rows = lines_of(source)[int(split == "train") :: 2]
+        return [rows[i] for i in evenly_spread(len(rows), max_samples)]
     try:
-        rows = datasets.load_from_disk(str(data_dir))[split]
+        rows = datasets.load_from_disk(str(source))[split]
         if not len(rows):
             raise ValueError("it is empty")
         return rows[evenly_spread(len(rows), max_samples)]["text"]
     except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
-        sys.exit(f"error: no texts in the {split} split of {data_dir} ({one_line(error)}): run build_dataset.py first")
+        sys.exit(f"error: no texts in the {split} split of {source} ({one_line(error)}): run build_dataset.py first")
+
+
+def lines_of(file: Path) -> list[str]:
+    """The different lines of a text file in UTF-8, plain or .gz, without blank ones; exits with one line otherwise."""
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as text:
+            lines = list(dict.fromkeys(stripped for line in text if (stripped := line.strip())))
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        sys.exit(f"error: {file} cannot be read ({one_line(error)}): name a text file in UTF-8, plain or .gz")
+    if any("\0" in line for line in lines):
+        sys.exit(f"error: {file} is not text in UTF-8 (it has a NUL): name a text file, plain or .gz")
+    if len(lines) < 2 * DRAWS:
+        sys.exit(
+            f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "
+            "others calibrate the quantization"
+        )
+    return lines
 
 
 def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

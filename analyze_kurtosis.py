@@ -436,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
     found = findings(runs)
     made = pictures(headline(runs), sequences)
     captions = {name: caption for name, (caption, _) in made.items()}
-    if args.models and (args.text or not found):  # without a pair there is nothing of the experiment to be said
+    # Without a pair there is nothing of the experiment to be said.
+    if args.models and (args.text or not found) and not any(run.diverged for run in runs):
         text = models_report(runs, warned, sequences, source, captions, is_record(runs))
     else:
         text = report(runs, warned, found, sequences, source, captions, is_record(runs))

@@ -131,10 +131,10 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = torch.full((2, length), tokenizer.mask_token_id)
     ids[1, short:] = tokenizer.pad_token_id
     mask = (ids != tokenizer.pad_token_id).long()
-    outputs = {}
+    shapes = {}
 
     def keep(name: str):
-        return lambda module, inputs, output: outputs.update({name: output})
+        return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
 
     handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     chosen = mask.bool() & (torch.arange(length) < short)
@@ -142,17 +142,16 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         logits = model(input_ids=ids, attention_mask=mask).logits
     for handle in handles:
         handle.remove()
-    for name, output in outputs.items():
-        if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name):
-            if not isinstance(output, torch.Tensor) or output.shape[:2] != mask.shape:
-                raise ValueError(f"{name} does not hold one row for every token of a text")
+    for name, shape in shapes.items():
+        if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
+            raise ValueError(f"{name} does not hold one row for every token of a text")
     if logits.shape[:2] != (1, 2 * short):
         raise ValueError("its head does not work token by token")
     alone = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
     if (alone - logits[0, short:]).abs().max() > 1e-3 * alone.abs().max():
         raise ValueError("padding changes what it makes of a text, so its figures would depend on the other texts")
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in outputs and not hides_attention(model):
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in shapes and not hides_attention(model):
             raise ValueError(f"{name} does not run, so that its quantization has no range")
 
 

@@ -578,20 +578,23 @@ class AcceleratorWithoutFloat64(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.on_cpu = []  # storages, which are held so that no other tensor gets their place
+        self.on_cpu = {}  # storages by address, which are held so that no other tensor gets their place
 
     def to_cpu(self, values):
         moved = values.clone()
-        self.on_cpu.append(moved.untyped_storage())
+        self.hold(moved)
         return moved
+
+    def hold(self, tensor):
+        self.on_cpu[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        places = {one.data_ptr() for one in self.on_cpu}
         given = [one for one in tree_leaves((arguments, keywords)) if isinstance(one, torch.Tensor)]
         made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
-        if all(one.untyped_storage().data_ptr() in places for one in given) or "lift_fresh" in str(function):
-            self.on_cpu += [one.untyped_storage() for one in made]
+        if all(one.untyped_storage().data_ptr() in self.on_cpu for one in given) or "lift_fresh" in str(function):
+            for one in made:
+                self.hold(one)
         elif any(one.dtype == torch.float64 for one in made):
             raise TypeError(f"{function} needs float64")
         return result

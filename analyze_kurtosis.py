@@ -334,6 +334,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--report_only measures nothing: it goes with no models and not with --onnxruntime")
     if args.text and not args.models:
         parser.error("--text is for models that are named: the runs of the experiment share the text of --data_dir")
+    if args.data_dir.is_file():
+        parser.error(f"--data_dir {args.data_dir} is a file: text of your own goes with --text and models named")
     if args.text and not args.text.is_file():
         parser.error(f"--text {args.text} is no file")
     return args

@@ -1139,10 +1139,11 @@ def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys):
         with pytest.raises(SystemExit) as stop:
             analyse(workplace, model, "--text", str(workplace / name))
         assert stop.value.code.startswith("error: ") and said in stop.value.code and "\n" not in stop.value.code
-    for argv in ([model, "--text", str(workplace / "none")], ["--text", str(workplace / "short.txt")]):
+    text = str(workplace / "short.txt")
+    for argv in ([model, "--text", str(workplace / "none")], ["--text", text], [model, "--data_dir", text]):
         with pytest.raises(SystemExit) as stop:
             analyse(workplace, *argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: --text")
+        assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(f"error: {argv[-2]} ")
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -384,10 +384,6 @@ def measure_all(runs: list[Run], args: argparse.Namespace, folder: Path) -> tupl
     that was taken out).
     """
     execute = executor(args.onnxruntime)
-    kept = {run: folder / f"{run.name}.json" for run in runs}
-    for run in runs:  # before hours are spent on the first
-        if not run.diverged and not kept[run].is_file():
-            load(run.model)
     source = args.text or args.data_dir
     texts = Texts(
         texts_of(source, "validation", args.max_samples),
@@ -401,7 +397,7 @@ def measure_all(runs: list[Run], args: argparse.Namespace, folder: Path) -> tupl
     for run in runs:
         try:
             if not run.diverged:
-                measure_or_take(run, kept[run], texts, args, run.arm not in checked, execute)
+                measure_or_take(run, folder / f"{run.name}.json", texts, args, run.arm not in checked, execute)
                 checked.add(run.arm)
             whole.append(run)
         except NotFinite as error:
@@ -425,8 +421,11 @@ def main(argv: list[str] | None = None) -> None:
     refuse_duplicates(runs)
     refuse_copies(runs)  # by what training wrote, before hours of measuring
     folder = output_folder(args, runs)
-    refuse_unwritable(folder)
     measured = (folder if args.models else args.results_dir) / MEASURED_DIR
+    for run in runs:  # before hours are spent on the first
+        if not (args.report_only or run.diverged or (measured / f"{run.name}.json").is_file()):
+            load(run.model)
+    refuse_unwritable(folder)
     lost: list[str] = []
     if args.report_only:
         sequences = take_measured([run for run in runs if not run.diverged], measured)

@@ -48,7 +48,7 @@ from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
 from record import git_state, one_line, versions, weights_sha256
 from report import FFN
-from runs import Run
+from runs import Run, refuse_missing
 
 MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -69,8 +69,7 @@ class NotFinite(ValueError):
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub name; exits with one line where they cannot be loaded or measured."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        sys.exit(f"error: no model folder {name}")
+    refuse_missing(name)
     kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
     # What lies in a folder or on the Hub can be anything, and their readers raise anything, a bare Exception included.
     try:

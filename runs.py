@@ -211,6 +211,13 @@ def _numbers(key: str, value: list | dict) -> bool:
     return True
 
 
+def refuse_missing(model: str) -> None:
+    """Exit with one line where what was named is neither a folder nor can be the name of a model on the Hub."""
+    if not Path(model or "-").is_dir() and (os.path.lexists(model) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)):
+        what = ": that is a file, or a link that leads nowhere" if os.path.lexists(model) else ""
+        sys.exit(f"error: no model folder {model}{what}")
+
+
 def folder_name(model: str) -> str:
     """The last part of a model folder, `.` and `..` resolved, or of a Hub name."""
     return Path(os.path.abspath(model) if Path(model).is_dir() else model).name or "model"

@@ -48,7 +48,7 @@ from folder import refuse_unwritable
 from held_out import longest_text
 from pairs import CONFIDENCE, TEST, compare, no_interval
 from record import git_state, hardware, one_line, sha256, versions, write_json
-from runs import labelled
+from runs import labelled, refuse_missing
 
 SPLIT_SEED = 0  # of training, development and test: the same for every model and seed
 SHARES = (0.8, 0.1)  # of training and development; the rest is for the test
@@ -164,17 +164,19 @@ def batches(encoded: list[tuple[list[int], list[int]]], pad: int) -> list[dict[s
 
 def load(name: str, tags: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The encoder of a folder or Hub name with a new head, and its tokenizer; exits with one line where that fails."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        sys.exit(f"error: no model folder {name}")
+    refuse_missing(name)
     try:
-        model = AutoModelForTokenClassification.from_pretrained(
-            name, num_labels=len(tags), trust_remote_code=False, dtype=torch.float32
+        model, loading = AutoModelForTokenClassification.from_pretrained(
+            name, num_labels=len(tags), trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if hasattr(model.config, "max_position_embeddings"):
             tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
     except Exception as error:  # what lies in a folder can be anything, and its readers raise anything
         sys.exit(f"error: {name} cannot be fine-tuned, its model or tokenizer does not load: {one_line(error)}")
+    lacking = sorted(key for key in loading["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if lacking:  # the head alone is new
+        sys.exit(f"error: {name} cannot be fine-tuned, its weights are not complete: it lacks {lacking[0]}")
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if tokenizer.pad_token_id is None or None in ends(tokenizer):

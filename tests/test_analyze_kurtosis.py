@@ -1166,8 +1166,13 @@ def test_a_model_of_weights_that_are_no_numbers_costs_the_others_nothing(workpla
 def test_a_model_that_cannot_be_measured_is_refused_before_the_first_is(workplace, monkeypatch):
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
     truncate(model_folder(workplace) / "model.safetensors")  # the second of the two
-    with pytest.raises(SystemExit, match="is a damaged model folder"):
-        analyse(workplace)
+    named = [str(workplace / "models" / f"esperberto-softmax{n}") for n in (0, 1)]
+    for models in ([], named, [named[0], str(workplace / "data" / "manifest.json")]):
+        with pytest.raises(
+            SystemExit, match=r"is a damaged model folder|no model folder .*manifest.json: that is a file"
+        ):
+            analyse(workplace, *models)
+    assert not [path for path in (workplace / "results").iterdir() if path.is_dir()]  # not even an empty one
 
 
 def test_help_has_the_examples_and_the_defaults(capsys):

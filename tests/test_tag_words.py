@@ -272,7 +272,11 @@ BAD_MODELS = {
         lambda folder: (folder / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000),
         "does not load",
     ),
-    "a link in a circle": (circle, "no model folder"),
+    "a link in a circle": (circle, "that is a file, or a link that leads nowhere"),
+    "weights of another size": (
+        lambda folder: edited(folder, "config.json", lambda config: config.update(num_hidden_layers=2)),
+        "its weights are not complete: it lacks roberta.encoder.layer.1.",
+    ),
 }
 
 

@@ -203,6 +203,19 @@ def made_from_table(graph):
     return {node.output[0] for node in graph.node if node.op_type == "Gather"}
 
 
+def test_the_group_with_most_tokens_is_calibrated_first(monkeypatch, tmp_path):
+    """Histograms keep the bins of the first group: one text in which a head attends to nothing would make them tiny."""
+    seen = []
+    monkeypatch.setattr(executed, "quantize_static", lambda path, output, reader, **_: seen.extend(reader.feeds))
+    monkeypatch.setattr(executed, "behind_softmax", lambda model: [])
+    monkeypatch.setattr(executed, "leave_logits", lambda path: None)
+    monkeypatch.setattr(executed.onnx, "load", lambda path: None)
+    groups = [group for group in executed.groups_of(known_text()[0][0]) if len(group.positions)]
+    executed.quantize(tmp_path / "prepared.onnx", tmp_path / "out.onnx", "int8_percentile", groups)
+    sizes = [feed["input_ids"].size for feed in seen]
+    assert len(sizes) == len(groups) > 1 and sizes[0] == max(sizes) > sizes[-1]
+
+
 def test_percentile_ranges_are_cut_at_both_ends(quantized):
     folder, _ = quantized
     scales = {}

@@ -91,8 +91,9 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n was "
             "saved from a class that does not keep it"
         )
-    if loading["missing_keys"]:
-        sys.exit(f"error: {name} is not a complete masked language model: it lacks {sorted(loading['missing_keys'])}")
+    if lacking := sorted(loading["missing_keys"]):
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
     if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
         sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
@@ -144,10 +145,10 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     for name, shape in shapes.items():
         if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
             raise ValueError(f"{name} does not hold one row for every token of a text")
-    if logits.shape[:2] != (1, 2 * short):
+    if logits.shape[:2] != (1, int(chosen.sum())):
         raise ValueError("its head does not work token by token")
     alone = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
-    if (alone - logits[0, short:]).abs().max() > 1e-3 * alone.abs().max():
+    if (alone - logits[0, -len(alone) :]).abs().max() > 1e-3 * alone.abs().max():
         raise ValueError("padding changes what it makes of a text, so its figures would depend on the other texts")
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in shapes and not hides_attention(model):

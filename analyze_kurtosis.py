@@ -1,14 +1,16 @@
 """Outliers and quantization damage of the trained models, in pairs, beside the published figures: report and plots.
 
     python analyze_kurtosis.py                       # every run that train_model.py finished
-    python analyze_kurtosis.py FOLDER HUB/NAME ...   # these models instead: any BERT-shaped masked-LM
+    python analyze_kurtosis.py FOLDER HUB/NAME ...   # these models instead: any BERT-shaped masked-LM, own report
+    python analyze_kurtosis.py FOLDER --text FILE    # on the lines of a text file, plain or .gz, instead of data/
     python analyze_kurtosis.py --onnxruntime         # and run them in INT8, by ONNX Runtime
     python analyze_kurtosis.py --report_only         # the report again, from what was measured before
 
-Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/
+Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/ (or the text file)
 Writes  results/report.md and report.html (the same, in one file), results/analysis.json, results/<picture>.png, and
         results/measured/<run>.json: all that was measured of a run, which the next analysis takes where nothing has
-        changed since, and which is enough where the model is gone
+        changed since, and which is enough where the model is gone.
+        Of models that are named all this goes to results/<name>/, several names being joined by +
 
 What is measured is defined in DEFINITIONS.md. Activations: of the final model on held-out text, in eval mode, padding
 left out. Quantization: calibrated on training text, scored on the same held-out text, masked as in training.
@@ -22,6 +24,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import huggingface_hub
 import numpy as np
 import transformers
@@ -34,8 +41,10 @@ from measurement import (
     CALIBRATION_SIZE,
     HISTOGRAM_TEXTS,
     PUBLISHED_TEXTS,
+    NotFinite,
     Texts,
     keep_measured,
+    load,
     made_with,
     measure,
     measured_already,
@@ -56,13 +65,17 @@ from report import (
     PUBLISHED,
     PUBLISHED_FFN,
     WEIGHTS,
+    absent_notes,
     html_page,
+    models_report,
     report,
     self_check_notes,
     trained_on,
 )
 from runs import MEASURED_DIR, Run, arms, by_layer, find_runs
 from sets import BASELINE, from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
+
+MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 
 PANELS = {  # of kurtosis.png and norms.png
     "context": "attention context",
@@ -191,7 +204,7 @@ def emergence_curves(runs: list[Run], statistics: dict[str, tuple[str, float]]) 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, data_dir: Path) -> dict:
+def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, source: Path) -> dict:
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + [FFN, "output"])
     compared = found[0].compared if found else {}
@@ -200,7 +213,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
         "record": is_record(runs),
         "versions": versions(),
         "statistic": "excess kurtosis (Gaussian = 0)",
-        "held_out": {"data_dir": str(data_dir), "sequences": sequences},
+        "held_out": {"text" if source.is_file() else "data_dir": str(source), "sequences": sequences},
         "notes": warned,
         "answer": answer(runs, found),
         "questions": {key: asdict(one) for key, one in questions(found).items()},
@@ -270,24 +283,41 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results files; the report goes here")
-    parser.add_argument("--models_dir", type=Path, default=Path("models"), help="model folders of the runs")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote")
-    parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts, evenly spread")
+    parser.add_argument(
+        "--results_dir", type=Path, default=Path("results"), help="results files of the runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--models_dir", type=Path, default=Path("models"), help="model folders of the runs (%(default)s)"
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote (%(default)s)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="for models named, instead of --data_dir: UTF-8, plain or .gz, one text a line; of its different lines, "
+        "every other one is scored and those between calibrate the quantization",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="where the report goes (default: --results_dir, and a folder in it for models named: their names)",
+    )
+    parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts, evenly spread (%(default)s)")
     parser.add_argument(
         "--max_scored",
         type=positive,
         default=500,
-        help="of these texts, those that are scored under each quantization: a CPU is slow in bfloat16",
+        help="of these, those that are scored under each quantization: a CPU is slow in bfloat16 (%(default)s)",
     )
-    parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time")
+    parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time (%(default)s)")
     parser.add_argument(
         "--calibration_batches",
         type=positive,
         default=CALIBRATION_BATCHES,
-        help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws",
+        help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--onnxruntime",
@@ -302,7 +332,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.report_only and (args.models or args.onnxruntime):
         parser.error("--report_only measures nothing: it goes with no models and not with --onnxruntime")
+    if args.text and not args.models:
+        parser.error("--text is for models that are named: the runs of the experiment share the text of --data_dir")
+    if args.data_dir.is_file():
+        parser.error(f"--data_dir {args.data_dir} is a file: text of your own goes with --text and models named")
+    if args.text and not args.text.is_file():
+        parser.error(f"--text {args.text} is no file")
     return args
+
+
+def output_folder(args: argparse.Namespace, runs: list[Run]) -> Path:
+    """Where the report goes: models that are named have a folder of their own, so that no report replaces another."""
+    if args.output_dir or not args.models:
+        return args.output_dir or args.results_dir
+    name = "+".join(run.name for run in runs)
+    if len(name.encode()) > MAX_NAME:
+        sys.exit("error: the names of so many models make no name of a folder: choose one with --output_dir")
+    return args.results_dir / name
 
 
 def executor(wanted: bool) -> Callable | None:
@@ -316,12 +362,13 @@ def executor(wanted: bool) -> Callable | None:
     return executed.execute
 
 
-def measure_or_take(run: Run, texts: Texts, args: argparse.Namespace, checked: bool, execute: Callable | None) -> None:
-    """Measure a run, or take what an earlier analysis has measured where nothing has changed since."""
-    if not run.results or (args.models and not Path(run.model).is_dir()):  # somebody else's, or from the Hub
+def measure_or_take(
+    run: Run, kept: Path, texts: Texts, args: argparse.Namespace, checked: bool, execute: Callable | None
+) -> None:
+    """Measure a run, or take from `kept` what an earlier analysis has measured where nothing has changed since."""
+    if args.models and not Path(run.model).is_dir():  # from the Hub, where it may change
         measure(run, texts, args.batch_size, checked, execute)
         return
-    kept = args.results_dir / MEASURED_DIR / f"{run.name}.json"
     made = made_with(texts, args.batch_size, execute is not None)
     if measured_already(run, kept, made, checked):
         print(f"{run.name}: measured before, found in {kept}", file=sys.stderr)
@@ -330,28 +377,41 @@ def measure_or_take(run: Run, texts: Texts, args: argparse.Namespace, checked: b
     keep_measured(run, kept, made)
 
 
-def measure_all(runs: list[Run], args: argparse.Namespace) -> int:
-    """Measure the models of all runs on the same texts; returns how many texts these are."""
+def measure_all(runs: list[Run], args: argparse.Namespace, folder: Path) -> tuple[int, list[str]]:
+    """Measure the models of all runs on the same texts, and keep in `folder` what was measured.
+
+    Runs whose weights are no numbers are taken out of `runs`. Returns (how many texts these are, a line for each run
+    that was taken out).
+    """
     execute = executor(args.onnxruntime)
+    source = args.text or args.data_dir
     texts = Texts(
-        texts_of(args.data_dir, "validation", args.max_samples),
+        texts_of(source, "validation", args.max_samples),
         args.max_scored,
-        texts_of(args.data_dir, "train", DRAWS * args.calibration_batches * CALIBRATION_SIZE),
-        texts_of(args.data_dir, "validation", PUBLISHED_TEXTS * args.calibration_batches),
+        texts_of(source, "train", DRAWS * args.calibration_batches * CALIBRATION_SIZE),
+        texts_of(source, "validation", PUBLISHED_TEXTS * args.calibration_batches),
         args.calibration_batches,
     )
     checked: set[str] = set()  # the arms on which the instrument has checked itself
-    for i, run in enumerate(runs):
-        if not run.diverged:
-            measure_or_take(run, texts, args, run.arm not in checked, execute)
-            checked.add(run.arm)
-        refuse_copies(runs[: i + 1])
-    return len(texts.held_out)
+    whole, lost = [], []
+    for run in runs:
+        try:
+            if not run.diverged:
+                measure_or_take(run, folder / f"{run.name}.json", texts, args, run.arm not in checked, execute)
+                checked.add(run.arm)
+            whole.append(run)
+        except NotFinite as error:
+            print(f"note: {error}", file=sys.stderr)
+            lost.append(str(error))
+        refuse_copies(whole)
+    if not whole:
+        sys.exit(f"error: nothing to report: {lost[0]}")
+    runs[:] = whole
+    return len(texts.held_out), lost
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    refuse_unwritable(args.results_dir)  # this and the next before hours of measuring
     # One clear line instead of theirs.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -360,31 +420,40 @@ def main(argv: list[str] | None = None) -> None:
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     refuse_duplicates(runs)
     refuse_copies(runs)  # by what training wrote, before hours of measuring
+    folder = output_folder(args, runs)
+    measured = (folder if args.models else args.results_dir) / MEASURED_DIR
+    for run in runs:  # before hours are spent on the first
+        if not (args.report_only or run.diverged or (measured / f"{run.name}.json").is_file()):
+            load(run.model)
+    refuse_unwritable(folder)
+    lost: list[str] = []
     if args.report_only:
-        sequences = take_measured([run for run in runs if not run.diverged], args.results_dir / MEASURED_DIR)
+        sequences = take_measured([run for run in runs if not run.diverged], measured)
         refuse_copies(runs)
     else:
-        sequences = measure_all(runs, args)
-    warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]
+        sequences, lost = measure_all(runs, args, measured)
+    source = args.text or args.data_dir
+    warned = [*self_check_notes(runs), *lost, *absent_notes(runs), *notes(runs, source)]
     found = findings(runs)
     made = pictures(headline(runs), sequences)
     captions = {name: caption for name, (caption, _) in made.items()}
-    text = report(runs, warned, found, sequences, args.data_dir, captions, is_record(runs))
+    # Without a pair there is nothing of the experiment to be said.
+    if args.models and (args.text or not found) and not any(run.diverged for run in runs):
+        text = models_report(runs, warned, sequences, source, captions, is_record(runs))
+    else:
+        text = report(runs, warned, found, sequences, source, captions, is_record(runs))
     print(text)
 
-    write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, sequences, args.data_dir))
+    write_json(folder / "analysis.json", analysis(runs, warned, found, sequences, source))
     images = {name: picture for name, (_, picture) in made.items()}
     for name, picture in images.items():
-        write(args.results_dir / name, picture)
-    write(args.results_dir / "report.html", html_page(text, images).encode())
-    write(args.results_dir / "report.md", text.encode())
-    print(f"Written to {args.results_dir}: report.md, report.html, analysis.json, {', '.join(images)}")
+        write(folder / name, picture)
+    write(folder / "report.html", html_page(text, images).encode())
+    write(folder / "report.md", text.encode())
+    print(f"Written to {folder}: report.md, report.html, analysis.json, {', '.join(images)}")
+    if lost:
+        sys.exit(f"error: {len(lost)} of {len(runs) + len(lost)} models left out: {' '.join(lost)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 
 import quantization
 from held_out import held_out_loss
+from outliers import hides_attention
 from quantization import StaticW8A8, UnsetRange, measured_copy, part_gaps
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
 
@@ -106,8 +107,12 @@ def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dic
     Returns:
         {"passed": True, False, or None where the model has learnt too little to tell; "texts": scored ones; "context":
         nats that the loss rises by when all tokens are moved by one place; and for each key of CHECKS
-        {"passed", "said": in words, and its figures}}. "class_swap" is undecided for classes that have no other.
+        {"passed", "said": in words, and its figures}}. "class_swap" is undecided for classes that have no other, and
+        all of it for a model that is not statically quantized.
     """
+    if hides_attention(model):
+        said = "its attention is not quantized"
+        return {"passed": None, "texts": 0, "context": None} | {key: {"passed": None, "said": said} for key in CHECKS}
     scored, calibration = spread_out(scored), spread_out(calibration)
     moved = [{**batch, "input_ids": batch["input_ids"].roll(1, 1)} for batch in scored]
     plain = measured_copy(model)

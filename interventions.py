@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from held_out import kept_positions
-from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, watched
+from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, hides_attention, watched
 from packing import IGNORED
 from softmax1 import ATTENTION, apply_softmax_n
 
@@ -61,14 +61,15 @@ def interventions(
     Returns:
         {name out of INTERVENTIONS: {"loss" (nats per masked token), "ffn_output_kurtosis" (mean of layers),
         "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (how
-        many were set to zero)}}. Absent are as_softmax* of a model that does not take its attention from transformers'
-        attention interface or keeps one of its own, without_*_heads where there is no sink head or too few others, and
-        without_first_token where texts do not all start with the same special token.
+        many were set to zero)}}; NaN where the model lacks what they are of. Absent are as_softmax* of a model that
+        does not take its attention from transformers' attention interface or keeps one of its own, without_*_heads
+        where there is no sink head or too few others, and without_first_token where texts do not all start with the
+        same special token.
     """
     model.eval()
     found = {}
     found["as_trained"], attention = _measure(model, batches, tokenizer)
-    if model._supports_attention_backend:
+    if not hides_attention(model):
         for n in (0, 1):
             other = apply_softmax_n(copy.deepcopy(model), n)
             if other.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
@@ -123,7 +124,7 @@ def _measure(
         return [one[statistic] for name, one in places.items() if name.endswith(f".{place}")] or [math.nan]
 
     def heads(statistic: str) -> float:
-        return float(np.mean([one[statistic] for one in attention.values()]))
+        return float(np.mean([one[statistic] for one in attention.values()] or [math.nan]))
 
     figures = {
         "loss": loss / masked,

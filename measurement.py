@@ -9,6 +9,7 @@ load               a masked-LM and its tokenizer, or one line that says what is 
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import random
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,21 +27,28 @@ import numpy as np
 import scipy.stats
 import torch
 import transformers
-from safetensors import SafetensorError
+from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import plots
-import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import GATE, self_check  # which registers the controls' classes too
-from held_out import HELD_OUT_SEED, evenly_spread, held_out_batches, longest_text, padded_batches
+from held_out import (
+    HELD_OUT_SEED,
+    evenly_spread,
+    held_out_batches,
+    kept_positions,
+    longest_text,
+    padded_batches,
+)
 from interventions import interventions
-from outliers import PLACES, eager_attention, measure_model, uniform_attention
+from outliers import PLACES, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
 from record import git_state, one_line, versions, weights_sha256
 from report import FFN
-from runs import Run
+from runs import Run, refuse_missing
 
 MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -54,51 +63,130 @@ MAPPED_LENGTH = range(8, 17)  # tokens: a map that can be read
 # -------------------------------------------------------------------------------------------------- models and texts
 
 
+class NotFinite(ValueError):
+    """A model whose weights are no numbers any more: there is nothing to be measured."""
+
+
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder or Hub name; exits with one line where either is missing or damaged."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        sys.exit(f"error: no model folder {name}")
+    """Model and tokenizer of a folder or Hub name; exits with one line where they cannot be loaded or measured."""
+    refuse_missing(name)
+    kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
+    # What lies in a folder or on the Hub can be anything, and their readers raise anything, a bare Exception included.
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
+    family = config.model_type
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        sys.exit(f"error: {name} ({family}) is not a masked language model, and only those are measured")
     try:
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
+    except Exception as error:
         sys.exit(f"error: {name} is {kind}: {one_line(error)}")
-    if loading["missing_keys"]:
-        sys.exit(f"error: {name} is not a complete masked language model: it lacks {sorted(loading['missing_keys'])}")
+    n = getattr(config, "softmax_n", 0)
+    if n and not str(model.config._attn_implementation).startswith(softmax1.ATTENTION):
+        sys.exit(
+            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n was "
+            "saved from a class that does not keep it"
+        )
+    if lacking := sorted(loading["missing_keys"]):
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
+    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
+        sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
+        empty = len(tokenizer) <= len(set(tokenizer.all_special_tokens))
+    except Exception as error:
         sys.exit(
             f"error: {name} has no tokenizer that loads, copy the one it was trained with there: {one_line(error)}"
         )
-    # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    if empty:
         sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if len(tokenizer) > model.config.vocab_size:
         sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         sys.exit(f"error: {name}: its tokenizer has no mask or no padding token, so this is no masked language model")
-    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
-        sys.exit(
-            f"error: {name} ({model.config.model_type}) has no layer.0.{FFN}: only BERT-shaped models fit the tables"
-        )
-    if not model._supports_attention_backend:
-        sys.exit(f"error: {name} ({model.config.model_type}) does not take its attention from transformers' interface")
-    tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
+    try:
+        tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
+        try_out(model, tokenizer)
+    except Exception as error:
+        sys.exit(f"error: {name} ({family}) cannot be measured: {one_line(error)}")
     return model, tokenizer
 
 
-def texts_of(data_dir: Path, split: str, max_samples: int) -> list[str]:
-    """Texts of a split, evenly spread over it, because its sources lie one behind the other."""
+@torch.inference_mode()
+def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Run the model on a long and a short text, as all measurements do.
+
+    Raises:
+        ValueError: a layer or the head holds something else than a row for every token, padding changes what becomes of
+            the real tokens, or a layer does not run that would have to be quantized.
+        Exception: whatever else the model raises.
+    """
+    length, short = tokenizer.model_max_length - 1, 3  # odd: some models fill texts up to whole windows inside
+    ids = torch.full((2, length), tokenizer.mask_token_id)
+    ids[1, short:] = tokenizer.pad_token_id
+    mask = (ids != tokenizer.pad_token_id).long()
+    shapes = {}
+
+    def keep(name: str):
+        return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    chosen = mask.bool() & (torch.arange(length) < short)
+    with kept_positions(model, chosen):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    for handle in handles:
+        handle.remove()
+    for name, shape in shapes.items():
+        if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
+            raise ValueError(f"{name} does not hold one row for every token of a text")
+    if logits.shape[:2] != (1, int(chosen.sum())):
+        raise ValueError("its head does not work token by token")
+    alone = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
+    if (alone - logits[0, -len(alone) :]).abs().max() > 1e-3 * alone.abs().max():
+        raise ValueError("padding changes what it makes of a text, so its figures would depend on the other texts")
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in shapes and not hides_attention(model):
+            raise ValueError(f"{name} does not run, so that its quantization has no range")
+
+
+def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
+    """Texts of a split, evenly spread over it, because its sources lie one behind the other.
+
+    `source` is what build_dataset.py wrote; or a text file, whose lines are validation and train in turn.
+    """
+    if source.is_file():
+        rows = lines_of(source)[int(split == "train") :: 2]
+        return [rows[i] for i in evenly_spread(len(rows), max_samples)]
     try:
-        rows = datasets.load_from_disk(str(data_dir))[split]
+        rows = datasets.load_from_disk(str(source))[split]
         if not len(rows):
             raise ValueError("it is empty")
         return rows[evenly_spread(len(rows), max_samples)]["text"]
     except (OSError, ValueError, LookupError) as error:  # LookupError: no such split or column, or no rows at all
-        sys.exit(f"error: no texts in the {split} split of {data_dir} ({one_line(error)}): run build_dataset.py first")
+        sys.exit(f"error: no texts in the {split} split of {source} ({one_line(error)}): run build_dataset.py first")
+
+
+def lines_of(file: Path) -> list[str]:
+    """The different lines of a text file in UTF-8, plain or .gz, without blank ones; exits with one line otherwise."""
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as text:
+            lines = list(dict.fromkeys(stripped for line in text if (stripped := line.strip())))
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        sys.exit(f"error: {file} cannot be read ({one_line(error)}): name a text file in UTF-8, plain or .gz")
+    if any("\0" in line for line in lines):
+        sys.exit(f"error: {file} is not text in UTF-8 (it has a NUL): name a text file, plain or .gz")
+    if len(lines) < 2 * DRAWS:
+        sys.exit(
+            f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "
+            "others calibrate the quantization"
+        )
+    return lines
 
 
 def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -133,8 +221,14 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     """Fill in everything that is measured of a run.
 
     `checked`: the instrument checks itself on this model; `execute`: executed.execute, or None to leave that out.
+
+    Raises:
+        NotFinite: the weights hold NaN or infinities; nothing was filled in.
     """
     model, tokenizer = load(run.model)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NotFinite(f"{run.name} was not measured: its weights hold NaN or infinities, the first in {name}.")
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
         sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
@@ -179,10 +273,12 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }
-    if execute:
+    if execute and hides_attention(model):
+        run.damage["executed"] = {"error": "its attention is not from transformers' attention interface"}
+    elif execute:
         run.damage["executed"] = execute(model, scored, draws[0], run.damage)
-        if "error" in run.damage["executed"]:
-            print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
+    if "error" in run.damage.get("executed", {}):
+        print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
     if checked:
         run.damage["self_check"] = self_check(model, scored, draws[0])
 

@@ -36,9 +36,14 @@ from held_out import kept_positions
 from packing import IGNORED
 
 
+def with_float64(values: Tensor) -> Tensor:
+    """`values` on a device that has float64: Apple's GPUs (MPS) have none, so what lies there goes to the CPU."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def excess_kurtosis(values: Tensor) -> Tensor:
     """Excess kurtosis of all entries of `values` pooled. Returns a float64 scalar; NaN where the variance is 0."""
-    return sequence_excess_kurtosis(values.detach().double().reshape(1, -1))[0]
+    return sequence_excess_kurtosis(with_float64(values.detach()).double().reshape(1, -1))[0]
 
 
 def sequence_excess_kurtosis(activations: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -137,7 +142,7 @@ class ActivationKurtosis:
                         taken = Moments.of_rows(activations.detach()[0]).sums
                 self._last = (weakref.ref(activations), taken)
             if self.packed is None:
-                self._add(name, self._last[1].sum(dtype=torch.float64), self._last[1].numel())
+                self._add(name, with_float64(self._last[1]).sum(dtype=torch.float64), self._last[1].numel())
             else:
                 self._moments[name] = self._last[1]
 
@@ -160,6 +165,7 @@ class ActivationKurtosis:
                 group = torch.cat([module * groups + rows for module in range(len(names))])
                 kurtosis = tokens.merged(group, len(names) * groups).excess_kurtosis.view(-1, groups)[:, :-1]
                 present = torch.zeros(groups, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[:-1]
+                present = present.to(kurtosis.device)
                 for name, total in zip(names, kurtosis.where(present, 0).sum(1), strict=True):
                     self._add(name, total, present.sum())
         self._moments = {}
@@ -193,7 +199,8 @@ class ActivationKurtosis:
 class Moments:
     """Count, mean and central power sums of groups of numbers: a (groups, 5) float64 tensor [n, mean, M2, M3, M4].
 
-    M_k = sum (x - mean)^k. Two groups merge without cancellation, however far their means lie from 0 (Pebay, "Formulas
+    M_k = sum (x - mean)^k. On the device of the numbers where it has float64, else on the CPU. Two groups merge without
+    cancellation, however far their means lie from 0 (Pebay, "Formulas
     for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments", 2008), so any
     amount of text streams through.
     """
@@ -214,11 +221,12 @@ class Moments:
             deviations.mul_(squares).sum(1),
             squares.square_().sum(1),
         )
-        count = torch.full_like(mean[:, 0], values.shape[1], dtype=torch.float64)
-        return cls(torch.stack([count, mean[:, 0].double(), *(total.double() for total in sums)], 1))
+        mean, *sums = (with_float64(total).double() for total in (mean[:, 0], *sums))
+        return cls(torch.stack([torch.full_like(mean, values.shape[1]), mean, *sums], 1))
 
     def merged(self, group: Tensor, groups: int) -> Moments:
         """Merge the rows into `groups` groups; `group` (rows,) says which goes where. Empty groups stay at n = 0."""
+        group = group.to(self.sums.device)
         n, mean, m2, m3, m4 = self.sums.unbind(1)
 
         def total(terms: Tensor) -> Tensor:
@@ -392,6 +400,8 @@ class ActivationOutliers:
             sequence, classes: (R,), whose tokens the rows are and of which class.
             tokens: (R,) each, token ids and positions; None counts no massive activations.
         """
+        values, sequence, classes = with_float64(values), with_float64(sequence), with_float64(classes)
+        tokens = tokens and (with_float64(tokens[0]), with_float64(tokens[1]))
         if name not in self._sums:
             self._sums[name] = _Place(values.shape[1], values.device)
         self._sums[name].add(values, sequence, classes, tokens)
@@ -560,9 +570,24 @@ IDLE = (0.5, 0.9)
 ATTENDING = IDLE[0]
 
 
+def hides_attention(model: nn.Module) -> bool:
+    """Whether the model does not take its attention from transformers' attention interface.
+
+    What the attention modules of such a model hand out is not always a weight for every key (Nystroemformer), nor all
+    that its context is made of (ConvBERT), so its attention is not measured.
+    """
+    return not getattr(model, "_supports_attention_backend", True)
+
+
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` materialises its attention weights, whichever softmax_n it attends with."""
+    """Inside, `model` materialises its attention weights, whichever softmax_n it attends with.
+
+    A model that `hides_attention` stays as it is.
+    """
+    if hides_attention(model):
+        yield
+        return
     before = model.config._attn_implementation
     ours = getattr(model.config, "softmax_n", None) is not None and before.startswith("softmax_n")
     model.set_attn_implementation("softmax_n_eager" if ours else "eager")
@@ -579,7 +604,7 @@ class AttentionSinks:
     pass call `batch`. Use as a context manager or call `remove()`.
 
     Args:
-        model: a BERT-shaped encoder.
+        model: a BERT-shaped encoder. One that `hides_attention` has no layer in the result.
     """
 
     def __init__(self, model: nn.Module):
@@ -587,7 +612,7 @@ class AttentionSinks:
         self._mask: Tensor | None = None
         self._classes: Tensor | None = None
         self._handles = []
-        for name, module in model.named_modules():
+        for name, module in () if hides_attention(model) else model.named_modules():
             if match := re.search(r"\blayer\.(\d+)\.attention\.self$", name):
                 self._hook(module, f"layer.{match[1]}")
 
@@ -603,14 +628,14 @@ class AttentionSinks:
 
     def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
         """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
-        self._mask = None if mask is None else mask.bool()
+        self._mask = None if mask is None else with_float64(mask).bool()
         if mask is not None:
-            self._classes = _positions_only(mask) if classes is None else classes
+            self._classes = with_float64(_positions_only(mask) if classes is None else classes)
 
     @torch.no_grad()
     def add(self, name: str, weights: Tensor) -> None:
         """Count in the weights (B, H, T, T) of one layer: rows are queries and sum to 1 minus the null mass."""
-        weights = weights.detach().float()
+        weights = with_float64(weights.detach()).float()
         real = self._mask
         query = real[:, None, :].double()  # (B, 1, T)
         ordinary = query * (self._classes == OTHER)[:, None, :]
@@ -728,7 +753,8 @@ class HeadVectors:
     Use as a context manager or call `remove()`.
 
     Args:
-        model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result.
+        model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result, and
+            so is every layer of a model that `hides_attention`.
     """
 
     def __init__(self, model: nn.Module):
@@ -739,7 +765,7 @@ class HeadVectors:
         self._mask: Tensor | None = None
         self._classes: Tensor | None = None
         self._handles = []
-        for name, module in model.named_modules():
+        for name, module in () if hides_attention(model) else model.named_modules():
             parts = [getattr(module, part, None) for part in ("query", "key", "value")]
             if (match := re.search(r"\blayer\.(\d+)\.attention\.self$", name)) and None not in parts:
                 for part, projection in zip(("query", "key", "value"), parts, strict=True):
@@ -763,16 +789,17 @@ class HeadVectors:
 
     def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
         """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
-        self._mask = None if mask is None else mask.bool()
+        self._mask = None if mask is None else with_float64(mask).bool()
         if mask is not None:
-            self._classes = _positions_only(mask) if classes is None else classes
+            self._classes = with_float64(_positions_only(mask) if classes is None else classes)
 
     @torch.no_grad()
     def add(self, name: str, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
         """Count in one layer: weights (B, H, T, T), the others (B, T, C) with the heads side by side in C."""
         heads, real = weights.shape[1], self._mask
+        weights = with_float64(weights)
         query, key, value, context = (
-            vectors.detach().float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            with_float64(vectors.detach()).float().unflatten(-1, (heads, -1)).transpose(1, 2)
             for vectors in (query, key, value, context)
         )  # (B, H, T, E)
         queries = real[:, None].double()  # (B, 1, T)

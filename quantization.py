@@ -50,6 +50,7 @@ from transformers.masking_utils import sdpa_mask
 
 import softmax1
 from held_out import per_text_loss, perplexity
+from outliers import hides_attention
 from softmax1 import apply_softmax_n
 
 CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
@@ -332,10 +333,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` in eval mode that computes the same function through the attention above.
 
-    Raises:
-        ValueError: the model does not take its attention from transformers' attention interface.
+    A model that does not take its attention from transformers' attention interface keeps its own.
     """
     copied = copy.deepcopy(model).eval()
+    if hides_attention(model):
+        return copied
     # A stock class attends with softmax whatever its config says, until apply_softmax_n has changed its attention.
     ours = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
     apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if ours else 0.0)
@@ -372,6 +374,8 @@ class StaticW8A8:
     def __init__(
         self, model: PreTrainedModel, calibration: list[dict], published: bool = False, histograms: bool = False
     ):
+        if hides_attention(model):
+            raise ValueError(f"the attention of {type(model).__name__} is not from transformers' attention interface")
         self.model = measured_copy(model)
         self.published = published
         self.histograms = histograms
@@ -615,6 +619,9 @@ def measure_damage(
 ) -> dict:
     """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
+    The static schemes reach into the attention: of a model that does not take it from transformers' attention interface
+    they are absent from the result, and so is bfloat16 where such an attention does not run in it.
+
     Args:
         model: a masked-LM in float32.
         batches: of `held_out_batches`, made of held-out text: what is scored.
@@ -633,7 +640,8 @@ def measure_damage(
          "part_floors": {part: twice the standard error of that gap over the texts},
          "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
-    found, draw_gaps, rest = {}, [], {}
+    found, draw_gaps, rest = {}, [], {"parts": {}, "part_floors": {}, "ranges": {}}
+    draws = [] if hides_attention(model) else draws
     with tqdm(total=len(SCHEMES) + len(draws), desc=f"{label}: quantization", unit="pass") as bar:
 
         def score(scheme: str, quantized: PreTrainedModel) -> Tensor:
@@ -643,11 +651,16 @@ def measure_damage(
 
         plain = measured_copy(model)
         exact, masked = score("float32", plain).T
-        score("bfloat16", measured_copy(model).to(torch.bfloat16))
-        statics = []
-        static = StaticW8A8(model, draws[0], histograms=True)
+        try:
+            score("bfloat16", measured_copy(model).to(torch.bfloat16))
+        except RuntimeError:  # some attentions compute in float32 alone
+            if not hides_attention(model):
+                raise
+        static, statics = None, []
         for i, draw in enumerate(draws):
-            if i:
+            if static is None:
+                static = StaticW8A8(model, draw, histograms=True)
+            else:
                 static.calibrate(draw)
             statics.append(score("w8a8_static", static.model))
             draw_gaps.append(((statics[-1][:, 0] - exact).sum() / masked.sum()).item())
@@ -659,11 +672,12 @@ def measure_damage(
                 for estimator in ("percentile", "mse"):
                     static.choose(estimator)
                     score(f"w8a8_{estimator}", static.model)
-        found["w8a8_static"] = torch.stack(statics).mean(0)
-        score("w8a8_published", StaticW8A8(model, published, published=True).model)
+        if draws:
+            found["w8a8_static"] = torch.stack(statics).mean(0)
+            score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
         score("w4_weight_only", weight_only_w4(model))
-    texts = {scheme: found[scheme][:, 0].numpy() for scheme in SCHEMES}
+    texts = {scheme: found[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in found}
     masked = masked.numpy()
     schemes = {
         scheme: _scheme(sums, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])

@@ -873,6 +873,113 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
+# ------------------------------------------------------------------------------------ models outside the experiment
+
+# Of the headline: metrics of answer.py, then the schemes whose damage stands there.
+OF_A_MODEL = (
+    "residual_inf_norm",
+    "residual_ratio",
+    "residual_outliers",
+    "ffn_output_inf_norm",
+    "ffn_output_kurtosis",
+    "attention_output_inf_norm",
+    "sink_rate_first",
+    "sink_rate_any",
+    "idle_heads",
+    "null_mass",
+)
+DAMAGE_OF_A_MODEL = ("bfloat16", "w8a8_static", "w8a8_percentile", "w8a8_dynamic", "w4_weight_only")
+
+
+def absent_notes(runs: list[Run]) -> list[str]:
+    """A line for each model whose attention cannot be reached."""
+    return [
+        f"{run.name} does not take its attention from transformers' attention interface: attention, static "
+        "quantization and what needs them are absent."
+        for run in runs
+        if not run.diverged and not run.attention
+    ]
+
+
+def headline_of_models(runs: list[Run]) -> str:
+    """What a person wants to know about a model, a column a model: outliers, sinks, quantization damage."""
+    values = [metrics(run) for run in runs]
+    shown = [key for key in OF_A_MODEL if key != "null_mass" or any((one[key] or 0) > 0.01 for one in values)]  # %
+    rows = [[METRICS[key][0], *(figure(one[key]) for one in values)] for key in shown]
+    rows.append([METRICS["held_out_loss"][0], *(f"{one['held_out_loss']:.4f}" for one in values)])
+    for scheme in DAMAGE_OF_A_MODEL:
+        cells = [run.damage["schemes"].get(scheme) for run in runs]
+        rows.append([f"{SCHEMES[scheme]}: loss over that", *("–" if one is None else gap_cell(one) for one in cells)])
+    return table(["", *(run.name for run in runs)], rows)
+
+
+def models_report(
+    runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, str], record: bool
+) -> str:
+    """The report of models that are no pair of the experiment; `source` is the dataset or the text file.
+
+    Arguments else as in `report`; none of the runs has diverged.
+    """
+    names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} models"
+    text = f"every other line of {source}" if source.is_file() else f"the validation split of {source}"
+    tokens = "/".join(f"{run.tokens:,}" for run in runs)
+    cut = "/".join(sorted({str(run.max_length) for run in runs}))
+    columns = "" if len(arms(runs)) == len(runs) else " Runs of one arm are averaged here."
+    parts = [
+        f"# Outliers, attention sinks and quantization damage: {names}",
+        *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
+        headline_of_models(runs),
+        f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode, "
+        "padding left out. Infinity norm: largest magnitude of a text, mean over the texts. Excess kurtosis: 0 for a "
+        f"Gaussian. A sink is a token that gets more than {SINK:.0%} of the mean query's attention: % of heads and "
+        f"texts of at least {SHORT} tokens. Losses in nats per masked token, of {scored_said(runs)}; a loss over "
+        "float32 stands with its standard error. A dash: the model lacks it, or it cannot be reached. DEFINITIONS.md "
+        "defines every row.*",
+        *(f"**Note.** {line}" for line in warned),
+        *(f"![{caption}]({name})" for name, caption in pictures.items()),
+        *(summary_section(runs) if any(run.results for run in runs) else []),
+        "## Quantization damage",
+        damage_table(runs),
+        "*Held-out loss, perplexity exp(loss), and the gap to float32. Static: one range a tensor, fixed beforehand on "
+        f"other lines or the training split ({calibrated_said(runs)}). As published: the setting of Bondarenko et al. "
+        f"2023, calibrated on {published_said(runs)} tokens of the text that is scored. The last rows quantize one "
+        "part alone, on some of the texts.*",
+        "## Self-check of the instrument",
+        self_check_table(runs),
+        "*Outliers that are compensated, so that the function stays and static quantization breaks, in a layer that is "
+        "known; and the same function in another class. Undecided where a model has learnt too little to lose.*",
+        *executed_section(runs),
+        "## Beside others' figures",
+        qualcomm_table(runs),
+        "*Full kurtosis here, Gaussian = 3: mean over layers, FFN output and output LayerNorm; infinity norm: largest "
+        f"layer of the FFN output. Other models, languages and texts: perplexities do not compare across rows.{columns}"
+        "*",
+        "## Activations by place",
+        places_table(runs),
+        "## First token, separators, punctuation",
+        classes_table(runs),
+        "## Massive activations",
+        massive_table(runs),
+        f"*Excess kurtosis (Gaussian = 0), mean over layers; norms and channels: largest layer. The residual stream is "
+        f"what enters a LayerNorm. Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times "
+        f"the median |x| of its text.{columns}*",
+    ]
+    if any(run.attention for run in runs):
+        parts += [
+            "## Attention",
+            attention_table(runs),
+            "## Sinks and null mass, beside uniform attention",
+            sinks_table(runs),
+            "## Vectors of the heads",
+            vectors_table(runs),
+            "## Interventions",
+            interventions_table(runs),
+            "*Mean over real queries, then over heads; idle: what goes to the first token, separators, punctuation or "
+            "nowhere. Interventions: on the same masked text; a sink head has its context set to zero.*",
+        ]
+    return "\n\n".join([*parts, "## Weights", weights_table(runs)]) + "\n"
+
+
 # -------------------------------------------------------------------------------------------------------------- HTML
 
 PAGE = """<!doctype html>

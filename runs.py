@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ def read_results(path: Path) -> dict:
     """The results file of one run, checked: exits with one line where a key is missing or of another kind."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         sys.exit(f"error: {path} is not valid JSON ({error}); train that run again or move the file away")
     expected = dict(RESULTS)
     for key, kind in OPTIONAL.items():
@@ -210,18 +211,43 @@ def _numbers(key: str, value: list | dict) -> bool:
     return True
 
 
+def refuse_missing(model: str) -> None:
+    """Exit with one line where what was named is neither a folder nor can be the name of a model on the Hub."""
+    if not Path(model or "-").is_dir() and (os.path.lexists(model) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)):
+        what = ": that is a file, or a link that leads nowhere" if os.path.lexists(model) else ""
+        sys.exit(f"error: no model folder {model}{what}")
+
+
+def folder_name(model: str) -> str:
+    """The last part of a model folder, `.` and `..` resolved, or of a Hub name."""
+    return Path(os.path.abspath(model) if Path(model).is_dir() else model).name or "model"
+
+
+def labelled(models: list[str]) -> list[str]:
+    """A name for the figures of each model: that of its folder, or the whole path where several share it.
+
+    A name is one part of a path, so that files can have it. Exits with one line where two models have the same.
+    """
+    names = [folder_name(model) for model in models]
+    labels = [
+        "--".join(part for part in Path(model).parts if part not in "/.") if names.count(name) > 1 else name
+        for model, name in zip(models, names, strict=True)
+    ]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            sys.exit(f"error: {models[labels.index(label)]} and {models[i]} have the same name: name each model once")
+    return labels
+
+
 def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Run]:
     """The models named, or else every results file with its model folder, ordered by n and seed.
 
     A run that diverged has no model folder; of one that was measured before, its figures are enough.
     """
     if models:
-        names = [Path(model).name or model for model in models]
-        # Same-named models from two places are told apart by the whole argument.
-        labels = [model if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
         runs = []
-        for label, model, name in zip(labels, models, names, strict=True):
-            file = results_dir / f"{name}.json"
+        for label, model in zip(labelled(models), models, strict=True):
+            file = results_dir / f"{folder_name(model)}.json"
             found = read_results(file) if file.is_file() else None
             runs.append(Run(label, model, found, file=file if found else None))
         return runs

@@ -314,5 +314,5 @@ def train_text(data_dir: Path) -> str | None:
     """SHA-256 of the training split that build_dataset.py wrote down; None where there is no manifest."""
     try:
         return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -22,12 +22,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -41,8 +45,10 @@ from transformers import (
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
 from folder import refuse_unwritable
+from held_out import longest_text
 from pairs import CONFIDENCE, TEST, compare, no_interval
 from record import git_state, hardware, one_line, sha256, versions, write_json
+from runs import labelled, refuse_missing
 
 SPLIT_SEED = 0  # of training, development and test: the same for every model and seed
 SHARES = (0.8, 0.1)  # of training and development; the rest is for the test
@@ -74,7 +80,8 @@ def read_conllu(path: Path) -> list[Sentence]:
     are words without a tag (_). Exits with one line, which names the line of the file, where it is malformed.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which ends a line at U+2028 and its like too, inside of a word or a comment.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {path} cannot be read ({one_line(error)}): name a CoNLL-U file in UTF-8")
 
@@ -90,7 +97,7 @@ def read_conllu(path: Path) -> list[Sentence]:
             continue
         if line.startswith("#"):
             continue
-        columns = line.split("\t")
+        columns = line.rstrip("\r").split("\t")
         if len(columns) < 10:
             stop(number, f"{len(columns)} columns between tabs instead of 10")
         identifier, form, tag = columns[0], columns[1], columns[3]
@@ -128,9 +135,14 @@ def encode(sentence: Sentence, tokenizer: PreTrainedTokenizerBase, tags: list[st
         ids += pieces
         labels += [label, *[IGNORED] * (len(pieces) - 1)] if pieces else []
     length = min(MAX_LENGTH, tokenizer.model_max_length) - 2
-    start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    start, end = ends(tokenizer)
     return [start, *ids[:length], end], [IGNORED, *labels[:length], IGNORED]
+
+
+def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """The ids of the tokens that a sentence begins and ends with."""
+    start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    return start, tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
 
 
 def batches(encoded: list[tuple[list[int], list[int]]], pad: int) -> list[dict[str, Tensor]]:
@@ -152,17 +164,27 @@ def batches(encoded: list[tuple[list[int], list[int]]], pad: int) -> list[dict[s
 
 def load(name: str, tags: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The encoder of a folder or Hub name with a new head, and its tokenizer; exits with one line where that fails."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        sys.exit(f"error: no model folder {name}")
+    refuse_missing(name)
     try:
-        model = AutoModelForTokenClassification.from_pretrained(
-            name, num_labels=len(tags), trust_remote_code=False, dtype=torch.float32
+        model, loading = AutoModelForTokenClassification.from_pretrained(
+            name, num_labels=len(tags), trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if hasattr(model.config, "max_position_embeddings"):
+            tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
+    except Exception as error:  # what lies in a folder can be anything, and its readers raise anything
         sys.exit(f"error: {name} cannot be fine-tuned, its model or tokenizer does not load: {one_line(error)}")
-    if tokenizer.pad_token_id is None or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    lacking = sorted(key for key in loading["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if lacking:  # the head alone is new
+        sys.exit(f"error: {name} cannot be fine-tuned, its weights are not complete: it lacks {lacking[0]}")
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
+    if tokenizer.pad_token_id is None or None in ends(tokenizer):
+        sys.exit(f"error: {name}: its tokenizer has no padding, start or end token, so this is no model like BERT")
+    if len(tokenizer) > model.config.vocab_size:
+        sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        sys.exit(f"error: {name} cannot be fine-tuned: its weights hold NaN or infinities")
     return model, tokenizer
 
 
@@ -265,23 +287,18 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE.conllu", help="tagged sentences")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
-    parser.add_argument("--models_dir", type=Path, default=Path("models"), help="model folders of the runs")
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="tagging/ in it takes the results")
-    parser.add_argument("--seeds", type=positive, default=3, help="how often each model is fine-tuned")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="passes over the training part")
+    parser.add_argument(
+        "--models_dir", type=Path, default=Path("models"), help="model folders of the runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--results_dir", type=Path, default=Path("results"), help="tagging/ in it takes the results (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=positive, default=3, help="how often each model is fine-tuned (%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="passes over the training part (%(default)s)")
     return parser.parse_args(argv)
-
-
-def labelled(models: list[str]) -> list[str]:
-    """A name for each model's figures: that of its folder, or the whole path where several folders share a name."""
-    names = [Path(model).resolve().name if Path(model).is_dir() else Path(model).name for model in models]
-    return [
-        "--".join(part for part in Path(model).parts if part not in "/.") if names.count(name) > 1 else name
-        for model, name in zip(models, names, strict=True)
-    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -302,12 +319,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             f"error: no models in {args.models_dir}/: run train_model.py first, or name a model folder or Hub model"
         )
+    labels = labelled(models)
     for name in models:  # before hours are spent on the first
         load(name, tags)
 
     folder = args.results_dir / "tagging"
     refuse_unwritable(folder)
-    labels = labelled(models)
     steps = len(models) * args.seeds * args.epochs * -(-len(parts[0]) // BATCH_SIZE)
     with tqdm(total=steps, unit="step") as bar:
         for name, run in zip(models, labels, strict=True):
@@ -338,9 +355,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

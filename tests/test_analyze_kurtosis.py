@@ -1,6 +1,7 @@
 """analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
 
 import base64
+import gzip
 import hashlib
 import json
 import math
@@ -22,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
-    MegatronBertConfig,
-    MegatronBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
@@ -133,6 +134,18 @@ def workplace(finished, tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def clean_checkout(monkeypatch):
+    """What is measured in a modified tree has a note of its own in the report."""
+    monkeypatch.setattr(measurement, "git_state", lambda: {"commit": "c", "dirty": False})
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Drawing takes longer than all that is measured here."""
+    monkeypatch.setattr(analyze_kurtosis, "pictures", lambda *_: {})
+
+
 def analyse(root, *argv):
     folders = {"results": "--results_dir", "models": "--models_dir", "data": "--data_dir"}
     analyze_kurtosis.main([*(part for name, flag in folders.items() for part in (flag, str(root / name))), *argv])
@@ -218,6 +231,7 @@ def test_report_of_two_runs(workplace, capsys):
     assert places == sorted(places) and "Dose response" not in text  # two arms
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
     analyse(workplace)
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
@@ -247,6 +261,7 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
     assert rows(text, "Beside others' figures")["softmax1"][2] == figure(np.mean(places))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_tables_of_sinks_heads_and_interventions_are_what_the_json_says(workplace):
     analyse(workplace, "--batch_size", "2")
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
@@ -298,6 +313,7 @@ def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch)
         assert measurement.untrained_model(model, None) is None
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_step_0_stands_beside_the_trained_model(workplace, monkeypatch):
     model, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
     transformers.set_seed(42)
@@ -350,6 +366,7 @@ def test_a_token_that_markdown_would_read_stays_a_token():
     assert [cell.split("`")[1] for cell in cells] == ["<s>", "¦", "'", "·", "_"] and "|" not in "".join(cells)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_held_out_loss_is_training_s(workplace):
     """The float32 loss of the analysis is held_out_loss on the validation split with training's masks."""
     analyse(workplace)
@@ -367,6 +384,7 @@ def test_the_held_out_loss_is_training_s(workplace):
     assert found["sequences"] == 2 and found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workplace):
     for path in (workplace / "results").glob("*.json"):
         results = json.loads(path.read_text())
@@ -517,6 +535,7 @@ def test_what_a_modified_tree_made_is_no_record(monkeypatch, ours, theirs, expec
     assert analyze_kurtosis.is_record([Run("a", "a", results), Run("b", "b", None)]) is expected
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     analyse(workplace)
     analysis = strict_json(workplace / "results" / "analysis.json")
@@ -544,6 +563,7 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
         assert run["held_out_tokens"] == sum(map(len, outputs))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_batch_size_changes_nothing_and_max_samples_takes_fewer(workplace):
     found = {}
     for arguments in (("--batch_size", "1"), ("--batch_size", "4"), ("--batch_size", "4", "--max_samples", "2")):
@@ -561,6 +581,7 @@ def test_held_out_texts_are_spread_over_the_split(workplace):
     assert measurement.texts_of(workplace / "data", "validation", 10_000) == list(split)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_model_folder_without_results_file(workplace, capsys):
     elsewhere = workplace / "elsewhere" / "mine"
     elsewhere.parent.mkdir()
@@ -568,16 +589,25 @@ def test_a_model_folder_without_results_file(workplace, capsys):
     shutil.rmtree(workplace / "results")
     analyse(workplace, str(elsewhere))
     text = capsys.readouterr().out
-    assert "**Answer.** None: there is no pair here" in text
-    table_rows = rows(text)
-    assert table_rows["held-out loss"] == ["–", "–", "–"]
-    assert table_rows["dense, training"][2] == "–" and "±" in table_rows["dense, held-out"][2]
-    assert "±" in table_rows["dense weight"][2]
-    assert not (workplace / "results" / "loss.png").exists()
-    run = strict_json(workplace / "results" / "analysis.json")["runs"]["mine"]
+    report = workplace / "results" / "mine"
+    assert text.startswith((report / "report.md").read_text(encoding="utf-8"))
+    assert text.startswith("# Outliers, attention sinks and quantization damage: mine\n")
+    run = strict_json(report / "analysis.json")["runs"]["mine"]
     assert run["activations_training"]["attention.output"] is None
+    norms = [run["places"][f"layer.{layer}.ffn_residual"]["inf_norm"] for layer in range(2)]
+    headline = rows(text.partition("\n## ")[0])
+    assert headline["residual stream: infinity norm, largest layer"] == [figure(max(norms))]
+    sinks = [run["attention"][f"layer.{layer}"]["sink_rate_any"] for layer in range(2)]
+    assert headline["sink rate of any token, %"] == [figure(100 * np.mean(sinks))]
+    gap = gap_cell(run["quantization"]["schemes"]["w8a8_static"])
+    assert headline["W8A8, static per tensor: loss over that"] == [gap]
+    # Nothing of an experiment that this model is not part of.
+    for word in ("softmax0", "softmax1", "Answer", "Question", "pair", "seed", "published softmax"):
+        assert word not in text.partition("Written to")[0], word
+    assert not (report / "loss.png").exists() and not (workplace / "results" / "report.md").exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplace, capsys):
     here = workplace / "models" / "esperberto-softmax0"
     there = workplace / "other" / "esperberto-softmax0"
@@ -589,10 +619,17 @@ def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplac
         analyse(workplace, str(here), str(there))
     (workplace / "results" / "esperberto-softmax0.json").unlink()
     analyse(workplace, str(here), str(there))
-    header = rows(capsys.readouterr().out, "Summary of the runs")[""]
-    assert header[2:] == [str(here), str(there)]
+    both = [str(path).strip("/").replace("/", "--") for path in (here, there)]
+    assert rows(capsys.readouterr().out.partition("\n## ")[0])[""] == both
+    (folder,) = (workplace / "results").glob("*+*")
+    assert folder.name == "+".join(both)
+    kept = sorted(path.stem for path in (folder / "measured").iterdir())
+    assert kept == sorted(both)  # inside, whatever the names are
+    with pytest.raises(SystemExit, match="have the same name: name each model once"):
+        analyse(workplace, str(here), f"{here}/")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_an_earlier_report_survives_a_failed_write(workplace):
     report = workplace / "results" / "report.md"
     report.write_text("earlier")
@@ -700,6 +737,7 @@ def test_held_out_text_of_other_data_is_named(finished, tmp_path):
     assert len(lines) == 2 and "esperberto-softmax0 was not trained on" in lines[0]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
     for file in (workplace / "results").glob("*.json"):
         results = json.loads(file.read_text())
@@ -713,14 +751,15 @@ def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
     assert "1 × NVIDIA H200, --test_pipeline" in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_constant_weights_are_null_in_json_and_a_dash_in_the_table(workplace, capsys):
     folder = workplace / "models" / "flat"
     tokenizer = save_tokenizer(folder)
     RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=len(tokenizer))).save_pretrained(folder)
     analyse(workplace, str(folder))
-    run = strict_json(workplace / "results" / "analysis.json")["runs"]["flat"]
+    run = strict_json(workplace / "results" / "flat" / "analysis.json")["runs"]["flat"]
     assert run["parameters"]["roberta.encoder.layer.0.attention.output.LayerNorm.weight"]["kurtosis"] is None
-    assert rows(capsys.readouterr().out)["LayerNorm weight"][2] == "–"
+    assert rows(capsys.readouterr().out)["LayerNorm, flat"][0] == "–"
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -765,6 +804,22 @@ def without_mask_token(root):
     settings = json.loads(file.read_text())
     del settings["mask_token"]
     file.write_text(json.dumps(settings))
+
+
+def edit_config(root, change, name="config.json"):
+    file = model_folder(root) / name
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def edit_tokenizer(root, change):
+    edit_config(root, change, "tokenizer.json")
+
+
+def link_in_a_circle(root):
+    shutil.rmtree(model_folder(root))
+    model_folder(root).symlink_to(model_folder(root))
 
 
 def replace_model(model):
@@ -815,10 +870,35 @@ DAMAGE = {
         replace_model(RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300))),
         "not a complete masked language model",
     ),
-    "attention of its own": (
-        replace_model(MegatronBertForMaskedLM(MegatronBertConfig(**ARCHITECTURE, vocab_size=400))),
-        "does not take its attention from transformers' interface",
+    "config values of the wrong kind": (
+        lambda root: edit_config(root, lambda config: config.update(hidden_size="wide")),
+        "is a damaged model folder",
     ),
+    "config nested too deep": (
+        lambda root: (model_folder(root) / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000),
+        "is a damaged model folder",
+    ),
+    "no masked language model": (
+        replace_model(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400))),
+        "(gpt2) is not a masked language model",
+    ),
+    "softmax under the name of softmax1": (
+        replace_model(RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=400, softmax_n=1.0))),
+        "says softmax_n = 1.0, but RobertaForMaskedLM attends with softmax",
+    ),
+    "tokenizer of an unknown type": (
+        lambda root: edit_tokenizer(root, lambda tokenizer: tokenizer["model"].update(type="Unheard")),
+        "has no tokenizer that loads",
+    ),
+    "tokenizer with a length in words": (
+        lambda root: edit_config(root, lambda config: config.update(model_max_length="x"), "tokenizer_config.json"),
+        "(roberta-softmax-n) cannot be measured",
+    ),
+    "results nested too deep": (
+        lambda root: results_file(root).write_text("[" * 10_000 + "]" * 10_000),
+        "esperberto-softmax1.json is not valid JSON",
+    ),
+    "a link in a circle": (link_in_a_circle, "esperberto-softmax1"),
     "another architecture": (
         replace_model(DistilBertForMaskedLM(DistilBertConfig(dim=16, n_layers=1, n_heads=2, vocab_size=400))),
         "(distilbert) has no layer.0.output.dense",
@@ -834,6 +914,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_bad_input_ends_in_one_line(workplace, damage):
     spoil, said = DAMAGE[damage]
@@ -896,6 +977,7 @@ def test_what_was_measured_is_taken_again_and_gives_the_same_bytes(workplace, mo
     assert {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()} == written
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("what", ["weights", "text", "settings", "code", "results", "damaged", "unchecked"])
 def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
     analyse(workplace)
@@ -977,5 +1059,125 @@ def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsy
 def test_a_report_that_could_not_be_written_is_seen_before_measuring(workplace, monkeypatch):
     (workplace / "file").touch()
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
+    model = str(workplace / "models" / "esperberto-softmax0")
+    with pytest.raises(SystemExit, match=r"nothing can be written to .*file/esperberto-softmax0 \(Not a directory\)"):
+        analyse(workplace, model, "--results_dir", str(workplace / "file"))
     with pytest.raises(SystemExit, match=r"nothing can be written to .*file \(it is a file\)"):
-        analyse(workplace, str(workplace / "models" / "esperberto-softmax0"), "--results_dir", str(workplace / "file"))
+        analyse(workplace, model, "--output_dir", str(workplace / "file"))
+
+
+# ---------------------------------------------------------------------------------------- models outside the experiment
+
+
+def own_text(root, name="own.txt", lines=TEXTS * 2):
+    """A text file of different lines, with a blank one and one that comes twice."""
+    file = root / name
+    text = "\n".join([*(f"{line} {i}" for i, line in enumerate(lines)), "", "Pluvas. 3", ""])
+    (gzip.open if name.endswith(".gz") else open)(file, "wt", encoding="utf-8").write(text)
+    return file
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_models_that_are_named_leave_the_experiments_report_alone(workplace, monkeypatch):
+    analyse(workplace)
+    results = workplace / "results"
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    model = str(workplace / "models" / "esperberto-softmax0")
+    analyse(workplace, model, "--max_samples", "2")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {path.name for path in results.iterdir() if path.is_dir()} == {"measured", "esperberto-softmax0"}
+    elsewhere = workplace / "elsewhere"
+    monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured again"))
+    analyse(workplace, model, "--max_samples", "2")
+    with pytest.raises(pytest.fail.Exception):  # another folder, so nothing was measured there
+        analyse(workplace, model, "--max_samples", "2", "--output_dir", str(elsewhere))
+    shutil.rmtree(elsewhere)
+    analyse(workplace, "--output_dir", str(elsewhere))  # the experiment's report, of what lies in results/
+    assert (elsewhere / "report.md").is_file() and not (elsewhere / "measured").exists()
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_two_models_that_are_a_pair_are_compared(workplace, capsys):
+    analyse(workplace, *(str(workplace / "models" / f"esperberto-softmax{n}") for n in (0, 1)))
+    assert "Open, from one pair (seed 42)" in capsys.readouterr().out
+    assert (workplace / "results" / "esperberto-softmax0+esperberto-softmax1" / "report.md").is_file()
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("name", ["own.txt", "own.txt.gz"])
+def test_own_text_is_scored_on_every_other_line_and_calibrated_on_the_others(workplace, monkeypatch, capsys, name):
+    shutil.rmtree(workplace / "data")
+    file = own_text(workplace, name)
+    given = []
+    whole = measurement.measure
+    monkeypatch.setattr(
+        analyze_kurtosis, "measure", lambda run, texts, *rest: given.append(texts) or whole(run, texts, *rest)
+    )
+    analyse(workplace, str(workplace / "models" / "esperberto-softmax0"), "--text", str(file))
+    (texts,) = given
+    assert texts.held_out == texts.published == [f"{line} {i}" for i, line in enumerate(TEXTS * 2)][::2]
+    assert texts.calibration == [f"{line} {i}" for i, line in enumerate(TEXTS * 2)][1::2]
+    report = workplace / "results" / "esperberto-softmax0"
+    assert strict_json(report / "analysis.json")["held_out"] == {"text": str(file), "sequences": 4}
+    assert f"4 texts, evenly spread over every other line of {file}, cut at" in capsys.readouterr().out
+
+
+def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys):
+    (workplace / "utf-16").write_bytes("ĝis la revido\n".encode("utf-16-le") * 20)
+    (workplace / "latin.txt").write_bytes("ĝis\n".encode("iso-8859-3") * 20)
+    (workplace / "cut.gz").write_bytes(own_text(workplace, "own.gz").read_bytes()[:40])
+    (workplace / "plain.gz").write_text("a\n" * 20)
+    own_text(workplace, "short.txt", TEXTS)
+    model = str(workplace / "models" / "esperberto-softmax0")
+    for name, said in {
+        "utf-16": "is not text in UTF-8",
+        "latin.txt": "cannot be read",
+        "cut.gz": "cannot be read",
+        "plain.gz": "cannot be read",
+        "short.txt": "short.txt has 4 different lines, and 8 are needed",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            analyse(workplace, model, "--text", str(workplace / name))
+        assert stop.value.code.startswith("error: ") and said in stop.value.code and "\n" not in stop.value.code
+    text = str(workplace / "short.txt")
+    for argv in ([model, "--text", str(workplace / "none")], ["--text", text], [model, "--data_dir", text]):
+        with pytest.raises(SystemExit) as stop:
+            analyse(workplace, *argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(f"error: {argv[-2]} ")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_model_of_weights_that_are_no_numbers_costs_the_others_nothing(workplace, capsys):
+    model, _ = measurement.load(str(model_folder(workplace)))
+    with torch.no_grad():
+        model.base_model.encoder.layer[1].output.dense.weight[0, 0] = math.inf
+    model.save_pretrained(model_folder(workplace))
+    with pytest.raises(SystemExit) as stop:
+        analyse(workplace)
+    said = "esperberto-softmax1 was not measured: its weights hold NaN or infinities, the first in "
+    assert stop.value.code.startswith(f"error: 1 of 2 models left out: {said}roberta.encoder.layer.1.output.dense.")
+    text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
+    assert f"**Note.** {said}" in text and rows(text, "Quantization damage")["float32"][0]
+    assert list(strict_json(workplace / "results" / "analysis.json")["runs"]) == ["esperberto-softmax0"]
+    with pytest.raises(SystemExit, match="error: nothing to report: esperberto-softmax1 was not measured"):
+        analyse(workplace, str(model_folder(workplace)))
+
+
+def test_a_model_that_cannot_be_measured_is_refused_before_the_first_is(workplace, monkeypatch):
+    monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
+    truncate(model_folder(workplace) / "model.safetensors")  # the second of the two
+    named = [str(workplace / "models" / f"esperberto-softmax{n}") for n in (0, 1)]
+    for models in ([], named, [named[0], str(workplace / "data" / "manifest.json")]):
+        with pytest.raises(
+            SystemExit, match=r"is a damaged model folder|no model folder .*manifest.json: that is a file"
+        ):
+            analyse(workplace, *models)
+    assert not [path for path in (workplace / "results").iterdir() if path.is_dir()]  # not even an empty one
+
+
+def test_help_has_the_examples_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        analyze_kurtosis.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and analyze_kurtosis.__doc__.strip() in shown
+    assert re.search(r"--max_samples\b.*\(500\)", shown.replace("\n", " ").partition("options:")[2])

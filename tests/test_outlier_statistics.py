@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import outliers
@@ -569,6 +571,54 @@ def test_emergence_gives_the_same_as_the_analysis_and_leaves_the_model_alone(n):
     for statistic in Emergence.ATTENTION:
         assert found[f"layer.0.attention.{statistic}"] == pytest.approx(np.mean(attention["layer.0"][statistic]))
     assert found["layer.0.attention.mass_first"] > 0.05
+
+
+class AcceleratorWithoutFloat64(TorchDispatchMode):
+    """As if every tensor lay on a device without float64 but what came through `to_cpu` and what is made of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_cpu = {}  # storages by address, which are held so that no other tensor gets their place
+
+    def to_cpu(self, values):
+        moved = values.clone()
+        self.hold(moved)
+        return moved
+
+    def hold(self, tensor):
+        self.on_cpu[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        given = [one for one in tree_leaves((arguments, keywords)) if isinstance(one, torch.Tensor)]
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        if all(one.untyped_storage().data_ptr() in self.on_cpu for one in given) or "lift_fresh" in str(function):
+            for one in made:
+                self.hold(one)
+        elif any(one.dtype == torch.float64 for one in made):
+            raise TypeError(f"{function} needs float64")
+        return result
+
+
+def test_no_statistic_needs_float64_where_the_model_lies(monkeypatch):
+    model, batches = model_with(1.0), [batch_of([9, 4], 9), batch_of([20], 20)]
+    values = random_values(6, 5)
+
+    def found():
+        with outliers.ActivationKurtosis(model) as kurtosis, torch.no_grad():
+            for batch in batches:
+                kurtosis.mask = batch["attention_mask"]
+                model(**batch)
+        pooled = Moments.of_rows(values).pooled().excess_kurtosis.tolist()
+        return repr((measure_model(model, batches, Tokenizer()), kurtosis.result(), pooled))
+
+    expected = found()
+    with AcceleratorWithoutFloat64() as device:
+        monkeypatch.setattr(outliers, "with_float64", device.to_cpu)
+        assert found() == expected
+        monkeypatch.setattr(outliers, "with_float64", lambda tensor: tensor)
+        with pytest.raises(TypeError, match="needs float64"):
+            found()
 
 
 def test_every_statistic_is_defined():

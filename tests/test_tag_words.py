@@ -1,6 +1,7 @@
 """tag_words.py: the CoNLL-U reader, labels on first tokens, and fine-tuning that learns what can be learnt."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForTokenClassification, RobertaConfig, Roberta
 
 import softmax1
 import tag_words
+from runs import labelled
 from tag_words import IGNORED, Sentence, accuracy, batches, encode, read_conllu, report, split
 
 ARCHITECTURE = {
@@ -81,6 +83,18 @@ def test_malformed_lines_are_named(conllu, lines, said):
     with pytest.raises(SystemExit) as stop:
         read_conllu(conllu(*lines))
     assert stop.value.code.startswith("error: ") and said in stop.value.code and "\n" not in stop.value.code
+
+
+def test_a_line_ends_where_the_file_says(tmp_path):
+    """Not at U+2028 and its like; and a carriage return before its end is no part of a line."""
+    path = tmp_path / "tagged.conllu"
+    words = "La\u2028 hundo", "\x85kuras", "for\x0c"
+    lines = ["# text = unu\u2028du", *(row(i, word) for i, word in enumerate(words, 1)), "", row(1, "Fino"), ""]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert [sentence.words for sentence in read_conllu(path)] == [list(words), ["Fino"]]
+    path.write_bytes("\r\n".join([*lines, row(1, columns=9)]).encode())
+    with pytest.raises(SystemExit, match="line 8: 9 columns"):
+        read_conllu(path)
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -177,7 +191,11 @@ def test_models_in_folders_of_the_same_name_are_told_apart(conllu, tmp_path, cap
     printed = capsys.readouterr().out
     assert sorted(path.stem for path in Path("results/tagging").glob("*.json")) == ["a--final", "b--final"]
     assert "| a--final | " in printed and "| b--final | " in printed
-    assert tag_words.labelled(["a/final", "you/final", "you/other"]) == ["a--final", "you--final", "other"]
+    assert labelled(["a/final", "you/final", "you/other"]) == ["a--final", "you--final", "other"]
+    monkeypatch.chdir(tmp_path / "a" / "final")
+    assert labelled([".", "../../b", "you/bert"]) == ["final", "b", "bert"]
+    with pytest.raises(SystemExit, match=r"a/final and \./a/final have the same name"):
+        labelled(["a/final", "./a/final"])
 
 
 def test_our_arm_is_fine_tuned_with_its_own_attention(tmp_path):
@@ -208,6 +226,86 @@ def test_the_report_has_an_interval_over_training_seeds():
     )
     assert "| esperberto-softmax0 | 91.00 ± 1.41 |" in text
     assert "+1.50 percentage points (95% interval -4.85 to +7.85" in text and "n = 2" in text
+
+
+def edited(folder, name, change):
+    file = folder / name
+    settings = json.loads(file.read_text())
+    change(settings)
+    file.write_text(json.dumps(settings))
+
+
+def infinite(folder):
+    model = RobertaForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.roberta.encoder.layer[0].output.dense.bias[0] = torch.nan
+    model.save_pretrained(folder)
+
+
+def circle(folder):
+    shutil.rmtree(folder)
+    folder.symlink_to(folder)
+
+
+def small_model(folder):
+    RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=100)).save_pretrained(folder)
+
+
+BAD_MODELS = {
+    "tokenizer larger than the model": (small_model, "entries, the model 100"),
+    "tokenizer of an unknown type": (
+        lambda folder: edited(folder, "tokenizer.json", lambda tokenizer: tokenizer["model"].update(type="Unheard")),
+        "does not load",
+    ),
+    "tokenizer without a start": (
+        lambda folder: edited(
+            folder, "tokenizer_config.json", lambda one: [one.pop("bos_token"), one.pop("cls_token", 0)]
+        ),
+        "no padding, start or end token",
+    ),
+    "weights that are no numbers": (infinite, "its weights hold NaN or infinities"),
+    "config values of the wrong kind": (
+        lambda folder: edited(folder, "config.json", lambda config: config.update(hidden_size=[16])),
+        "does not load",
+    ),
+    "config nested too deep": (
+        lambda folder: (folder / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000),
+        "does not load",
+    ),
+    "a link in a circle": (circle, "that is a file, or a link that leads nowhere"),
+    "weights of another size": (
+        lambda folder: edited(folder, "config.json", lambda config: config.update(num_hidden_layers=2)),
+        "its weights are not complete: it lacks roberta.encoder.layer.1.",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_MODELS)
+def test_a_model_that_cannot_be_fine_tuned_is_refused_before_the_first_is(conllu, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(tag_words, "fine_tune", lambda *_: pytest.fail("fine-tuned"))
+    spoil, said = BAD_MODELS[damage]
+    save_stock(tmp_path / "good")
+    save_stock(tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    with pytest.raises(SystemExit) as stop:
+        tag_words.main([str(conllu(*tagged_lines(20))), str(tmp_path / "good"), str(tmp_path / "bad")])
+    message = stop.value.code
+    assert message.startswith("error: ") and said in message and "\n" not in message
+
+
+def test_sentences_are_cut_where_the_models_positions_end(tmp_path):
+    save_stock(tmp_path)
+    edited(tmp_path, "tokenizer_config.json", lambda settings: settings.update(model_max_length=10**30))
+    _, tokenizer = tag_words.load(str(tmp_path), ["A"])
+    ids, labels = encode(Sentence(["vorto"] * 500, ["A"] * 500), tokenizer, ["A"])
+    assert len(ids) == len(labels) == 128  # of 130 positions RoBERTa uses all but two
+
+
+def test_help_has_the_examples_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tag_words.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and tag_words.__doc__.strip() in shown and "(20)" in shown.partition("--epochs")[2]
 
 
 def test_bad_input_ends_in_one_line(conllu, tmp_path, capsys):

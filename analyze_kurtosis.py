@@ -211,12 +211,12 @@ def main(argv: list[str] | None = None) -> None:
     warned = [*self_check_notes(runs), *notes(runs, args.data_dir)]
     found = findings(runs)
     made = pictures(headline(runs), len(texts.held_out))
-    captions = {name: caption for name, (caption, _) in made.items()}
+    captions = {name: (picture.title, picture.caption) for name, picture in made.items()}
     text = report(runs, warned, found, len(texts.held_out), args.data_dir, captions, is_record(runs))
     print(text)
 
     write_json(args.results_dir / "analysis.json", analysis(runs, warned, found, len(texts.held_out), args.data_dir))
-    images = {name: picture for name, (_, picture) in made.items()}
+    images = {name: picture.png for name, picture in made.items()}
     for name, picture in images.items():
         write(args.results_dir / name, picture)
     write(args.results_dir / "report.html", html_page(text, images).encode())

@@ -37,7 +37,7 @@ from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from runs import OPTIONAL, Run, arms, by_layer, has, look_up
 from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
-from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
+from tables import duration, figure, machine, number, plus_minus, shortest, signed, spread, table
 
 # The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
 # train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
@@ -176,14 +176,14 @@ def gap_cell(one: dict) -> str:
         return "not finite"
     if abs(one["gap"]) < one["floor"]:
         return f"below its noise of {one['floor']:.4f}"
-    return f"{one['gap']:+.4f}" + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
+    return signed(one["gap"]) + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
 
 
 def part_cell(damage: dict, part: str) -> str:
     gap, floor = damage["parts"].get(part), damage.get("part_floors", {}).get(part, 0.0)
     if gap is None:
         return "–"
-    return f"below its noise of {floor:.4f}" if abs(gap) < floor else f"{gap:+.4f}"
+    return f"below its noise of {floor:.4f}" if abs(gap) < floor else signed(gap)
 
 
 def damage_table(runs: list[Run]) -> str:
@@ -661,6 +661,11 @@ def damage_section(runs: list[Run]) -> list[str]:
         f"of Bondarenko et al. 2023, calibrated on {published_said(runs)} tokens of held-out text (there 65,536). "
         f"Dynamic: a scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. "
         "The last rows quantize one part alone, on some of the texts.*",
+    ]
+
+
+def self_check_section(runs: list[Run]) -> list[str]:
+    return [
         "## Self-check of the instrument",
         self_check_table(runs),
         "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
@@ -687,9 +692,9 @@ def executed_section(runs: list[Run]) -> list[str]:
                     f"{label}, {name}",
                     f"{found['loss']:.4f}",
                     gap_cell(found),
-                    f"{twin['difference']:+.4f} ± {twin['error']:.4f}" if twin else "–",
+                    f"{signed(twin['difference'])} ± {twin['error']:.4f}" if twin else "–",
                     figure(twin["correlation"]) if twin else "–",
-                    f"{twin['arithmetic']:+.4f}" if twin else "–",
+                    signed(twin["arithmetic"]) if twin else "–",
                     f"{found['bytes'] / 1e6:.1f}",
                     f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
                     figure(speed["speedup"]),
@@ -838,39 +843,55 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
     ]
 
 
+# The first picture stands behind the answer; every other one above the table of its section.
+LEAD_PICTURE = "emergence_seeds.png"
+PICTURED = {
+    "## Summary of the runs": ["loss.png"],
+    "## Quantization damage": ["damage.png"],
+    "## Activations by place": ["kurtosis.png", "norms.png", "histograms.png"],
+    "## Attention": ["attention_map.png"],
+    "## Sinks and null mass, beside step 0 and uniform attention": ["emergence.png"],
+}
+
+
 def report(
     runs: list[Run],
     warned: list[str],
     found: list[Finding],
     sequences: int,
     data_dir,
-    pictures: dict[str, str],
+    pictures: dict[str, tuple[str, str]],
     record: bool,
 ) -> str:
-    """The whole report as Markdown; `pictures` is {file name: caption}, the first one shown behind the first table.
+    """The whole report as Markdown; `pictures` is {file name: (title, caption)}.
 
     `found` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
     Tables with a column a run show all runs, tables of arms the headline's alone.
     """
     measured = [run for run in runs if not run.diverged]
     asked = questions(found)
-    shown = [f"![{caption}]({name})" for name, caption in pictures.items()]
     parts = [
         *opening(runs, found, asked, sequences, record),
-        *shown[:1],
+        *shown([LEAD_PICTURE], pictures),
         *(f"**Note.** {line}" for line in warned),
         *primary_section(runs, found, asked),
         *arms_section(found),
-        *shown[1:],
         *summary_section(runs),
         *comparisons_section(found),
-        *(damage_section(measured) if measured else []),
+        *(damage_section(measured) + self_check_section(measured) if measured else []),
         *executed_section(measured),
         *arms_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
     ]
-    return "\n\n".join(parts) + "\n"
+    illustrated = [[part, *shown(PICTURED.get(part, []), pictures)] for part in parts]
+    return "\n\n".join(part for some in illustrated for part in some) + "\n"
+
+
+def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
+    """Those of the pictures that there are, each with its caption below."""
+    there = {name: pictures[name] for name in names if name in pictures}
+    return [part for name, (title, caption) in there.items() for part in (f"![{title}]({name})", f"*{caption}*")]
 
 
 # -------------------------------------------------------------------------------------------------------------- HTML
@@ -882,15 +903,24 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #111; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 0 auto; padding: 1rem; color: #111; }}
+body {{ overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.5rem; line-height: 1.2; }}
 h2 {{ font-size: 1.15rem; margin-top: 2.5rem; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; }}
-th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; }}
-em {{ color: #444; font-size: 0.9rem; }}
+p, ul, figcaption {{ max-width: 50rem; }}
+nav {{ font-size: 0.85rem; border: 1px solid #ccc; padding: 0.5rem 1rem; }}
+nav ul {{ max-width: none; columns: 17rem; margin: 0; padding-left: 1rem; }}
+figure {{ margin: 1.5rem 0; }}
+img {{ width: 40rem; max-width: 100%; height: auto; display: block; }}
+em, figcaption {{ color: #444; font-size: 0.9rem; }}
+/* A table wider than the screen is scrolled by itself: a shadow says so, and its first column stays. */
+.wide {{ overflow-x: auto; background: linear-gradient(to left, #fff, #fff0) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, #0004, #0000) right / 0.7rem 100% no-repeat scroll; }}
+table {{ border-collapse: separate; border-spacing: 0; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; vertical-align: top; overflow-wrap: normal; }}
+th:first-child, td:first-child {{ text-align: left; min-width: 8rem; position: sticky; left: 0; background: #fff; }}
+@media (max-width: 40rem) {{ nav {{ max-height: 8rem; overflow-y: auto; }}
+  th, td {{ padding: 0.25rem 0.4rem; }} th:first-child, td:first-child {{ min-width: 7rem; max-width: 9rem; }} }}
 </style>
 </head>
 <body>
@@ -898,12 +928,33 @@ em {{ color: #444; font-size: 0.9rem; }}
 </body>
 </html>
 """
+# What in Markdown would make HTML, links or pictures of a text that a name contains.
+NOT_OURS = "html link image_link reference image_reference short_reference short_image_ref autolink automail".split()
 
 
 def html_page(text: str, pictures: dict[str, bytes]) -> str:
-    """The Markdown report as one page that needs no other file: `pictures` ({name: PNG}) are put into it."""
-    body = markdown.markdown(text, extensions=["tables"])
-    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for name, picture in pictures.items():
-        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
+    """The Markdown report as one page that needs no other file: `pictures` ({name: PNG}) are put into it.
+
+    Names of models and texts are shown as they are: no HTML and no link comes out of them.
+    """
+    converter = markdown.Markdown(extensions=["tables", "toc"], extension_configs={"toc": {"toc_depth": "2-2"}})
+    converter.preprocessors.deregister("html_block")
+    for pattern in NOT_OURS:
+        converter.inlinePatterns.deregister(pattern)
+    body = converter.convert(text)
+    body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
+    body = body.replace(" ± ", "&nbsp;±&nbsp;")  # which is one number, in one line
+
+    def figure_of(match: re.Match) -> str:
+        name, caption = match["name"], match["caption"]
+        if name not in pictures:
+            return match[0]
+        source = f"data:image/png;base64,{base64.b64encode(pictures[name]).decode()}"
+        below = f"<figcaption>{caption}</figcaption>" if caption else ""
+        return f'<figure><img alt="{match["alt"]}" src="{source}">{below}</figure>'
+
+    image = r'<p>!\[(?P<alt>[^"<]*)\]\((?P<name>[^)]*)\)</p>(\s*<p><em>(?P<caption>.*?)</em></p>)?'
+    body = re.sub(image, figure_of, body)
+    contents = f'<nav aria-label="Contents">{converter.toc}</nav>' if converter.toc_tokens else ""
+    body = body.replace("</h1>", f"</h1>\n{contents}", 1)
     return PAGE.format(title=html.escape(text.partition("\n")[0].lstrip("# ")), body=body)

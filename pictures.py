@@ -238,17 +238,15 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     """The first run of every arm: two arms side by side on every text, more arms on the first text alone."""
-    first = {arm: found[0].maps for arm, found in arms(runs).items() if found[0].maps}
-    shown = [first[arm] for arm in looks if arm in first]
-    named = [arm for arm in looks if arm in first]
+    first = {arm: found[0].maps for arm, found in arms(runs).items()}
+    shown = {arm: first[arm] for arm in looks if first.get(arm)}
     if not shown:
         return None
-    texts = range(max(map(len, shown)) if len(shown) <= 2 else 1)
     rows = []
-    for text in texts:
+    for text in range(max(map(len, shown.values())) if len(shown) <= 2 else 1):
         maps = [
             (f"{arm}: {caption}\nnull mass {100 * max(null.mean(), 0):.0f}%", tokens, weights, null)
-            for arm, of_arm in zip(named, shown, strict=True)
+            for arm, of_arm in shown.items()
             for caption, tokens, weights, null in of_arm[text : text + 1]
         ]
         rows += [maps[i : i + 2] for i in range(0, len(maps), 2)]

@@ -37,6 +37,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "text.parse_math": False,  # a token or the name of a model may hold dollar signs
 }
 KURTOSIS = "excess kurtosis"  # the label of an axis on which a Gaussian is 0
 
@@ -67,7 +68,7 @@ def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
 # ------------------------------------------------------------------------------------------------ what pictures share
 
 
-def _legend(figure, axes, more: tuple = ()) -> None:
+def _legend(figure, axes, more: list[Line2D] | tuple = ()) -> None:
     """One legend below all panels, an entry a label; `more` are handles of their own."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True)) | {handle.get_label(): handle for handle in more}
@@ -143,7 +144,7 @@ def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
     elif kind == "symlog" and sizes.max() > 30 * max(np.quantile(sizes, 0.25), linear_to):
         set_scale("symlog", linthresh=linear_to)
         ends = 1.6 * min(values.min(), 0) - 0.3 * linear_to, 1.6 * max(values.max(), 0) + 0.3 * linear_to
-        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # which would have the margins of a linear axis
+        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # otherwise the margins are those of a linear axis
     else:
         return
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))  # 100 and not 10^2

@@ -73,7 +73,8 @@ def test_every_picture_has_a_short_title_and_a_caption(figures, arms):
 
 def test_pictures_are_png_whatever_an_arm_is_called():
     run = watched(0, 42)
-    run.name, run.results = "a-model-of-somebody-else-with-a-long-name", None  # an arm by itself
+    run.name, run.results = r"a-model-of-somebody-else-$\frac$-with-a-long-name", None  # an arm by itself
+    run.maps[0][1][1] = "$$"
     found = pictures.pictures([run, watched(1, 42)], 4)
     assert len(found) == 8 and all(picture.png.startswith(b"\x89PNG") for picture in found.values())
 

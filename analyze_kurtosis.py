@@ -34,6 +34,7 @@ from measurement import (
     measured_already,
     texts_of,
 )
+from page import html_page
 from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
@@ -44,7 +45,6 @@ from report import (
     PUBLISHED,
     PUBLISHED_FFN,
     WEIGHTS,
-    html_page,
     report,
     self_check_notes,
 )

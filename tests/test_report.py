@@ -9,7 +9,8 @@ import pytest
 from made_runs import made, pairs
 
 from answer import findings
-from report import LEAD_PICTURE, PICTURED, gap_cell, html_page, report
+from page import html_page
+from report import LEAD_PICTURE, PICTURED, gap_cell, report
 from tables import figure, number, plus_minus, signed, table
 
 NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]

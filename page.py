@@ -25,16 +25,19 @@ nav ul {{ max-width: none; columns: 17rem; margin: 0; padding-left: 1rem; }}
 figure {{ display: inline-block; vertical-align: top; width: 38rem; max-width: 100%; margin: 1rem 0.5rem 1rem 0; }}
 img {{ width: 100%; height: auto; display: block; }}
 em, figcaption {{ color: #444; font-size: 0.9rem; }}
-/* A table wider than the screen is scrolled by itself: a shadow says so, and its first column stays. */
-.wide {{ overflow-x: auto; background: linear-gradient(to left, #fff, #fff0) right / 3rem 100% no-repeat local,
+/* A table wider than the screen is scrolled by itself: a shadow says so, and its first column stays. One that is narrow
+   enough stands beside the picture before it. */
+.wide {{ display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; margin: 0.5rem 0;
+  background: linear-gradient(to left, #fff 40%, #fff0) right / 3rem 100% no-repeat local,
   linear-gradient(to left, #0004, #0000) right / 0.7rem 100% no-repeat scroll; }}
 table {{ border-collapse: separate; border-spacing: 0; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 0.25rem 0.35rem; border-bottom: 1px solid #ccc; vertical-align: top; overflow-wrap: normal; }}
 th {{ font-size: 0.75rem; vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; min-width: 8rem; position: sticky; left: 0; background: #fff; }}
+th:first-child, td:first-child {{ text-align: left; min-width: 8rem; position: sticky; left: 0; background: #fff;
+  border-right: 1px solid #ccc; }}
 @media (max-width: 40rem) {{ nav {{ max-height: 8rem; overflow-y: auto; }}
-  table {{ width: max-content; }} th, td {{ max-width: 11rem; }}
-  th:first-child, td:first-child {{ min-width: 6rem; max-width: 8rem; }} }}
+  table {{ width: max-content; font-size: 0.8rem; }} th, td {{ max-width: 7rem; }}
+  th:first-child, td:first-child {{ min-width: 5rem; max-width: 7.5rem; }} }}
 </style>
 </head>
 <body>
@@ -57,7 +60,7 @@ def html_page(text: str, pictures: dict[str, bytes]) -> str:
         converter.inlinePatterns.deregister(pattern)
     body = converter.convert(text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
-    body = body.replace(" ± ", "&nbsp;±&nbsp;")  # which is one number, in one line
+    body = body.replace(" ± ", "&nbsp;±&nbsp;").replace("× ", "×&nbsp;")  # one number, in one line
 
     def figure_of(match: re.Match) -> str:
         name, caption = match["name"], match["caption"]

@@ -100,9 +100,10 @@ def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | 
         return None
     caption = (
         f"Sinks: heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual stream: "
-        f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on. Thin line: "
-        "a run; thick line: the median of an arm."
+        f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on."
     )
+    if len(runs) > len(arms(runs)):
+        caption += " Thin line: a run; thick line: the median of an arm."
     axes_of = {title: axis for title, _, axis in SEEDS.values()}
     return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
 

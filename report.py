@@ -854,7 +854,7 @@ PICTURED = {
     "## Quantization damage": ["damage.png"],
     "## Activations by place": ["kurtosis.png", "norms.png", "histograms.png"],
     "## Attention": ["attention_map.png"],
-    "## Sinks and null mass, beside step 0 and uniform attention": ["emergence.png"],
+    "## Sinks and null mass": ["emergence.png"],
 }
 
 
@@ -888,8 +888,18 @@ def report(
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
     ]
-    illustrated = [[part, *shown(PICTURED.get(part, []), pictures)] for part in parts]
-    return "\n\n".join(part for some in illustrated for part in some) + "\n"
+    return "\n\n".join(illustrated(parts, pictures)) + "\n"
+
+
+def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
+    """The parts of a report, with the pictures of a section behind its heading."""
+    found = []
+    for part in parts:
+        found.append(part)
+        for section, names in PICTURED.items():
+            if part.startswith(section):
+                found += shown(names, pictures)
+    return found
 
 
 def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:

@@ -50,7 +50,7 @@ def test_every_picture_stands_above_the_table_of_its_section_and_has_its_caption
     text = whole(pairs([2.0, 2.1], [1.0, 1.2]))
     assert re.findall(r"\]\((.*?)\)", text.partition("\n## ")[0]) == [LEAD_PICTURE]
     for section, names in PICTURED.items():
-        inside = text.partition(f"\n{section}\n")[2].partition("\n## ")[0]
+        inside = text.partition(f"\n{section}")[2].partition("\n## ")[0]
         places = [inside.index(f"![title of {name}]({name})\n\n*Caption of {name}.*\n") for name in names]
         assert places == sorted(places) and places[-1] < inside.index("\n|"), section
     assert "](" not in whole(pairs([2.0, 2.1], [1.0, 1.2]), {})

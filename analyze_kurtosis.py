@@ -30,16 +30,12 @@ if __name__ == "__main__":
     command.begin()
 
 import huggingface_hub
-import numpy as np
 import transformers
 
-import plots
-from answer import PRIMARY, PRIMARY_ARM, Finding, answer, findings
+from answer import PRIMARY, Finding, answer, findings
 from folder import refuse_unwritable
-from held_out import evenly_spread
 from measurement import (
     CALIBRATION_SIZE,
-    HISTOGRAM_TEXTS,
     PUBLISHED_TEXTS,
     NotFinite,
     Texts,
@@ -51,12 +47,9 @@ from measurement import (
     take_measured,
     texts_of,
 )
-from outliers import SINK
-from quantization import (
-    CALIBRATION_BATCHES,
-    DRAWS,
-    SCHEMES,
-)
+from page import html_page
+from pictures import pictures
+from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
 from record import git_state, one_line, versions, write_json
 from report import (
@@ -66,140 +59,14 @@ from report import (
     PUBLISHED_FFN,
     WEIGHTS,
     absent_notes,
-    html_page,
     models_report,
     report,
     self_check_notes,
-    trained_on,
 )
-from runs import MEASURED_DIR, Run, arms, by_layer, find_runs
-from sets import BASELINE, from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
+from runs import MEASURED_DIR, Run, by_layer, find_runs
+from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255
-
-PANELS = {  # of kurtosis.png and norms.png
-    "context": "attention context",
-    "attention_output": "attention output (dense)",
-    "attention_layernorm": "attention LayerNorm",
-    "ffn_intermediate": "FFN intermediate",
-    "ffn_output": "FFN output (dense)",
-    "ffn_residual": "residual stream (into LayerNorm)",
-}
-EMERGING = {  # of emergence.png: statistic: (title, label of the axis)
-    "ffn_output.kurtosis_sequence": ("FFN output: kurtosis", "excess kurtosis"),
-    "ffn_output.inf_norm": ("FFN output: infinity norm", "infinity norm"),
-    "ffn_residual.kurtosis_sequence": ("residual stream: kurtosis", "excess kurtosis"),
-    "ffn_residual.inf_norm": ("residual stream: infinity norm", "infinity norm"),
-    "attention.sink_rate_any_renormalised": ("sink rate, any token, renormalised", "share of texts and heads"),
-    "attention.null_mass": ("null mass", "share of the attention"),
-}
-SEEDS = {  # of emergence_seeds.png: statistic: (title, label of the axis, its scale, factor)
-    "attention.sink_rate_any": ("Attention sinks", "% of heads and texts", "linear", 100),
-    "ffn_residual.inf_norm": ("Residual stream, largest entry", "infinity norm", "log", 1),
-}
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def pictures(runs: list[Run], sequences: int) -> dict[str, tuple[str, bytes]]:
-    """{file name: (caption, PNG)}; a picture without data is left out."""
-    made: dict[str, tuple[str, bytes]] = {}
-    what = trained_on(runs)
-    everyone, runs = runs, [run for run in runs if not run.diverged]
-
-    def add(name: str, caption: str, draw, data, *extra) -> None:
-        if data:
-            made[f"{name}.png"] = (caption, draw(data, f"{caption}\n{what}", *extra))
-
-    emerging, watched = emergence_curves(everyone, {key: (title, factor) for key, (title, *_, factor) in SEEDS.items()})
-    if len(emerging) == len(SEEDS):
-        growth = (
-            f"Sinks (share of heads and texts in which one token gets more than {SINK:.0%} of the attention) and "
-            "infinity norm of the residual stream (largest layer) during training, from before the first update on: a "
-            f"thin line a run, in bold the median of an arm; {watched} held-out texts"
-        )
-        axes_of = {title: (label, scale) for title, label, scale, _ in SEEDS.values()}
-        made["emergence_seeds.png"] = (growth, plots.bundles(emerging, (BASELINE, PRIMARY_ARM), axes_of))
-
-    gaps, lost = [], [f"{run.name} (diverged)" for run in everyone if run.diverged]
-    for run in runs:
-        found = {name: (one["gap"], one["error"]) for name, one in run.damage["schemes"].items() if name != "float32"}
-        lost += [
-            f"{run.name}, {SCHEMES[name]} (not finite)" for name, pair in found.items() if not np.isfinite(pair[0])
-        ]
-        gaps.append((run.arm, {SCHEMES[name]: pair for name, pair in found.items()}))
-    without = f". Without a mark: {'; '.join(lost)}" if lost else ""
-    add("damage", f"Quantization damage, one mark a run (bars: standard error){without}", plots.damage, gaps)
-
-    def layers(statistic: str) -> dict[str, list[tuple]]:
-        found = {}
-        for place, title in PANELS.items():
-            curves = []
-            for run in runs:
-                values = by_layer({name: one[statistic] for name, one in run.places.items()}, place)
-                if len(values):
-                    curves.append((run.arm, values))
-            if curves:
-                found[title] = curves
-        return found
-
-    held_out = f"on {sequences:,} held-out texts, eval mode, one curve a run"
-    kurtosis = f"Excess kurtosis of activations by layer and place (Gaussian = 0), {held_out}"
-    axes = ("layer", "excess kurtosis")
-    add("kurtosis", kurtosis, plots.panels, layers("kurtosis_sequence"), *axes)
-    norms = f"Infinity norm of activations by layer and place, {held_out}"
-    add("norms", norms, plots.panels, layers("inf_norm"), "layer", "infinity norm")
-
-    emerging, watched = emergence_curves(everyone, {key: (title, 1) for key, (title, _) in EMERGING.items()})
-    growth = (
-        f"Emergence: outliers during training, from before the first update on. {watched} texts evenly spread over the "
-        "held-out split, unmasked, eval mode, padding left out, as in the analysis (mean of the layers; norms: the "
-        "largest)"
-    )
-    add("emergence", growth, plots.panels, emerging, "step", dict(EMERGING.values()))
-
-    curves = [
-        (run.arm + " (diverged)" * run.diverged, run.results["loss_history"], run.results["validation_loss_history"])
-        for run in everyone
-        if run.results
-    ]
-    add("loss", "Training and held-out loss, one curve a run", plots.loss, curves)
-
-    maps = [(f"{arm}: {caption}", *rest) for arm, found in arms(runs).items() for caption, *rest in found[0].maps]
-    add("attention_map", "Attention of the head that does least, with its null mass", plots.attention, maps)
-
-    shown: dict[str, list] = {}
-    for found in arms(runs).values():
-        for layer, counts in found[0].histograms.items():
-            shown.setdefault(layer, []).append((found[0].arm, counts))
-    chosen = evenly_spread(len(shown), 6)  # of deeper models, some layers
-    shown = {name: curves for i, (name, curves) in enumerate(shown.items()) if i in chosen}
-    density = f"FFN output against a Gaussian, standardised, {HISTOGRAM_TEXTS} texts, the first run of every arm"
-    add("histograms", density, plots.histograms, shown)
-    return made
-
-
-def emergence_curves(runs: list[Run], statistics: dict[str, tuple[str, float]]) -> tuple[dict[str, list[tuple]], str]:
-    """({title: [(arm, values, steps)]}, how many texts they are of); `statistics` is {name: (title, factor)}.
-
-    Results files that do not say how many were written when the texts were others (the shortest ones, masked): they
-    are left out.
-    """
-    told = [run for run in runs if run.results and {"emergence", "emergence_texts"} <= run.results.keys()]
-    curves: dict[str, list[tuple]] = {}
-    for statistic, (title, factor) in statistics.items():
-        reduce = np.max if "inf_norm" in statistic else np.mean
-        for run in told:
-            entries = run.results["emergence"]
-            for_layers = [by_layer(entry, statistic) for entry in entries]
-            if entries and all(len(values) for values in for_layers):
-                steps = [entry["step"] for entry in entries]
-                curves.setdefault(title, []).append(
-                    (run.arm, [factor * reduce(values) for values in for_layers], steps)
-                )
-    return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in told}))
-
 
 # ------------------------------------------------------------------------------------------------------------- results
 
@@ -436,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     warned = [*self_check_notes(runs), *lost, *absent_notes(runs), *notes(runs, source)]
     found = findings(runs)
     made = pictures(headline(runs), sequences)
-    captions = {name: caption for name, (caption, _) in made.items()}
+    captions = {name: (picture.title, picture.caption) for name, picture in made.items()}
     # Without a pair there is nothing of the experiment to be said.
     if args.models and (args.text or not found) and not any(run.diverged for run in runs):
         text = models_report(runs, warned, sequences, source, captions, is_record(runs))
@@ -445,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
 
     write_json(folder / "analysis.json", analysis(runs, warned, found, sequences, source))
-    images = {name: picture for name, (_, picture) in made.items()}
+    images = {name: picture.png for name, picture in made.items()}
     for name, picture in images.items():
         write(folder / name, picture)
     write(folder / "report.html", html_page(text, images).encode())

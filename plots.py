@@ -1,22 +1,27 @@
 """The pictures of the report, as PNG: readable in grey (lightness, markers and dashes differ) and on a phone (narrow).
 
-A curve is (arm, values): curves of one arm share a look and one entry in the legend, so that seeds show as a bundle.
+Every picture has a short title only; what it shows in detail is its caption, which the report prints below it. An arm
+looks the same in every picture (`looks`). A curve is (arm, values, steps), one a run: of the runs of an arm the median
+is drawn, and a band from the smallest to the largest.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.colors import PowerNorm
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Colours of different lightness, a marker and a dash for each arm, so that the plots read in grey too.
-LOOKS = [
+COLOURS = [
     ("#0B3C7D", "o", "-"),
     ("#E8850C", "s", "--"),
     ("#1B7F5C", "^", "-."),
@@ -24,27 +29,52 @@ LOOKS = [
     ("#56B4E9", "v", "-"),
     ("#8C2D04", "P", "--"),
 ]
-WIDTH = 6.4  # inches; with this font a phone shows letters of some 9 pixels
-STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+WIDTH = 6.4  # inches; with this font a phone shows letters of some 10 pixels
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "figure.titlesize": 14,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a token or the name of a model may hold dollar signs
+}
+KURTOSIS = "excess kurtosis"  # the label of an axis on which a Gaussian is 0
 
 
-def _look(arm: str, arms: list[str]) -> dict:
-    colour, marker, dash = LOOKS[arms.index(arm) % len(LOOKS)]
-    return {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn."""
+
+    colour: str
+    marker: str
+    dash: str
+    leading: bool  # wide, and with the runs or their spread; of the other arms the median alone, thin
+
+    def line(self, **more) -> dict:
+        """Arguments for Axes.plot."""
+        width, size = (2.4, 6) if self.leading else (1.2, 4)
+        look = {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
+        return {**look, "linewidth": width, "markersize": size, **more}
 
 
-def _arms(curves) -> list[str]:
-    return list(dict.fromkeys(arm for arm, *_ in curves))
+def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
+    """The look of every arm, the leading ones first; all lead where there are three at most, or none of `leading`."""
+    few = len(arms) <= 3 or not set(arms) & set(leading)
+    ordered = sorted(arms, key=lambda arm: leading.index(arm) if arm in leading else len(leading))
+    return {arm: Look(*COLOURS[i % len(COLOURS)], few or arm in leading) for i, arm in enumerate(ordered)}
 
 
-def _legend(figure, axes) -> None:
+# ------------------------------------------------------------------------------------------------ what pictures share
+
+
+def _legend(figure, axes, more: list[Line2D] | tuple = ()) -> None:
+    """One legend below all panels, an entry a label; `more` are handles of their own."""
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2)
-
-
-def _title(figure, text: str) -> None:
-    figure.suptitle("\n".join(textwrap.fill(line, 66) for line in text.split("\n")), fontsize=11)
+    unique = dict(zip(labels, handles, strict=True)) | {handle.get_label(): handle for handle in more}
+    longest = max(map(len, unique), default=0)
+    columns = 4 if longest <= 10 and len(unique) == 4 else 3 if longest <= 14 else 2
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 def _png(figure) -> bytes:
@@ -55,157 +85,254 @@ def _png(figure) -> bytes:
 
 
 def _grid(count: int, height: float):
-    """Axes of `count` panels, two a row, in their order; the rest is hidden."""
+    """Axes of `count` panels of that height in inches, two a row, in their order; the rest is hidden."""
     rows = (count + 1) // 2
     figure, axes = plt.subplots(
-        rows, min(count, 2), figsize=(WIDTH, height * rows + 1.2), layout="constrained", squeeze=False
+        rows, min(count, 2), figsize=(WIDTH, height * rows + 1.3), layout="constrained", squeeze=False
     )
     for spare in axes.flat[count:]:
         spare.set_visible(False)
     return figure, list(axes.flat[:count])
 
 
+def _of_arm(curves: list[tuple], arm: str) -> list[tuple]:
+    """[(steps, values)] of the runs of an arm."""
+    return [(steps, values) for other, values, steps in curves if other == arm]
+
+
+def _summary(runs: list[tuple]) -> tuple[list, np.ndarray]:
+    """(steps that more than half of the runs reached, (3, steps): lowest, median and highest of these runs)."""
+    at = [dict(zip(steps, values, strict=True)) for steps, values in runs]
+    there = {step: [one[step] for one in at if step in one] for step in sorted(set().union(*at))}
+    there = {step: np.array(values, dtype=float) for step, values in there.items() if 2 * len(values) > len(at)}
+    finite = [values[np.isfinite(values)] for values in there.values()]
+    ends = [(one.min(), np.median(one), one.max()) if len(one) else (np.nan,) * 3 for one in finite]
+    return list(there), np.array(ends).reshape(-1, 3).T
+
+
+def _draw(axes, curves: list[tuple], looks: dict[str, Look], **more) -> None:
+    """The median of every arm, and of a leading one with several runs the band from the smallest to the largest.
+
+    Arms are drawn in order: the dashes of a later one leave an earlier one that coincides visible.
+    """
+    for arm, look in looks.items():
+        if not (runs := _of_arm(curves, arm)):
+            continue
+        steps, (lowest, median, highest) = _summary(runs)
+        if len(runs) > 1 and look.leading:
+            axes.fill_between(steps, lowest, highest, color=look.colour, alpha=0.2, linewidth=0)
+        some = max(1, len(steps) // 7)  # markers at some of many steps
+        axes.plot(steps, median, **look.line(label=arm, markevery=some, **more))
+
+
+def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
+    """Make an axis logarithmic where its values ask for it.
+
+    Args:
+        kind: "linear"; "log", where the values are above 0 and differ by a factor of 10; "symlog" (linear up to
+            `linear_to`, so that 0 is shown), where one is 30 times as large as that and as a quarter of all.
+    """
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    sizes = np.abs(values)
+    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
+    if kind == "log" and 0 < 10 * values.min() < values.max():
+        set_scale("log")
+        axis.set_major_locator(LogLocator(subs=(1,) if values.max() > 100 * values.min() else (1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    elif kind == "symlog" and sizes.max() > 30 * max(np.quantile(sizes, 0.25), linear_to):
+        set_scale("symlog", linthresh=linear_to)
+        ends = 1.6 * min(values.min(), 0) - 0.3 * linear_to, 1.6 * max(values.max(), 0) + 0.3 * linear_to
+        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # otherwise the margins are those of a linear axis
+    else:
+        return
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))  # 100 and not 10^2
+
+
+# ------------------------------------------------------------------------------------------------------- the pictures
+
+
 @plt.rc_context(STYLE)
-def loss(curves: list[tuple[str, list, list]], title: str) -> bytes:
-    """Training and held-out loss. A curve is (arm, [[step, training loss]], [[step, held-out loss]])."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
-    arms = _arms(curves)
-    for arm, training, held_out in curves:
-        look = _look(arm, arms)
-        for points, extra, what in (
-            (training, {"marker": "", "linewidth": 1, "alpha": 0.6}, "training"),
-            (held_out, {"linewidth": 2}, "held-out"),
-        ):
-            steps, losses = np.array(points, dtype=float).reshape(-1, 2).T
-            axes.plot(steps, losses, **{**look, **extra}, label=f"{arm}, {what}")
-    axes.set(xlabel="step", ylabel="masked-LM loss (nats a token)")
-    _legend(figure, axes)
-    _title(figure, title)
+def loss(
+    training: list[tuple], held_out: list[tuple], differences: list[tuple], baseline: str, looks: dict[str, Look]
+) -> bytes:
+    """Training and held-out loss, and below the difference of the held-out loss to `baseline`, pair by pair.
+
+    Args:
+        training, held_out: curves, in nats a token.
+        differences: curves of the loss minus that of the baseline with the same seed; without any, no second panel.
+    """
+    count = 2 if differences else 1
+    figure, axes = plt.subplots(
+        count,
+        1,
+        figsize=(WIDTH, 4.4 + 2.6 * (count - 1)),
+        height_ratios=(1.5, 1)[:count],
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    upper, lower = axes[0, 0], axes[-1, 0]
+    for arm, look in looks.items():
+        if runs := _of_arm(training, arm):
+            steps, (_, median, _) = _summary(runs)
+            upper.plot(steps, median, **look.line(marker="", linewidth=1, alpha=0.7))
+    _draw(upper, held_out, looks)
+    upper.set(ylabel="nats a token", title="Masked-LM loss")
+    if differences:
+        lower.axhline(0, color="0.3", linewidth=1)
+        _draw(lower, differences, looks)
+        lower.set(ylabel="nats a token", title=f"Held-out loss minus that of {baseline}, same seed")
+    lower.set_xlabel("step")
+    lower.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=(1, 2, 5, 10)))
+    kinds = [
+        Line2D([], [], color="0.3", linewidth=width, label=name) for name, width in (("held-out", 2.4), ("training", 1))
+    ]
+    _legend(figure, upper, kinds)
     return _png(figure)
 
 
 @plt.rc_context(STYLE)
-def panels(curves: dict[str, list[tuple]], title: str, xlabel: str, ylabel: str | dict[str, str]) -> bytes:
-    """A panel for each key; a curve is (arm, values) over the layers, or (arm, values, steps).
+def panels(
+    curves: dict[str, list[tuple]], looks: dict[str, Look], title: str, xlabel: str, axes_of: dict[str, tuple[str, str]]
+) -> bytes:
+    """A panel for each key of `curves`; those whose y axis has the same label share its scale.
 
-    `ylabel` is that of every panel, or {key: label}.
-
-    Where values differ by orders of magnitude, the axis is logarithmic beyond 1.
+    `axes_of` is {key: (label of the y axis, its kind as in `_scale`)}.
     """
-    figure, axes = _grid(len(curves), 2.5)
-    arms = _arms(curve for lines in curves.values() for curve in lines)
-    for place, lines in zip(axes, curves.values(), strict=True):
-        for arm, values, *steps in lines:
-            place.plot(steps[0] if steps else range(len(values)), values, **_look(arm, arms), label=arm)
-    for place, name in zip(axes, curves, strict=True):
+    figure, axes = _grid(len(curves), 2.3)
+    first: dict[str, object] = {}  # panel of each label
+    for i, (place, (name, lines)) in enumerate(zip(axes, curves.items(), strict=True)):
+        label, _ = axes_of[name]
+        if label in first:
+            place.sharey(first[label])
+        first.setdefault(label, place)
+        _draw(place, lines, looks)
+        if label == KURTOSIS:
+            place.axhline(0, color="0.3", linewidth=1, label="Gaussian", zorder=1)
         place.set_title(name)
-        place.set(xlabel=xlabel, ylabel=ylabel if isinstance(ylabel, str) else ylabel[name])
-        place.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        values = np.concatenate([np.asarray(one, dtype=float) for _, one, *_ in curves[name]])
-        if np.nanmax(np.abs(values), initial=0) > 30 * max(np.nanmedian(np.abs(values)), 1):
-            place.set_yscale("symlog", linthresh=1)
+        place.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=(1, 2, 5, 10)))
+        if i % 2 and axes_of[list(curves)[i - 1]][0] == label:
+            place.tick_params(labelleft=False)
+        else:
+            place.set_ylabel(label)
+        if i + 2 < len(curves):
+            place.tick_params(labelbottom=False)
+        else:
+            place.set_xlabel(xlabel)
+    for label, place in first.items():
+        same = [name for name in curves if axes_of[name][0] == label]
+        values = [values for name in same for _, values, _ in curves[name]]
+        _scale(place.yaxis, axes_of[same[0]][1], np.concatenate(values).astype(float))
     _legend(figure, axes[0])
-    _title(figure, title)
+    figure.suptitle(title)
     return _png(figure)
 
 
 @plt.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13})
-def bundles(curves: dict[str, list[tuple]], bold: tuple[str, ...], axes_of: dict[str, tuple[str, str]]) -> bytes:
-    """Panels side by side, to be read at half the width: a thin line a run, and the median of an arm in bold.
+def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dict[str, tuple[str, str]]) -> bytes:
+    """Panels side by side, to be read at half the width: of leading arms a thin line a run, and every arm's median.
 
     Args:
-        curves: {title of the panel: [(arm, values, steps)]}; NaN leaves a gap.
-        bold: the arms whose runs are drawn; of every other arm, the median alone, thin.
-        axes_of: {title: (label of the axis, its scale: "linear" from 0 on, or "log")}.
+        curves: {title of the panel: curves}.
+        axes_of: {title: (label of the y axis, its kind as in `_scale`; a linear one shows 0)}.
     """
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 4.4), layout="constrained", squeeze=False)
-    arms = _arms(curve for lines in curves.values() for curve in lines)
-    arms = [arm for arm in bold if arm in arms] + [arm for arm in arms if arm not in bold]
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.7 * len(curves), 4.0), layout="constrained", squeeze=False)
     for place, (name, lines) in zip(axes.flat, curves.items(), strict=True):
         label, scale = axes_of[name]
-        for arm in arms:  # a later one lies on top: its dashes leave an earlier one that coincides visible
-            look = {**_look(arm, arms), "marker": ""}
-            runs = [(steps, values) for other, values, steps in lines if other == arm]
-            count = f"{len(runs)} run" + "s" * (len(runs) != 1)
-            if arm in bold:
-                for steps, values in runs:
-                    place.plot(steps, values, **{**look, "linestyle": "-"}, linewidth=0.9, alpha=0.55)
-            width = 3.2 if arm in bold else 1.1
-            place.plot(*_median(runs), **look, linewidth=width, label=f"{arm}: median of {count}")
-        place.set_yscale(scale)
+        for arm, look in looks.items():
+            if not (runs := _of_arm(lines, arm)):
+                continue
+            steps, (_, median, _) = _summary(runs)
+            if look.leading and len(runs) > 1:
+                for some, values in runs:
+                    place.plot(some, values, **look.line(marker="", linestyle="-", linewidth=0.9, alpha=0.5))
+            what = f"median of {len(runs)} runs" if len(runs) > 1 else "one run"
+            width = 3.2 if look.leading else 1.2
+            place.plot(steps, median, **look.line(marker="", linewidth=width, label=f"{arm}: {what}"))
+        _scale(place.yaxis, scale, np.concatenate([values for _, values, _ in lines]).astype(float))
         if scale == "linear":
-            highest = max((np.nanmax(values, initial=0) for _, values, _ in lines), default=0)
-            place.set_ylim(-0.03 * (highest or 1), 1.06 * (highest or 1))
-        else:  # 5, 10, 20 and not 10^1
-            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            place.yaxis.set_major_formatter(ScalarFormatter())
-            place.yaxis.set_minor_formatter(NullFormatter())
+            place.set_ylim(bottom=min(0, place.get_ylim()[0]))
+            place.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=(1, 2, 5, 10)))
         place.set(title=name, xlabel="training step", ylabel=label)
-        place.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        place.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=(1, 2, 5, 10)))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return _png(figure)
 
 
-def _median(runs: list[tuple[list[int], list[float]]]) -> tuple[list[int], list[float]]:
-    """Steps that more than half of the runs reached, and the median over these runs at each."""
-    at = [dict(zip(steps, values, strict=True)) for steps, values in runs]
-    there = {step: [one[step] for one in at if step in one] for step in sorted(set().union(*at))}
-    there = {step: values for step, values in there.items() if 2 * len(values) > len(at)}
-    return list(there), [float(np.median(values)) for values in there.values()]
-
-
 @plt.rc_context(STYLE)
-def damage(gaps: list[tuple[str, dict[str, tuple[float, float]]]], title: str) -> bytes:
-    """Gap of the held-out loss to float32 in thousandths of a nat: a mark a run, a group a scheme, bars for errors.
+def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
+    """Gap of the held-out loss to float32 in thousandths of a nat: a row a scheme and arm, a small mark a run.
 
-    A run is (arm, {scheme: (gap, standard error)}), both in nats; one that is not finite is left out. Where gaps differ
-    by orders of magnitude, the axis is logarithmic beyond 1.
+    The large mark is the mean of the runs of an arm. It is not drawn where one of them is not finite.
+
+    Args:
+        gaps: {scheme: {arm: ([gap of each run], (low, high): interval of their mean, or None)}}, all in nats.
     """
-    figure, axes = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
-    arms = _arms(gaps)
-    kinds = list(dict.fromkeys(kind for _, found in gaps for kind in found))
-    seen = [0.0]
-    for number, (arm, found) in enumerate(gaps):
-        look = _look(arm, arms)
-        shift = (arms.index(arm) - (len(arms) - 1) / 2) * 0.8 / max(len(arms), 3)
-        # Runs of an arm stand a little apart, so that their bars can be told apart.
-        shift += (sum(other == arm for other, _ in gaps[:number]) % 4 - 1.5) * 0.05
-        shown = {kind: pair for kind, pair in found.items() if np.isfinite(pair[0])}
-        values, errors = 1000 * np.array(list(shown.values()), dtype=float).reshape(-1, 2).T
-        places = [kinds.index(kind) + shift for kind in shown]
-        bars = {"yerr": np.nan_to_num(errors), "elinewidth": 1, "capsize": 2}
-        axes.errorbar(places, values, **{**look, "linestyle": "", "markersize": 6}, **bars, label=arm)
-        seen.extend(values)
-    axes.axhline(0, color="0.3", linewidth=0.8)
-    if max(np.abs(seen)) > 30 * max(np.median(np.abs(seen[1:] or [0])), 1):
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(3 * min(*seen, -1), 3 * max(*seen, 1))
-    axes.set_xticks(range(len(kinds)), [textwrap.fill(kind, 11) for kind in kinds], fontsize=9)
-    axes.set_xlim(-0.6, len(kinds) - 0.4)
-    axes.set_ylabel("held-out loss over float32 (millinats)")
+    looks = {arm: look for arm, look in looks.items() if any(arm in of_arms for of_arms in gaps.values())}
+    pitch = len(looks) + 1  # rows of a scheme, one of them empty
+    height = (0.24 if len(looks) <= 3 else 0.17) * pitch * len(gaps) + 1.7
+    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    every = []
+    for i, of_arms in enumerate(gaps.values()):
+        if i % 2:
+            axes.axhspan(pitch * i - 1, pitch * (i + 1) - 1, color="0.95", linewidth=0)
+        for j, (arm, look) in enumerate(looks.items()):
+            found, interval = of_arms.get(arm, ([], None))
+            values = 1000 * np.array(found, dtype=float)
+            row, finite = pitch * i + j, values[np.isfinite(values)]
+            every.extend(finite)
+            style = {"color": look.colour, "marker": look.marker, "linestyle": ""}
+            if len(values) > 1:
+                axes.plot(finite, [row + 0.3] * len(finite), **style, markersize=4.5, fillstyle="none", alpha=0.8)
+            if len(values) and len(finite) == len(values):
+                low, high = 1000 * np.array(interval or (np.nan, np.nan))
+                axes.plot([low, high], [row, row], color=look.colour, linewidth=2.5, solid_capstyle="butt")
+                axes.plot(values.mean(), row, **style, markersize=7)
+    for arm, look in looks.items():
+        axes.plot([], [], color=look.colour, marker=look.marker, linestyle="", markersize=7, label=arm)
+    axes.axvline(0, color="0.3", linewidth=1)
+    _scale(axes.xaxis, "symlog", np.array(every), linear_to=10)
+    axes.set_yticks(
+        [pitch * i + (len(looks) - 1) / 2 for i in range(len(gaps))], [textwrap.fill(kind, 16) for kind in gaps]
+    )
+    axes.set_ylim(pitch * len(gaps) - 1, -1)  # the first scheme on top
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("held-out loss over float32 (millinats a token)")
     _legend(figure, axes)
-    _title(figure, title)
+    figure.suptitle("Quantization damage")
     return _png(figure)
 
 
 @plt.rc_context({**STYLE, "axes.grid": False})
-def attention(maps: list[tuple[str, list[str], np.ndarray, np.ndarray]], title: str) -> bytes:
-    """Attention maps in grey, the null mass as last column. A map is (caption, tokens, (T, T), null (T,))."""
-    rows = (len(maps) + 1) // 2
+def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -> bytes:
+    """Attention maps in grey, at most two a row, the null mass as last column.
+
+    The scale ends at the largest weight of all maps, and its root is shown, so that small weights are seen too.
+
+    Args:
+        rows: of (caption, tokens, weights (T, T), null mass (T,)).
+    """
+    largest = max(max(weights.max(), null.max()) for row in rows for _, _, weights, null in row)
+    norm = PowerNorm(0.5, vmin=0, vmax=largest)
     figure, axes = plt.subplots(
-        rows, 2, figsize=(WIDTH, 3.4 * rows + 1), layout="constrained", squeeze=False, sharex=False
+        len(rows), 2, figsize=(WIDTH, 3.4 * len(rows) + 1.3), layout="constrained", squeeze=False
     )
-    for spare in axes.flat[len(maps) :]:
-        spare.set_visible(False)
-    for place, (caption, tokens, weights, null) in zip(axes.flat, maps, strict=False):
-        image = place.imshow(np.column_stack([weights, null]), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        place.axvline(len(tokens) - 0.5, color="0.5", linewidth=0.8, linestyle=":")
-        place.set_xticks(range(len(tokens) + 1), [*tokens, "null"], rotation=90, fontsize=8)
-        place.set_yticks(range(len(tokens)), tokens, fontsize=8)
-        place.set_title(textwrap.fill(caption, 34), fontsize=9)
+    for places, row in zip(axes, rows, strict=True):
+        for place in places[len(row) :]:
+            place.set_visible(False)
+        for i, (place, (caption, tokens, weights, null)) in enumerate(zip(places, row, strict=False)):
+            image = place.imshow(np.column_stack([weights, null]), cmap="Greys", norm=norm, aspect="auto")
+            place.axvline(len(tokens) - 0.5, color="0.5", linewidth=0.8, linestyle=":")
+            place.set_xticks(range(len(tokens) + 1), [*tokens, "null"], rotation=90, fontsize=9)
+            place.set_yticks(range(len(tokens)), tokens, fontsize=9)
+            place.tick_params(length=2, labelleft=i == 0 or tokens != row[0][1])
+            place.set_title(caption, fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.6, location="bottom", label="attention weight")
-    _title(figure, title)
+    figure.suptitle("Attention of the head that does least")
     return _png(figure)
 
 
@@ -213,25 +340,40 @@ BINS = np.linspace(-20, 20, 161)  # of standardised activations; what lies beyon
 
 
 @plt.rc_context(STYLE)
-def histograms(found: dict[str, list[tuple[str, np.ndarray]]], title: str) -> bytes:
-    """Densities of standardised activations beside a Gaussian, a panel a layer. A curve is (arm, counts in BINS)."""
-    figure, axes = _grid(len(found), 2.3)
-    arms = _arms(curve for lines in found.values() for curve in lines)
+def histograms(found: dict[str, list[tuple[str, np.ndarray]]], looks: dict[str, Look]) -> bytes:
+    """Densities of standardised activations beside a Gaussian, a panel a layer; (arm, counts in BINS) of every run.
+
+    Of an arm, the mean density over its runs.
+    """
+    figure, axes = _grid(len(found), 2.0)
     middles = (BINS[1:] + BINS[:-1]) / 2
-    for place, (name, lines) in zip(axes, found.items(), strict=True):
-        lowest, widest = 1.0, 6.0
-        for arm, counts in lines:
-            widest = max(widest, np.abs(middles[counts > 0]).max(initial=0))
-            density = counts / counts.sum() / np.diff(BINS)
-            lowest = min(lowest, density[density > 0].min())
-            look = {**_look(arm, arms), "marker": ""}
-            place.plot(middles, np.where(density > 0, density, np.nan), **look, label=arm, drawstyle="steps-mid")
-        place.plot(middles, np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi), color="0.5", lw=1, label="Gaussian")
-        place.set_yscale("log")
-        place.set_ylim(lowest / 2, 2)
-        place.set_xlim(-widest, widest)
+    lowest = 1.0
+    for i, (place, (name, runs)) in enumerate(zip(axes, found.items(), strict=True)):
+        for arm, look in looks.items():
+            densities = [counts / counts.sum() / np.diff(BINS) for other, counts in runs if other == arm]
+            if not densities:
+                continue
+            mean = np.mean(densities, axis=0)
+            lowest = min(lowest, mean[mean > 0].min())
+            shape = look.line(marker="", drawstyle="steps-mid", linewidth=1.8 if look.leading else 1)
+            place.plot(middles, np.where(mean > 0, mean, np.nan), **shape, label=arm)
+        gaussian = np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi)
+        place.plot(middles, gaussian, color="0.75", linewidth=5, zorder=1, label="Gaussian")
         place.set_title(name)
-        place.set(xlabel="standard deviations", ylabel="density")
+        place.set_xlim(BINS[0], BINS[-1])
+        if i % 2:
+            place.tick_params(labelleft=False)
+        else:
+            place.set_ylabel("density")
+        if i + 2 < len(found):
+            place.tick_params(labelbottom=False)
+        else:
+            place.set_xlabel("standard deviations")
+        place.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=(1, 2, 5, 10), prune="both"))  # -20 and 20 would meet
+    for place in axes:
+        place.set_yscale("log")
+        place.set_ylim(lowest / 2, 5)
+        place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _legend(figure, axes[0])
-    _title(figure, title)
+    figure.suptitle("FFN output beside a Gaussian")
     return _png(figure)

@@ -1,15 +1,14 @@
-"""The report: the question, the answer in a sentence, the tables with published figures beside. Markdown and HTML.
+"""The report: the question, the answer in a sentence, the tables with published figures beside, as Markdown.
 
 Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py).
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import re
+from collections.abc import Callable
+from typing import Any
 
-import markdown
 import numpy as np
 
 from answer import GAPS, GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer, metrics, noise
@@ -37,7 +36,7 @@ from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from runs import OPTIONAL, Run, arms, by_layer, has, look_up
 from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
-from tables import duration, figure, machine, number, plus_minus, shortest, spread, table
+from tables import duration, figure, machine, number, plus_minus, shortest, signed, spread, table
 
 # The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
 # train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
@@ -176,14 +175,14 @@ def gap_cell(one: dict) -> str:
         return "not finite"
     if abs(one["gap"]) < one["floor"]:
         return f"below its noise of {one['floor']:.4f}"
-    return f"{one['gap']:+.4f}" + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
+    return signed(one["gap"]) + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
 
 
 def part_cell(damage: dict, part: str) -> str:
     gap, floor = damage["parts"].get(part), damage.get("part_floors", {}).get(part, 0.0)
     if gap is None:
         return "–"
-    return f"below its noise of {floor:.4f}" if abs(gap) < floor else f"{gap:+.4f}"
+    return f"below its noise of {floor:.4f}" if abs(gap) < floor else signed(gap)
 
 
 def damage_table(runs: list[Run]) -> str:
@@ -233,6 +232,21 @@ def mean_of(runs: list[Run], place: str, statistic: str, pick=np.mean) -> float:
     return float(np.mean(found))
 
 
+def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: Callable) -> str:
+    """A table with a row for every subject and arm.
+
+    Args:
+        subjects: {label of the row: what it is of}.
+        cells: what the row holds, a function of the subject and the runs of an arm.
+    """
+    rows = [
+        [f"{label}, {arm}", *cells(subject, found)]
+        for label, subject in subjects.items()
+        for arm, found in arms(runs).items()
+    ]
+    return table(header, rows)
+
+
 def places_table(runs: list[Run]) -> str:
     statistics = {
         "kurtosis, sequence": ("kurtosis_sequence", np.mean, 1),
@@ -243,54 +257,51 @@ def places_table(runs: list[Run]) -> str:
         "% in largest channel": ("largest_channel_share", np.max, 100),
         "largest / median": ("top1_to_median", np.mean, 1),
     }
-    by_arm = arms(runs)
-    rows = []
-    for place in (*EMBEDDINGS, *PLACES, LOGITS):
-        for arm, found in by_arm.items():
-            cells = [figure(factor * mean_of(found, place, name, pick)) for name, pick, factor in statistics.values()]
-            rows.append([f"{place}, {arm}", *cells])
-    return table(["", *statistics], rows)
+
+    def cells(place: str, found: list[Run]) -> list[str]:
+        return [figure(factor * mean_of(found, place, name, pick)) for name, pick, factor in statistics.values()]
+
+    return by_arm(["", *statistics], runs, {place: place for place in (*EMBEDDINGS, *PLACES, LOGITS)}, cells)
 
 
 def classes_table(runs: list[Run]) -> str:
-    rows = []
-    by_arm = arms(runs)
-    for place in ("ffn_output", "ffn_residual", "ffn_layernorm"):
-        for arm, found in by_arm.items():
-            row = [f"{place}, {arm}"]
-            for kind in TOKEN_CLASSES:
-                values = [
-                    (one["classes"][kind]["kurtosis_token"], one["classes"][kind]["max_abs"])
-                    for run in found
-                    for name, one in run.places.items()
-                    if name.endswith(f".{place}") and kind in one["classes"]
-                ]
-                row.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
-            rows.append(row)
-    return table(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], rows)
+    def cells(place: str, found: list[Run]) -> list[str]:
+        shown = []
+        for kind in TOKEN_CLASSES:
+            values = [
+                (one["classes"][kind]["kurtosis_token"], one["classes"][kind]["max_abs"])
+                for run in found
+                for name, one in run.places.items()
+                if name.endswith(f".{place}") and kind in one["classes"]
+            ]
+            shown.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
+        return shown
+
+    places = {place: place for place in ("ffn_output", "ffn_residual", "ffn_layernorm")}
+    return by_arm(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], runs, places, cells)
 
 
 def massive_table(runs: list[Run]) -> str:
     """Sun et al.'s massive activations: how many there are in all layers, and the largest of every arm."""
-    rows = []
-    for place in MASSIVE_PLACES:
-        for arm, found in arms(runs).items():
-            layers = [
-                (name.partition(f".{place}")[0], one["massive"])
-                for run in found
-                for name, one in run.places.items()
-                if name.endswith(f".{place}")
-            ]
-            counts = [
-                figure(sum(one[key] for _, one in layers) / len(found))
-                for key in ("count", "above_100", "above_1000_medians")
-            ]
-            top = [(one, layer) for layer, massive in layers for one in massive["top"]]
-            top.sort(key=lambda entry: -abs(entry[0]["value"]))
-            cells = [entry_cell(*entry) for entry in top[:3]]
-            rows.append([f"{place}, {arm}", *counts, *cells, *["–"] * (3 - len(cells))])
+
+    def cells(place: str, found: list[Run]) -> list[str]:
+        layers = [
+            (name.partition(f".{place}")[0], one["massive"])
+            for run in found
+            for name, one in run.places.items()
+            if name.endswith(f".{place}")
+        ]
+        counts = [
+            figure(sum(one[key] for _, one in layers) / len(found))
+            for key in ("count", "above_100", "above_1000_medians")
+        ]
+        top = [(one, layer) for layer, massive in layers for one in massive["top"]]
+        top.sort(key=lambda entry: -abs(entry[0]["value"]))
+        entries = [entry_cell(*entry) for entry in top[:3]]
+        return [*counts, *entries, *["–"] * (3 - len(entries))]
+
     header = ["", "massive", "over 100", "over 1,000 medians", "largest", "second", "third"]
-    return table(header, rows)
+    return by_arm(header, runs, {place: place for place in MASSIVE_PLACES}, cells)
 
 
 def entry_cell(one: dict, layer: str) -> str:
@@ -302,101 +313,92 @@ def entry_cell(one: dict, layer: str) -> str:
     )
 
 
-def layer_rows(runs: list[Run], labels: dict[str, tuple]) -> list[list[str]]:
-    """Rows of attention statistics by layer; `labels` is {key: (label, what to do over the heads, factor)}."""
+def layers_table(runs: list[Run], statistics: dict[str, tuple]) -> str:
+    """Attention by layer; `statistics` is {label: (name, what to do over the heads of a layer, factor)}."""
     depth = max(len(run.attention) for run in runs)
-    rows = []
-    for key, (label, pick, factor) in labels.items():
-        for arm, found in arms(runs).items():
-            row = [f"{label}, {arm}"]
-            for layer in range(depth):
-                values = [pick(run.attention.get(f"layer.{layer}", {}).get(key, [np.nan])) for run in found]
-                row.append(figure(factor * float(np.mean(values))))
-            rows.append(row)
-    return rows
+
+    def cells(statistic: tuple, found: list[Run]) -> list[str]:
+        name, pick, factor = statistic
+        of_layers = [[run.attention.get(f"layer.{i}", {}).get(name, [np.nan]) for run in found] for i in range(depth)]
+        return [figure(factor * float(np.mean([pick(heads) for heads in of_runs]))) for of_runs in of_layers]
+
+    return by_arm(["mean over heads", *(f"layer {i}" for i in range(depth))], runs, statistics, cells)
 
 
 def attention_table(runs: list[Run]) -> str:
-    labels = {
-        "mass_first": ("% on the first token", np.mean, 100),
-        "mass_separator": ("% on separators", np.mean, 100),
-        "mass_punctuation": ("% on punctuation", np.mean, 100),
-        "mass_self": ("% on itself", np.mean, 100),
-        "null_mass": ("% null", np.mean, 100),
-        "idle_mass": ("% idle (of other tokens)", np.mean, 100),
-        **{key: (f"{label}, %", np.mean, 100) for key, label in SINKS.items() if not key.endswith("_short")},
-        "entropy": ("entropy, nats", np.mean, 1),
-    }
-    depth = max(len(run.attention) for run in runs)
-    rows = layer_rows(runs, labels)
-    for bound in IDLE:
-        for arm, found in arms(runs).items():
-            row = [f"heads with idle mass > {bound:.0%}, {arm}"]
-            for layer in range(depth):
-                values = [
-                    (np.array(run.attention[f"layer.{layer}"]["idle_mass"]) > bound).sum()
-                    for run in found
-                    if f"layer.{layer}" in run.attention
-                ]
-                row.append(figure(float(np.mean(values))) if values else "–")
-            rows.append(row)
-    return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], rows)
+    def heads_beyond(bound: float) -> Callable:
+        return lambda masses: np.nan if np.isnan(masses).any() else sum(mass > bound for mass in masses)
+
+    return layers_table(
+        runs,
+        {
+            "% on the first token": ("mass_first", np.mean, 100),
+            "% on separators": ("mass_separator", np.mean, 100),
+            "% on punctuation": ("mass_punctuation", np.mean, 100),
+            "% on itself": ("mass_self", np.mean, 100),
+            "% null": ("null_mass", np.mean, 100),
+            "% idle (of other tokens)": ("idle_mass", np.mean, 100),
+            **{f"{label}, %": (key, np.mean, 100) for key, label in SINKS.items() if not key.endswith("_short")},
+            "entropy, nats": ("entropy", np.mean, 1),
+            **{f"heads with idle mass > {bound:.0%}": ("idle_mass", heads_beyond(bound), 1) for bound in IDLE},
+        },
+    )
 
 
 def sinks_table(runs: list[Run]) -> str:
     """Sink rates and null mass beside what they were before training and what uniform attention gives."""
-    rows = []
-    for key, label in {"null_mass": "null mass", **SINKS}.items():
-        for arm, found in arms(runs).items():
-            columns = []
-            for attentions in ([run.attention for run in found], [run.untrained.get("attention") for run in found]):
-                known = [np.mean([layer[key] for layer in one.values()]) for one in attentions if one]
-                columns.append(float(np.mean(known)) if len(known) == len(found) else np.nan)
-            columns.append(float(np.mean([run.attention_uniform[key] for run in found])))
-            rows.append([f"{label}, {arm}", *(figure(100 * value) for value in columns)])
-    return table(["%, mean over layers and heads", "trained", "at step 0", "uniform attention"], rows)
+
+    def cells(key: str, found: list[Run]) -> list[str]:
+        columns = []
+        for attentions in ([run.attention for run in found], [run.untrained.get("attention") for run in found]):
+            known = [np.mean([layer[key] for layer in one.values()]) for one in attentions if one]
+            columns.append(float(np.mean(known)) if len(known) == len(found) else np.nan)
+        columns.append(float(np.mean([run.attention_uniform[key] for run in found])))
+        return [figure(100 * value) for value in columns]
+
+    header = ["%, mean over layers and heads", "trained", "at step 0", "uniform attention"]
+    return by_arm(header, runs, {"null mass": "null_mass", **{label: key for key, label in SINKS.items()}}, cells)
 
 
 def vectors_table(runs: list[Run]) -> str:
-    labels = {
-        **{
-            f"{part}_norm_{kind}": (f"{part} norm, {kind}", np.mean, 1)
-            for part in ("value", "key")
-            for kind in TOKEN_CLASSES
-        },
-        "contribution_first": ("from the first token into the context", np.mean, 1),
-        "logit_range": ("logit range", np.mean, 1),
-        "logit_max": ("largest logit", np.max, 1),
-        "context_near_zero": ("% of context near zero", np.mean, 100),
-        "context_kurtosis": ("context kurtosis of a head", np.mean, 1),
-        "context_kurtosis_active": ("context kurtosis, active heads", np.mean, 1),
-        "attending_share": ("% of queries that attend", np.mean, 100),
-        "context_kurtosis_attending": ("context kurtosis, attending queries", np.mean, 1),
-        "context_kurtosis_attending_heads": ("context kurtosis, attending heads", np.mean, 1),
+    norms = {
+        f"{part} norm, {kind}": (f"{part}_norm_{kind}", np.mean, 1)
+        for part in ("value", "key")
+        for kind in TOKEN_CLASSES
     }
-    depth = max(len(run.attention) for run in runs)
-    return table(["mean over heads", *(f"layer {layer}" for layer in range(depth))], layer_rows(runs, labels))
+    return layers_table(
+        runs,
+        {
+            **norms,
+            "from the first token into the context": ("contribution_first", np.mean, 1),
+            "logit range": ("logit_range", np.mean, 1),
+            "largest logit": ("logit_max", np.max, 1),
+            "% of context near zero": ("context_near_zero", np.mean, 100),
+            "context kurtosis of a head": ("context_kurtosis", np.mean, 1),
+            "context kurtosis, active heads": ("context_kurtosis_active", np.mean, 1),
+            "% of queries that attend": ("attending_share", np.mean, 100),
+            "context kurtosis, attending queries": ("context_kurtosis_attending", np.mean, 1),
+            "context kurtosis, attending heads": ("context_kurtosis_attending_heads", np.mean, 1),
+        },
+    )
 
 
 def interventions_table(runs: list[Run]) -> str:
     columns = {
-        "loss": ("loss", 1),
-        "ffn_output_kurtosis": ("FFN output kurtosis", 1),
-        "residual_inf_norm": ("residual infinity norm", 1),
-        "sink_rate_first": ("sink rate, first, %", 100),
-        "null_mass": ("null mass, %", 100),
-        "heads": ("heads set to zero", 1),
+        "loss": ("loss", "{:.4f}".format),
+        "FFN output kurtosis": ("ffn_output_kurtosis", figure),
+        "residual infinity norm": ("residual_inf_norm", figure),
+        "sink rate, first, %": ("sink_rate_first", lambda share: figure(100 * share)),
+        "null mass, %": ("null_mass", lambda share: figure(100 * share)),
+        "heads set to zero": ("heads", figure),
     }
-    rows = []
-    for name, label in INTERVENTIONS.items():
-        for arm, found in arms(runs).items():
-            measured = [run.interventions[name] for run in found if name in run.interventions]
-            cells = ["–"] * len(columns)
-            if len(measured) == len(found):
-                means = {key: float(np.mean([one[key] for one in measured])) for key in columns}
-                cells = [f"{means['loss']:.4f}", *(figure(means[key] * columns[key][1]) for key in [*columns][1:])]
-            rows.append([f"{label}, {arm}", *cells])
-    return table(["", *(label for label, _ in columns.values())], rows)
+
+    def cells(name: str, found: list[Run]) -> list[str]:
+        if any(name not in run.interventions for run in found):
+            return ["–"] * len(columns)
+        return [show(float(np.mean([run.interventions[name][key] for run in found]))) for key, show in columns.values()]
+
+    return by_arm(["", *columns], runs, {label: name for name, label in INTERVENTIONS.items()}, cells)
 
 
 def weights_table(runs: list[Run]) -> str:
@@ -409,21 +411,23 @@ def weights_table(runs: list[Run]) -> str:
         "word embeddings": r"word_embeddings\.weight$",
     }
     columns = (("kurtosis", np.mean), ("inf_norm", np.max), ("int8_error", np.max), ("int4_error", np.max))
-    rows = []
-    for label, pattern in kinds.items():
-        for arm, found in arms(runs).items():
-            measured = [run for run in found if not run.diverged]
-            row = [f"{label}, {arm}"]
-            for key, pick in columns:
-                values = [
-                    [one[key] for name, one in run.weights.items() if re.search(pattern, name) and key in one]
-                    for run in measured
-                ]
-                scale = 100 if key.endswith("error") else 1
-                mean = float(np.mean([pick(one) for one in values])) * scale if values and all(values) else None
-                row.append(figure(mean) if measured else "diverged")
-            rows.append(row)
-    return table(["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"], rows)
+
+    def cells(pattern: str, found: list[Run]) -> list[str]:
+        measured = [run for run in found if not run.diverged]
+        if not measured:
+            return ["diverged"] * len(columns)
+        shown = []
+        for key, pick in columns:
+            values = [
+                [one[key] for name, one in run.weights.items() if re.search(pattern, name) and key in one]
+                for run in measured
+            ]
+            scale = 100 if key.endswith("error") else 1
+            shown.append(figure(float(np.mean([pick(one) for one in values])) * scale if all(values) else None))
+        return shown
+
+    header = ["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"]
+    return by_arm(header, runs, kinds, cells)
 
 
 # Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, clipped softmax with gamma = -0.03.
@@ -661,6 +665,11 @@ def damage_section(runs: list[Run]) -> list[str]:
         f"of Bondarenko et al. 2023, calibrated on {published_said(runs)} tokens of held-out text (there 65,536). "
         f"Dynamic: a scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. "
         "The last rows quantize one part alone, on some of the texts.*",
+    ]
+
+
+def self_check_section(runs: list[Run]) -> list[str]:
+    return [
         "## Self-check of the instrument",
         self_check_table(runs),
         "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
@@ -687,9 +696,9 @@ def executed_section(runs: list[Run]) -> list[str]:
                     f"{label}, {name}",
                     f"{found['loss']:.4f}",
                     gap_cell(found),
-                    f"{twin['difference']:+.4f} ± {twin['error']:.4f}" if twin else "–",
+                    f"{signed(twin['difference'])} ± {twin['error']:.4f}" if twin else "–",
                     figure(twin["correlation"]) if twin else "–",
-                    f"{twin['arithmetic']:+.4f}" if twin else "–",
+                    signed(twin["arithmetic"]) if twin else "–",
                     f"{found['bytes'] / 1e6:.1f}",
                     f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
                     figure(speed["speedup"]),
@@ -838,39 +847,65 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
     ]
 
 
+# The first picture stands behind the answer; every other one above the table of its section.
+LEAD_PICTURE = "emergence_seeds.png"
+PICTURED = {
+    "## Summary of the runs": ["loss.png"],
+    "## Quantization damage": ["damage.png"],
+    "## Activations by place": ["kurtosis.png", "norms.png", "histograms.png"],
+    "## Attention": ["attention_map.png"],
+    "## Sinks and null mass": ["emergence.png"],
+}
+
+
 def report(
     runs: list[Run],
     warned: list[str],
     found: list[Finding],
     sequences: int,
     data_dir,
-    pictures: dict[str, str],
+    pictures: dict[str, tuple[str, str]],
     record: bool,
 ) -> str:
-    """The whole report as Markdown; `pictures` is {file name: caption}, the first one shown behind the first table.
+    """The whole report as Markdown; `pictures` is {file name: (title, caption)}.
 
     `found` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
     Tables with a column a run show all runs, tables of arms the headline's alone.
     """
     measured = [run for run in runs if not run.diverged]
     asked = questions(found)
-    shown = [f"![{caption}]({name})" for name, caption in pictures.items()]
     parts = [
         *opening(runs, found, asked, sequences, record),
-        *shown[:1],
+        *shown([LEAD_PICTURE], pictures),
         *(f"**Note.** {line}" for line in warned),
         *primary_section(runs, found, asked),
         *arms_section(found),
-        *shown[1:],
         *summary_section(runs),
         *comparisons_section(found),
-        *(damage_section(measured) if measured else []),
+        *(damage_section(measured) + self_check_section(measured) if measured else []),
         *executed_section(measured),
         *arms_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(illustrated(parts, pictures)) + "\n"
+
+
+def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
+    """The parts of a report, with the pictures of a section behind its heading."""
+    found = []
+    for part in parts:
+        found.append(part)
+        for section, names in PICTURED.items():
+            if part.startswith(section):
+                found += shown(names, pictures)
+    return found
+
+
+def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
+    """Those of the pictures that there are, each with its caption below."""
+    there = {name: pictures[name] for name in names if name in pictures}
+    return [part for name, (title, caption) in there.items() for part in (f"![{title}]({name})", f"*{caption}*")]
 
 
 # ------------------------------------------------------------------------------------ models outside the experiment
@@ -914,7 +949,7 @@ def headline_of_models(runs: list[Run]) -> str:
 
 
 def models_report(
-    runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, str], record: bool
+    runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, tuple[str, str]], record: bool
 ) -> str:
     """The report of models that are no pair of the experiment; `source` is the dataset or the text file.
 
@@ -936,7 +971,6 @@ def models_report(
         "float32 stands with its standard error. A dash: the model lacks it, or it cannot be reached. DEFINITIONS.md "
         "defines every row.*",
         *(f"**Note.** {line}" for line in warned),
-        *(f"![{caption}]({name})" for name, caption in pictures.items()),
         *(summary_section(runs) if any(run.results for run in runs) else []),
         "## Quantization damage",
         damage_table(runs),
@@ -977,40 +1011,5 @@ def models_report(
             "*Mean over real queries, then over heads; idle: what goes to the first token, separators, punctuation or "
             "nowhere. Interventions: on the same masked text; a sink head has its context set to zero.*",
         ]
-    return "\n\n".join([*parts, "## Weights", weights_table(runs)]) + "\n"
-
-
-# -------------------------------------------------------------------------------------------------------------- HTML
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #111; }}
-h1 {{ font-size: 1.5rem; line-height: 1.2; }}
-h2 {{ font-size: 1.15rem; margin-top: 2.5rem; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; }}
-th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; }}
-em {{ color: #444; font-size: 0.9rem; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def html_page(text: str, pictures: dict[str, bytes]) -> str:
-    """The Markdown report as one page that needs no other file: `pictures` ({name: PNG}) are put into it."""
-    body = markdown.markdown(text, extensions=["tables"])
-    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for name, picture in pictures.items():
-        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
-    return PAGE.format(title=html.escape(text.partition("\n")[0].lstrip("# ")), body=body)
+    parts += ["## Weights", weights_table(runs)]
+    return "\n\n".join(illustrated(parts, pictures)) + "\n"

@@ -19,7 +19,8 @@ def figure(value: float | None) -> str:
         return f"{value:.2e}"
     if 0 < size < 5e-4:  # an end of an interval is not to look like 0
         return f"{value:.1e}"
-    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4}f}"
+    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4
+    return unsigned_zero(f"{value:,.{decimals}f}")
 
 
 def spread(mean: float, std: float | None) -> str:
@@ -27,7 +28,17 @@ def spread(mean: float, std: float | None) -> str:
 
 
 def number(value: float | None, decimals: int = 2) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.{decimals}f}"
+    return "–" if value is None or np.isnan(value) else unsigned_zero(f"{value:.{decimals}f}")
+
+
+def signed(value: float) -> str:
+    """A difference with its sign and four decimals; one that rounds to 0 has no sign."""
+    return unsigned_zero(f"{value:+.4f}")
+
+
+def unsigned_zero(text: str) -> str:
+    """A formatted number, without its sign if its digits are all 0: -0.0000 and +0.0000 are 0.0000."""
+    return text if text.strip("+-0.,") else text.lstrip("+-")
 
 
 def plus_minus(values: np.ndarray) -> str:
@@ -50,7 +61,8 @@ def machine(hardware: dict) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
+    """A Markdown table whose columns also line up in a terminal. A | in a cell is escaped, or it would end the cell."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in (header, *rows))
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []

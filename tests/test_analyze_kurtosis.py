@@ -18,7 +18,6 @@ import scipy.stats
 import torch
 import transformers
 from conftest import TEXTS, save_tokenizer
-from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
@@ -33,17 +32,16 @@ from transformers import (
 import analyze_kurtosis
 import arms
 import measurement
-import plots
-from analyze_kurtosis import EMERGING, SEEDS, pictures
 from answer import GLANCE
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from outliers import measure_model, weight_excess_kurtosis
 from packing import MaskedLMCollator
+from pictures import EMERGING, SEEDS
 from questions import LABELS
 from record import weights_sha256
-from report import entry_cell, gap_cell, html_page
-from runs import Run, by_layer, find_runs
+from report import entry_cell, gap_cell
+from runs import Run, by_layer
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, plus_minus, table
@@ -400,73 +398,6 @@ def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workp
     assert "cut at 20 tokens, as in training" in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
-def test_emergence_starts_before_the_first_update_and_says_of_which_texts(workplace, monkeypatch):
-    drawn = {}
-
-    def panels(curves, title, xlabel, ylabel):
-        drawn[title.partition(":")[0]] = curves, title, ylabel
-        return b"a picture"
-
-    monkeypatch.setattr(analyze_kurtosis.plots, "panels", panels)
-    runs = find_runs([], workplace / "results", workplace / "models")
-    for run in runs:
-        run.damage = {"schemes": {}}
-    pictures(runs, 4)
-    curves, title, labels = drawn["Emergence"]
-    assert curves["null mass"][0] == ("softmax0", [0.5, 1.5, 3.5], [0, 1000, 3000])  # means of two layers
-    assert "64 texts evenly spread over the held-out split, unmasked" in title
-    assert labels.keys() >= curves.keys() and all(labels.values())
-
-
-def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(monkeypatch):
-    """By what matplotlib is told to draw; step 0 first, and a run that diverged does not cut the others' median."""
-    drawn = []
-    plot = Axes.plot
-
-    def watched(self, *data, **look):
-        drawn.append((self.get_title(), np.array(data[1], dtype=float).tolist(), look))
-        return plot(self, *data, **look)
-
-    monkeypatch.setattr(Axes, "plot", watched)
-    steps = [0, 100, 200]
-    seeds = {"softmax0": ([0, 1, 9], [0, 2, 8], [0, 3]), "softmax1": ([0, 1, 1],), "softmax4": ([0, 5, 5], [0, 7, 7])}
-    curves = [(arm, values, steps[: len(values)]) for arm, runs in seeds.items() for values in runs]
-    axes_of = {"sinks": ("%", "linear"), "norm": ("norm", "log")}
-    both = {"sinks": curves, "norm": [(arm, [value + 1 for value in values], at) for arm, values, at in curves]}
-    assert plots.bundles(both, ("softmax0", "softmax1"), axes_of).startswith(b"\x89PNG")
-    first = [(values, look) for _, values, look in drawn[: len(drawn) // 2]]  # the first panel
-    lines = [values for values, look in first if "label" not in look]
-    assert sorted(lines) == sorted([*seeds["softmax0"], *seeds["softmax1"]])  # of other arms the median alone
-    medians = {
-        look["label"].partition(":")[0]: (values, look["linewidth"]) for values, look in first if "label" in look
-    }
-    assert {arm: values for arm, (values, _) in medians.items()} == {
-        "softmax0": [0, 2, 8.5],
-        "softmax1": [0, 1, 1],
-        "softmax4": [0, 6, 6],
-    }
-    assert medians["softmax0"][1] > 2 * medians["softmax4"][1]
-
-
-def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(workplace, monkeypatch):
-    drawn = {}
-
-    def bundles(curves, bold, axes_of):
-        drawn.update(curves=curves, bold=bold, axes_of=axes_of)
-        return b"a picture"
-
-    monkeypatch.setattr(analyze_kurtosis.plots, "bundles", bundles)
-    runs = find_runs([], workplace / "results", workplace / "models")
-    for run in runs:
-        run.damage = {"schemes": {}}
-    made = pictures(runs, 4)
-    assert next(iter(made)) == "emergence_seeds.png" and "64 held-out texts" in made["emergence_seeds.png"][0]
-    sinks, norm = drawn["curves"].values()
-    assert sinks[0] == ("softmax0", [50.0, 150.0, 350.0], [0, 1000, 3000])  # the mean of two layers
-    assert norm[1] == ("softmax1", [1.0, 2.0, 4.0], [0, 1000, 3000])  # the larger of two layers
-    assert drawn["bold"] == ("softmax0", "softmax1") and drawn["axes_of"].keys() == drawn["curves"].keys()
-
-
 def test_results_without_emergence_are_analysed(workplace):
     """What older versions of train_model.py wrote: nothing, or figures of other texts."""
     for file, lacking in zip((workplace / "results").glob("*.json"), ("emergence", "emergence_texts"), strict=True):
@@ -655,12 +586,6 @@ def test_figures_have_three_digits():
     values = (math.nan, None, 0.0, 0.00123, 0.123, -1.5, 12.34, 1234.5, 2.5e7)
     assert [figure(value) for value in values] == "– – 0.00 0.0012 0.12 -1.50 12.3 1,234 2.50e+07".split()
     assert [figure(value) for value in (4e-5, -0.00049, math.inf)] == ["4.0e-05", "-4.9e-04", "inf"]
-
-
-def test_the_page_holds_its_pictures():
-    page = html_page("# T < U\n\n![a](a.png)\n\n| x |\n| - |\n| 1 |\n", {"a.png": b"picture"})
-    assert "data:image/png;base64," + base64.b64encode(b"picture").decode() in page
-    assert "<title>T &lt; U</title>" in page and '<div class="wide"><table>' in page
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -949,13 +874,6 @@ def test_a_hub_name_without_network_as_the_shell_sees_it(workplace):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nobody/nothing is neither a folder here nor loadable from the Hub: ")
-
-
-def test_the_damage_picture_takes_gaps_of_any_size():
-    runs = [("softmax0", {"a": (1.5, 0.1), "b": (math.nan, math.nan), "c": (math.inf, math.nan)})]
-    runs += [("softmax1", {"a": (0.001, math.nan), "b": (-0.002, 0.001), "c": (0.0, 0.0)})]
-    for some in (runs, runs[:1], [("softmax0", {"a": (math.nan, math.nan)})]):
-        assert plots.damage(some, "gaps").startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------------ what was measured before

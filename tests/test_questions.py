@@ -301,14 +301,16 @@ def test_the_answers_are_plain_json():
 
 
 def whole(runs):
-    return report(runs, [], findings(runs), 4, "data", {"first.png": "one", "second.png": "two"}, True)
+    return report(
+        runs, [], findings(runs), 4, "data", {"emergence_seeds.png": ("one", "One."), "loss.png": ("two", "Two.")}, True
+    )
 
 
 def test_the_report_leads_with_the_sentences():
     runs = with_values({"sinks": MANY}, {"sinks": FEW})
     text = whole(runs)
     places = [text.index(f"- **{label}.** ") for label in module.LABELS.values()]
-    order = ["| **W8A8 static", "](first.png)", "## INT8, the primary question", "](second.png)", "## Summary"]
+    order = ["| **W8A8 static", "](emergence_seeds.png)", "## INT8, the primary question", "## Summary", "](loss.png)"]
     places += [text.index(part) for part in order]
     assert places == sorted(places)
     assert "share an error of 5% (Bonferroni, 98.8% each)" in text
@@ -334,7 +336,7 @@ def test_all_arms_side_by_side():
     ]
     assert cells["residual stream: infinity norm, largest layer"][1] == "2.00 ± 0.00"
     # At the top, the arm named beforehand alone.
-    first = whole(runs).partition("](first.png)")[0]
+    first = whole(runs).partition("](emergence_seeds.png)")[0]
     assert first.count("| **W8A8 static") == 1 and "softmax0.5 |" not in first
 
 

@@ -1,0 +1,258 @@
+"""The pictures of the report: which there are, their captions, and what of the runs they show. plots.py draws them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+import plots
+from answer import PRIMARY_ARM
+from held_out import evenly_spread
+from measurement import HISTOGRAM_TEXTS
+from outliers import SINK
+from quantization import SCHEMES, bootstrap_difference
+from runs import Run, arms, by_layer
+from sets import BASELINE
+
+PANELS = {  # of kurtosis.png and norms.png
+    "context": "attention context",
+    "attention_output": "attention output (dense)",
+    "attention_layernorm": "attention LayerNorm",
+    "ffn_intermediate": "FFN intermediate",
+    "ffn_output": "FFN output (dense)",
+    "ffn_residual": "residual stream",
+}
+KURTOSIS = (plots.KURTOSIS, "symlog")  # label of the axis, its scale
+NORM = ("infinity norm", "log")
+EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis, its scale))
+    "ffn_output.kurtosis_sequence": ("FFN output: kurtosis", 1, KURTOSIS),
+    "ffn_residual.kurtosis_sequence": ("residual stream: kurtosis", 1, KURTOSIS),
+    "ffn_output.inf_norm": ("FFN output: norm", 1, NORM),
+    "ffn_residual.inf_norm": ("residual stream: norm", 1, NORM),
+    "attention.sink_rate_any_renormalised": ("sinks, renormalised", 100, ("% of heads and texts", "linear")),
+    "attention.null_mass": ("null mass", 100, ("% of the attention", "linear")),
+}
+SEEDS = {  # of emergence_seeds.png, in the same way
+    "attention.sink_rate_any": ("Attention sinks", 100, ("% of heads and texts", "linear")),
+    "ffn_residual.inf_norm": ("Residual stream", 1, ("largest entry", "log")),
+}
+LEADING = (BASELINE, PRIMARY_ARM)  # what the question is about: drawn wide, with the spread over seeds
+
+
+class Picture(NamedTuple):
+    title: str
+    caption: str  # a sentence or several, printed below the picture
+    png: bytes
+
+
+def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
+    """{file name: picture}, of the runs of one set; a picture without data is left out."""
+    trained = [run for run in runs if not run.diverged]
+    looks = plots.looks(list(arms(runs)), LEADING)
+    made = {
+        "emergence_seeds.png": emergence_seeds(runs, looks),
+        "loss.png": loss(runs, looks),
+        "damage.png": damage(runs, looks),
+        "kurtosis.png": by_place(trained, looks, "kurtosis_sequence", KURTOSIS, sequences),
+        "norms.png": by_place(trained, looks, "inf_norm", NORM, sequences),
+        "histograms.png": histograms(trained, looks),
+        "attention_map.png": attention_map(trained, looks),
+        "emergence.png": emergence(runs, looks),
+    }
+    return {name: picture for name, picture in made.items() if picture}
+
+
+def spread_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
+    """How the runs of an arm are drawn, as a sentence; empty where every arm has one run."""
+    if len(runs) == len(arms(runs)):
+        return ""
+    thin = "" if all(look.leading for look in looks.values()) else " Of the arms drawn thin, the median alone."
+    return f" Line: median over the seeds of an arm; band: from the lowest to the highest.{thin}"
+
+
+# ------------------------------------------------------------------------------------------------- during the training
+
+
+def emergence_curves(runs: list[Run], statistics: dict[str, tuple]) -> tuple[dict[str, list[tuple]], str]:
+    """({title: curves}, how many texts they are of); `statistics` is {name: (title, factor, axis)}.
+
+    Results files that do not say how many were written when the texts were others (the shortest ones, masked): they
+    are left out.
+    """
+    told = [run for run in runs if run.results and {"emergence", "emergence_texts"} <= run.results.keys()]
+    curves: dict[str, list[tuple]] = {}
+    for statistic, (title, factor, _) in statistics.items():
+        reduce = np.max if "inf_norm" in statistic else np.mean
+        for run in told:
+            entries = run.results["emergence"]
+            for_layers = [by_layer(entry, statistic) for entry in entries]
+            if entries and all(len(values) for values in for_layers):
+                steps = [entry["step"] for entry in entries]
+                values = [factor * reduce(values) for values in for_layers]
+                curves.setdefault(title, []).append((run.arm, values, steps))
+    return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in told}))
+
+
+def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    curves, watched = emergence_curves(runs, SEEDS)
+    if len(curves) < len(SEEDS):
+        return None
+    caption = (
+        f"Sinks: heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual stream: "
+        f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on."
+    )
+    if len(runs) > len(arms(runs)):
+        caption += " Thin line: a run; thick line: the median of an arm."
+    axes_of = {title: axis for title, _, axis in SEEDS.values()}
+    return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
+
+
+def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    curves, watched = emergence_curves(runs, EMERGING)
+    if not curves:
+        return None
+    title = "Outliers and attention during training"
+    caption = (
+        f"{title}, from before the first update on: {watched} texts evenly spread over the held-out split, unmasked, "
+        "eval mode, padding left out, as in the analysis. Kurtosis and attention: mean of the layers; norms: the "
+        f"largest layer.{spread_said(runs, looks)}"
+    )
+    axes_of = {title: axis for title, _, axis in EMERGING.values()}
+    return Picture(title, caption, plots.panels(curves, looks, title, "step", axes_of))
+
+
+def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    """Both losses of every run, one that diverged included, and the differences of those that have a partner."""
+    told = [run for run in runs if run.results]
+    if not told:
+        return None
+    training, held_out = (
+        {run: history_of(run, key) for run in told} for key in ("loss_history", "validation_loss_history")
+    )
+    baseline = {run.results["seed"]: held_out[run] for run in told if run.arm == BASELINE}
+    differences = []
+    for run in told:
+        partner = baseline.get(run.results["seed"], {})
+        common = [step for step in held_out[run] if step in partner]
+        if run.arm != BASELINE and common:
+            differences.append((run.arm, [held_out[run][step] - partner[step] for step in common], common))
+    curves = ([(run.arm, [*of[run].values()], [*of[run]]) for run in told] for of in (training, held_out))
+    below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
+    gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in told if run.diverged]
+    caption = (
+        f"Training loss (thin: median over the runs) and held-out loss (thick), in nats a masked token.{below}"
+        f"{spread_said(told, looks)}{''.join(gone)}"
+    )
+    return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
+
+
+def history_of(run: Run, key: str) -> dict[int, float]:
+    """{step: loss} of a history in the results; NaN where the loss was no number."""
+    return {step: np.nan if value is None else value for step, value in run.results[key]}
+
+
+# ------------------------------------------------------------------------------------------------- the finished models
+
+
+def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    """The gap of every scheme, and of an arm its mean with the interval over texts."""
+    trained = [run for run in runs if not run.diverged]
+    gaps: dict[str, dict[str, tuple]] = {}
+    lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
+    for scheme, label in SCHEMES.items():
+        for arm, found in arms([run for run in trained if scheme in run.damage["schemes"]]).items():
+            values = [run.damage["schemes"][scheme]["gap"] for run in found]
+            if scheme != "float32":
+                gaps.setdefault(label, {})[arm] = values, over_texts(found, scheme)
+                lost += [
+                    f"{run.name}, {label} (not finite)"
+                    for run, value in zip(found, values, strict=True)
+                    if not np.isfinite(value)
+                ]
+    if not gaps:
+        return None
+    several = len(trained) > len(arms(trained))
+    caption = (
+        "Held-out loss of the quantized models over that in float32, in thousandths of a nat a masked token. "
+        + ("A small mark is a run, the large one the mean of an arm; bar" if several else "Bar")
+        + ": 95% interval over texts (bootstrap), of these very models."
+        + (f" Without a mark: {'; '.join(lost)}." if lost else "")
+    )
+    return Picture("Quantization damage", caption, plots.damage(gaps, looks))
+
+
+def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
+    """95 % bootstrap interval over texts of the mean gap of runs in nats; None where losses of texts are not known.
+
+    It is the difference to a model that the scheme leaves as it is.
+    """
+    damages = [run.damage for run in runs]
+    known = all({"float32", scheme} <= set(one.get("texts", {})) and "masked" in one for one in damages)
+    if not known or any(one["masked"] != damages[0]["masked"] for one in damages):
+        return None
+    plain, quantized = (
+        np.mean([np.array(one["texts"][key], dtype=float) for one in damages], axis=0) for key in ("float32", scheme)
+    )
+    masked = damages[0]["masked"]
+    unharmed, harmed = ({"masked": masked, "texts": {"float32": plain, scheme: one}} for one in (plain, quantized))
+    interval = bootstrap_difference(unharmed, harmed, scheme)
+    return interval if np.isfinite(interval).all() else None
+
+
+def by_place(
+    runs: list[Run], looks: dict[str, plots.Look], statistic: str, axis: tuple[str, str], sequences: int
+) -> Picture | None:
+    """A statistic of the activations over the layers, a panel a place."""
+    curves: dict[str, list[tuple]] = {}
+    for place, title in PANELS.items():
+        for run in runs:
+            values = by_layer({name: one[statistic] for name, one in run.places.items()}, place)
+            if len(values):
+                curves.setdefault(title, []).append((run.arm, values, range(len(values))))
+    if not curves:
+        return None
+    title = f"{axis[0].capitalize()} of the activations"
+    caption = (
+        f"{title} by layer and place, on {sequences:,} held-out texts, eval mode"
+        + (", a Gaussian has 0" if axis is KURTOSIS else "")
+        + f". All panels have one scale. The residual stream is what enters a LayerNorm.{spread_said(runs, looks)}"
+    )
+    return Picture(title, caption, plots.panels(curves, looks, title, "layer", dict.fromkeys(curves, axis)))
+
+
+def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    found: dict[str, list] = {}
+    for run in runs:
+        for layer, counts in run.histograms.items():
+            found.setdefault(layer, []).append((run.arm, counts))
+    if not found:
+        return None
+    chosen = evenly_spread(len(found), 6)  # of deeper models, some layers
+    shown = {layer: curves for i, (layer, curves) in enumerate(found.items()) if i in chosen}
+    caption = (
+        f"Density of the entries of the FFN output, standardised, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
+        f"arm. What lies beyond ±{plots.BINS[-1]:g} standard deviations is counted at the edge."
+    )
+    return Picture("FFN output beside a Gaussian", caption, plots.histograms(shown, looks))
+
+
+def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
+    """The first run of every arm: two arms side by side on every text, more arms on the first text alone."""
+    first = {arm: found[0].maps for arm, found in arms(runs).items()}
+    shown = {arm: first[arm] for arm in looks if first.get(arm)}
+    if not shown:
+        return None
+    rows = []
+    for text in range(max(map(len, shown.values())) if len(shown) <= 2 else 1):
+        maps = [
+            (f"{arm}: {caption}\nnull mass {100 * max(null.mean(), 0):.0f}%", tokens, weights, null)
+            for arm, of_arm in shown.items()
+            for caption, tokens, weights, null in of_arm[text : text + 1]
+        ]
+        rows += [maps[i : i + 2] for i in range(0, len(maps), 2)]
+    caption = (
+        "Attention of the head that does least (largest idle mass), first run of every arm: a row is a query, the last "
+        "column what goes nowhere (null mass). The scale of greys is that of a square root, up to the largest weight."
+    )
+    return Picture("Attention of the head that does least", caption, plots.attention(rows))

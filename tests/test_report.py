@@ -1,0 +1,104 @@
+"""How the report is shown: numbers, tables, the pictures in their sections, and the page."""
+
+import base64
+import math
+import re
+
+import numpy as np
+import pytest
+from made_runs import made, pairs
+
+from answer import findings
+from page import html_page
+from report import LEAD_PICTURE, PICTURED, gap_cell, report
+from tables import figure, number, plus_minus, signed, table
+
+NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]
+
+
+def whole(runs, pictures=None):
+    pictures = {name: (f"title of {name}", f"Caption of {name}.") for name in NAMES} if pictures is None else pictures
+    return report(runs, [], findings(runs), 4, "data", pictures, True)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -4e-5, 4e-5])
+def test_zero_has_no_sign(value):
+    assert signed(value) == "0.0000" and number(value) == "0.00"
+    assert plus_minus(np.array([value, value])) == "0.000 ± 0.000"
+    gap = {"gap": value, "error": 1e-5, "floor": 0.0}
+    assert gap_cell(gap) == ("0.0000 ± 0.0000" if value else "–")
+
+
+def test_other_numbers_keep_theirs():
+    assert (signed(-0.00006), signed(1.5), number(-0.01)) == ("-0.0001", "+1.5000", "-0.01")
+    assert figure(-0.0) == "0.00" and figure(-4e-5) == "-4.0e-05" and figure(-1200.4) == "-1,200"
+    assert figure(-math.inf) == "-inf" and signed(-math.inf) == "-inf"
+
+
+def test_a_border_in_a_name_does_not_end_the_cell():
+    assert table(["", "a|b"], [["x", "1"]]).splitlines()[0] == r"|     | a\|b |"
+    assert ">a|b</th>" in html_page(table(["", "a|b"], [["x", "1"]]), {})
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_every_picture_stands_above_the_table_of_its_section_and_has_its_caption_below():
+    text = whole(pairs([2.0, 2.1], [1.0, 1.2]))
+    assert re.findall(r"\]\((.*?)\)", text.partition("\n## ")[0]) == [LEAD_PICTURE]
+    for section, names in PICTURED.items():
+        inside = text.partition(f"\n{section}")[2].partition("\n## ")[0]
+        places = [inside.index(f"![title of {name}]({name})\n\n*Caption of {name}.*\n") for name in names]
+        assert places == sorted(places) and places[-1] < inside.index("\n|"), section
+    assert "](" not in whole(pairs([2.0, 2.1], [1.0, 1.2]), {})
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_holds_its_pictures():
+    page = html_page("# T < U\n\n![a](a.png)\n\n*b ± c*\n\n| x |\n| - |\n| 1 ± 2 |\n", {"a.png": b"picture"})
+    source = "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    assert f'<figure><img alt="a" src="{source}"><figcaption>b&nbsp;±&nbsp;c</figcaption></figure>' in page
+    assert "<title>T &lt; U</title>" in page and '<div class="wide" tabindex="0"><table>' in page
+    assert "1&nbsp;±&nbsp;2" in page and "<nav" not in page
+
+
+def test_the_contents_of_the_page_lead_to_every_section():
+    text = whole(pairs([2.0, 2.1], [1.0, 1.2]))
+    page = html_page(text, {})
+    contents = page.partition("<nav")[2].partition("</nav>")[0]
+    assert len(re.findall("^## ", text, re.MULTILINE)) == contents.count("<li>") > 10
+    assert all(f'<h2 id="{target}">' in page for target in re.findall('href="#(.*?)"', contents))
+    assert page.index("</h1>") < page.index("<nav") < page.index("Question.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "[x](javascript:alert(1))",
+        "![x](https://example.org/x.png)",
+        "<https://example.org>",
+        "a & b",
+    ],
+)
+def test_the_name_of_a_model_is_text_on_the_page(name):
+    run = made(0, 42)
+    run.name, run.results = name, None
+    text = report([run], [f"{name}: a note."], findings([run]), 4, "data", {"a.png": (name, f"Of {name}.")}, True)
+    text += f"\n{name}\n\n![{name}](a.png)\n\n*Of {name}.*\n"
+    page = html_page(text, {"a.png": b"picture"})
+    body = page.partition("<body>")[2]
+    shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert body.count(shown) > 10
+    tags = set(re.findall(r"<(\w+)", body))
+    assert tags <= set(
+        "h1 h2 nav div ul li a p strong em table thead tbody tr th td code figure img figcaption".split()
+    )
+    assert all(link.startswith("#") for link in re.findall('href="(.*?)"', body))
+    assert all(source.startswith("data:") for source in re.findall('src="(.*?)"', body))

@@ -27,6 +27,7 @@ import logging
 import math
 import numbers
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,39 @@ def checked_softmax_n(n: float) -> float:
     return float(n)
 
 
-def _log(n: float) -> float:
-    return math.log(n) if n > 0 else -math.inf
+def _log(n: float | Tensor, log_n: float | Tensor | None) -> float | Tensor:
+    """log n, of whichever of the two was given: a float, or a tensor in float32 at least; -inf is softmax."""
+    if log_n is None and not isinstance(n, Tensor):
+        n = checked_softmax_n(n)
+        return math.log(n) if n > 0 else -math.inf
+    if log_n is None:
+        n = n.to(torch.promote_types(n.dtype, torch.float32))
+        zero = n == 0  # kept out of the logarithm, whose gradient there is not finite
+        return n.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+    if isinstance(n, Tensor) or n != 1:
+        raise ValueError("softmax_n takes n or its logarithm log_n, not both")
+    if isinstance(log_n, Tensor):
+        return log_n.to(torch.promote_types(log_n.dtype, torch.float32))
+    if isinstance(log_n, bool) or not isinstance(log_n, numbers.Real) or not log_n < math.inf:
+        raise ValueError(f"softmax_n needs a real number log_n, or -inf, got {log_n!r}")
+    return float(log_n)
+
+
+def _is_softmax(log_n: float | Tensor) -> bool:
+    return not isinstance(log_n, Tensor) and log_n == -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- the function
 
 
-def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+def softmax_n(
+    input: Tensor,
+    n: float | Tensor = 1.0,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    log_n: float | Tensor | None = None,
+) -> Tensor:
     """exp(x_i) / (n + sum_j exp(x_j)) along `dim`, with the signature of `torch.softmax` plus n.
 
     Exact at any logits: the row is shifted by max(max_j x_j, log n), so nothing overflows and a row far below log n
@@ -79,19 +105,20 @@ def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype |
 
     Args:
         input: any shape, floating point (other dtypes need `dtype`).
-        n: finite real number >= 0.
+        n: finite real number >= 0, or a tensor of them that broadcasts with `input`, of size 1 along `dim`.
         dim: the dimension that is normalised.
         dtype: dtype of the result; `input` is cast to it first.
+        log_n: the logarithm of n, in its place; -inf is softmax.
 
     Returns:
         Tensor of the shape of `input`; sums along `dim` lie in [0, 1].
 
     Raises:
-        ValueError: n is negative, NaN or infinite.
+        ValueError: n is a number and negative, NaN or infinite, or both n and log_n are given.
         TypeError: `input` is not floating point and no `dtype` is given.
     """
-    n = checked_softmax_n(n)
-    if n == 0:
+    log_n = _log(n, log_n)
+    if _is_softmax(log_n):
         return torch.softmax(input, dim, dtype)
     x = input if dtype is None else input.to(dtype)
     if not x.is_floating_point():
@@ -101,9 +128,10 @@ def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype |
     if x.numel() == 0:
         return x.to(result_dtype)
     # The shift cancels, so no gradient needs to pass through it.
-    shift = x.detach().amax(dim, keepdim=True).clamp_min(_log(n))
+    shift = x.detach().amax(dim, keepdim=True)
+    shift = shift.clamp_min(log_n.detach() if isinstance(log_n, Tensor) else log_n)
     exponentials = torch.exp(x - shift)
-    null = torch.exp(_log(n) - shift)
+    null = torch.exp(log_n - shift)
     return (exponentials / (exponentials.sum(dim, keepdim=True) + null)).to(result_dtype)
 
 
@@ -124,12 +152,14 @@ def softmax_n_attention(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    n: float = 1.0,
+    n: float | Tensor = 1.0,
+    log_n: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax_n(query key^T * scale + mask) value: `F.scaled_dot_product_attention` plus n, and exact for any real n.
 
-    A row in which every key is masked gives output 0 and gradient 0 when n > 0.
+    A row in which every key is masked gives output 0 and gradient 0 when n > 0. Forward-mode derivatives and second
+    ones exist only where the weights are materialised: `with attention_backend("eager")`.
 
     Args:
         query: (B, H, L, E).
@@ -139,18 +169,21 @@ def softmax_n_attention(
         dropout_p: dropout of the attention weights; applied whatever the module's mode, as in torch.
         is_causal: query i sees keys 0..i (upper left aligned); not together with `attn_mask`.
         scale: factor of the scores; default 1 / sqrt(E).
-        n: finite real number >= 0; 0 is stock attention.
+        n: finite real number >= 0; 0 is stock attention. Or a tensor of them, (H,) or (1, H, 1, 1), one for each head
+            and on the device; it may require a gradient (which is 0 where n is 0: train log_n).
+        log_n: the logarithm of n, in its place: the form in which models store attention sinks. -inf is softmax.
         enable_gqa: heads of key and value are shared by H / G query heads each.
 
     Returns:
         (B, H, L, V).
 
     Raises:
-        ValueError: n is negative, NaN or infinite, both `attn_mask` and `is_causal` are given, the mask holds whole
-            numbers, the shapes do not fit, or the backend that `attention_backend` forces cannot do this.
+        ValueError: n is a number and negative, NaN or infinite, both n and log_n or both `attn_mask` and `is_causal`
+            are given, the mask holds whole numbers, the shapes do not fit, or the backend that `attention_backend`
+            forces cannot do this.
     """
-    n = checked_softmax_n(n)
-    if n > 0 and is_causal and attn_mask is not None:
+    log_n = _log(n, log_n)
+    if not _is_softmax(log_n) and is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: put the causal mask into attn_mask")
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask is boolean, or floating point and added to the scores, got {attn_mask.dtype}")
@@ -158,10 +191,11 @@ def softmax_n_attention(
         raise ValueError(
             f"query and key need the same size, key and value the same length, got {_shapes(query, key, value)}"
         )
-    if n == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if is_causal and scale is not None and scale <= 0:  # NaN, or worse, in torch's CPU kernel: docs/softmax_n.md
+        query, scale = query * scale, 1.0
+    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
+    if _is_softmax(log_n):
+        return _sdpa(query, key, value, call)
     query, key, value = _autocast(query, key, value)
     irregular = None
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -174,8 +208,6 @@ def softmax_n_attention(
         irregular = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         irregular = "it gives the mask no gradient"
-    elif is_causal and scale is not None and scale <= 0:
-        irregular = "a causal mask with a scale of at most 0 is NaN in torch's CPU kernel"
     backend = _choose(
         query,
         irregular,
@@ -184,7 +216,7 @@ def softmax_n_attention(
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
         wide=max(query.shape[-1], value.shape[-1]) > 192,
     )
-    return _attend(backend, query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
+    return _attend(backend, query, key, value, call)
 
 
 def softmax_n_attention_varlen(
@@ -197,7 +229,8 @@ def softmax_n_attention_varlen(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    n: float = 1.0,
+    n: float | Tensor = 1.0,
+    log_n: float | Tensor | None = None,
 ) -> Tensor:
     """softmax_n attention of sequences packed one behind the other ("variable length", padding-free).
 
@@ -210,7 +243,7 @@ def softmax_n_attention_varlen(
         cu_seqlens: (number of sequences + 1) int32, on the device of `query`: sequence i is the tokens
             cu_seqlens[i] to cu_seqlens[i + 1] - 1. Starts with 0 and ends with T; sequences may be empty.
         max_seqlen: length of the longest sequence, or more.
-        dropout_p, is_causal, scale, n: as in `softmax_n_attention`; n = 0 is softmax attention.
+        dropout_p, is_causal, scale, n, log_n: as in `softmax_n_attention`; n = 0 is softmax attention.
 
     Returns:
         (T, H, V).
@@ -218,29 +251,33 @@ def softmax_n_attention_varlen(
     Raises:
         ValueError: as `softmax_n_attention`, or the shapes do not fit.
     """
-    n = checked_softmax_n(n)
+    log_n = _log(n, log_n)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3 or not len(query) == len(key) == len(value):
         raise ValueError(f"packed attention takes (tokens, heads, size), got {_shapes(query, key, value)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is one row of int32, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key need the same size, got {_shapes(query, key, value)}")
+    log_n = _per_head(log_n, query, 1)
+    if is_causal and scale is not None and scale <= 0:
+        query, scale = query * scale, 1.0
     query, key, value = _autocast(query, key, value)
     if query.numel() == 0:
-        nothing = 0 * (query.sum() + key.sum() + value.sum())  # which keeps what asks for a gradient
+        # It keeps what asks for a gradient.
+        nothing = sum(x[:0].sum() for x in (query, key, value, log_n) if isinstance(x, Tensor))
         return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
     irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
     wide = max(query.shape[-1], value.shape[-1]) > 192
     backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
-    options = (dropout_p, is_causal, scale, n)
+    call = _Call(None, dropout_p, is_causal, scale, log_n)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, max_seqlen)
+        return _stock_attention(backend, query, key, value, call, cu_seqlens, max_seqlen)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
         # time of batches of similar length and a quarter of that of padding all to the longest.
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        outputs = [_attend(backend, *part, None, *options, True) for part in parts if part[0].numel() > 0]
+        outputs = [_attend(backend, *part, call) for part in parts if part[0].numel() > 0]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
     # Elsewhere the lengths are not known without waiting for the device: into rows of max_seqlen and back. Causal needs
     # no mask, since padding lies behind every real token.
@@ -250,7 +287,32 @@ def softmax_n_attention_varlen(
     rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
     lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
-    return _attend(backend, *rows, mask, *options, True)[sequence, :, position]
+    call = _Call(mask, dropout_p, is_causal, scale, log_n)
+    return _attend(backend, *rows, call)[sequence, :, position]
+
+
+class _Call(NamedTuple):
+    """What an attention is to compute, beside query, key and value."""
+
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    log_n: float | Tensor  # (H,) if a tensor; -inf is softmax
+    enable_gqa: bool = True
+
+
+def _per_head(log_n: float | Tensor, query: Tensor, dim: int) -> float | Tensor:
+    """A tensor `log_n` as (H,), H being the size of `query` along `dim`."""
+    if not isinstance(log_n, Tensor):
+        return log_n
+    heads = query.shape[dim] if query.dim() >= 3 else 0
+    if tuple(log_n.shape) not in ((heads,), (1, heads, 1, 1)):
+        raise ValueError(
+            f"a tensor n holds one number for each of the {heads} heads of query, (H,) or (1, H, 1, 1), "
+            f"got {tuple(log_n.shape)}"
+        )
+    return log_n.reshape(heads)
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -409,24 +471,19 @@ def _changed_operator(backend: str) -> str | None:
     return None
 
 
-def _attend(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-    enable_gqa: bool,
-) -> Tensor:
-    options = (attn_mask, dropout_p, is_causal, scale, n)
+def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """Dense attention by one backend."""
     if backend == "zero_key":
-        return _zero_key_attention(query, key, value, *options, enable_gqa)
+        return _zero_key_attention(query, key, value, call)
     if backend == "eager":
-        return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), *options)[0]
-    return _stock_attention(backend, query, key, value, *options)
+        return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), call)[0]
+    return _stock_attention(backend, query, key, value, call)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """Stock attention, which knows no n."""
+    *options, scale, _, enable_gqa = call
+    return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
 
 
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -451,68 +508,75 @@ def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[
 #
 # is the Jacobian of softmax_n as well as softmax's (Dao, "FlashAttention-2", 2023, section 3.1). Dropout multiplies P
 # with the same mask in y, in dP and in dV, so all of it holds with dropout too. Nothing passes through lse.
+#
+# Of n a row has the null mass p0 = n / (n + exp(lse)) = sigmoid(log n - lse), and dP_j / dlog n = -P_j p0 for each j.
+# So dy / dlog n = -p0 y, and the gradient of a head's log n is -sum over its rows of p0 (dy . y), in float32 at least.
 
 
 class _StockKernel(torch.autograd.Function):
     """(y, lse, random state) of one stock kernel. Only y is differentiable, and only once.
 
-    Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None.
+    Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None. log_n is a float, or
+    (H,) in the dtype of lse.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):  # named ones would cost as much as the kernel: `apply` binds them anew on every call
-        backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n = inputs
+        backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale = inputs
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         qkv, random = (query, key, value), ()
         if backend == "cpu":
             output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
-            share = lse
         elif backend == "flash" and cu_seqlens is None:
             output, lse, _, _, _, _, *random, _ = aten._scaled_dot_product_flash_attention(
                 *qkv, dropout_p, is_causal, False, scale=scale
             )
-            share = lse
         elif backend == "flash":
             output, lse, *random, _ = aten._flash_attention_forward(
                 *qkv, *seqlens, dropout_p, is_causal, False, scale=scale
             )
-            share = lse.transpose(0, 1)  # (H, T)
         elif cu_seqlens is None:
             output, lse, *random = aten._scaled_dot_product_efficient_attention(
                 *qkv, bias, True, dropout_p, is_causal, scale=scale
             )
-            share = lse[..., : query.shape[2]]  # L is rounded up to a multiple of 32
         else:
             qkv = [x[None] for x in qkv]
             output, lse, *random, _, _ = aten._efficient_attention_forward(
                 *qkv, None, *seqlens, dropout_p, int(is_causal), True
             )
-            output, (sequence, position) = output[0], _places(cu_seqlens, len(query))
-            share = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
-        if n > 0:
+            output = output[0]
+        if not _is_softmax(log_n):
             # In place on the fresh output, so that half precision is computed in float32 and rounded once.
-            output.mul_(torch.sigmoid(share - math.log(n) if n != 1 else share)[..., None])
+            output.mul_(torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None])
         return output, lse, *random
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.backend, *tensors, ctx.max_seqlen, ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.n = inputs
-        ctx.save_for_backward(*tensors, *outputs)
+        ctx.backend, *tensors, log_n, ctx.max_seqlen, ctx.dropout_p, ctx.is_causal, ctx.scale = inputs
+        ctx.log_n, log_n = (None, log_n) if isinstance(log_n, Tensor) else (log_n, None)
+        ctx.save_for_backward(*tensors, log_n, *outputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        query, key, value, bias, cu_seqlens, output, lse, *random = ctx.saved_tensors
+        query, key, value, bias, cu_seqlens, log_n, output, lse, *random = ctx.saved_tensors
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
         if grad is None:
             return (None,) * 11
-        if ctx.n > 0:
-            lse = torch.logaddexp(lse, lse.new_full((), math.log(ctx.n)))
+        grad_log_n = None
+        if ctx.needs_input_grad[6]:
+            null_mass = torch.sigmoid(-_null_logit(ctx.backend, lse, log_n, query, cu_seqlens))
+            rows = null_mass * (grad.to(lse.dtype) * output).sum(-1)
+            grad_log_n = -rows.sum([dim for dim in range(rows.dim()) if dim != 1])
+        if log_n is not None:
+            lse = torch.logaddexp(lse, log_n[:, None])
+        elif not _is_softmax(ctx.log_n):
+            lse = torch.logaddexp(lse, lse.new_full((), ctx.log_n))
         qkv, result, options = (query, key, value), (output, lse), (ctx.dropout_p, ctx.is_causal)
         if ctx.backend == "cpu":
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -536,7 +600,22 @@ class _StockKernel(torch.autograd.Function):
                 grad, query, key, value, None, output, *seqlens, lse, ctx.dropout_p, *random, int(ctx.is_causal), False
             )
             grads = [x[0] for x in grads[:3]]
-        return None, *grads[:3], *(None,) * 7
+        return None, *grads[:3], None, None, grad_log_n, *(None,) * 4
+
+
+def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """lse - log n, the logit of 1 - null mass, of every row of the output: dense (B, H, L), packed (T, H)."""
+    if cu_seqlens is None:
+        lse = lse[..., : query.shape[2]]  # the efficient kernel rounds L up to a multiple of 32
+        log_n = log_n[:, None] if isinstance(log_n, Tensor) else log_n
+    elif backend == "flash":
+        lse = lse.transpose(0, 1)  # (H, T)
+    else:
+        sequence, position = _places(cu_seqlens, len(query))
+        lse = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
+    if isinstance(log_n, Tensor):  # a softmax head stays one in rows without any key, where -inf - -inf is NaN
+        return torch.where(log_n == -math.inf, math.inf, lse - log_n)
+    return lse - log_n if log_n != 0 else lse
 
 
 def _stock_attention(
@@ -544,15 +623,12 @@ def _stock_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
+    call: _Call,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
     """softmax_n attention by a stock kernel, for any n >= 0: makes the arguments such as the kernel takes them."""
+    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
     if backend != "flash":  # which alone knows shared heads
         key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
     sizes = query.shape[-1], value.shape[-1]
@@ -579,8 +655,10 @@ def _stock_attention(
         if not _is_aligned(bias, multiple):
             bias = F.pad(bias, (0, multiple - bias.shape[-1] % multiple))[..., : bias.shape[-1]]
         bias = bias.expand(*query.shape[:3], key.shape[2])
+    if isinstance(log_n, Tensor):
+        log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
     run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
-    output = run(backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n)[0]
+    output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
 
@@ -593,78 +671,76 @@ def _is_aligned(x: Tensor, multiple: int) -> bool:
 # -------------------------------------------------------------------------------------------- through public PyTorch
 
 
-def _zero_key_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-    enable_gqa: bool,
-) -> Tensor:
+def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """softmax_n attention through torch's public attention, exactly.
 
     One more key and value of zeros: the null key's score is 0 plus its mask entry log n, so it adds n to the
     denominator, and its value adds nothing to the numerator. Dropout may drop the null key, which changes nothing, and
     treats every other weight as softmax_n attention does.
     """
-    if n == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    attn_mask, _, is_causal, _, log_n, _ = call
+    if _is_softmax(log_n):
+        return _sdpa(query, key, value, call)
     length, keys = query.shape[-2], key.shape[-2]
-    null_logits = _null_logits(n, query.dtype)
+    null_logits = _null_logits(log_n, query.dtype)
     key = F.pad(key, (0, 0, 0, len(null_logits)))
     value = F.pad(value, (0, 0, 0, len(null_logits)))
+    by_head, plain = isinstance(log_n, Tensor), not isinstance(log_n, Tensor) and log_n == 0
     if is_causal:
         attn_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is None and n != 1:  # log 1 = 0 needs no mask
+    if attn_mask is None and not plain:  # log 1 = 0 needs no mask
         attn_mask = query.new_zeros(1, keys)
     if attn_mask is not None:
-        if n != 1 and attn_mask.dtype == torch.bool:
+        if not plain and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
         if attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(query.dtype)
         # Expanded first: a mask that broadcasts over the keys must not reach the null keys.
-        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)
+        rows = torch.broadcast_shapes(attn_mask.shape[:-1], (query.shape[-3], 1)) if by_head else attn_mask.shape[:-1]
+        attn_mask = attn_mask.expand(*rows, keys)
         for logit in null_logits:
-            attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+            if by_head:
+                null = logit.to(query.dtype)[:, None, None].expand(*rows, 1)
+                attn_mask = torch.cat([attn_mask, null], -1)
+            else:
+                attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
+    return _sdpa(query, key, value, call._replace(attn_mask=attn_mask, is_causal=False))
 
 
-def _null_logits(n: float, dtype: torch.dtype) -> list[float]:
+def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
     """Logits, exact in `dtype`, whose exponentials add up to n.
 
     One is enough except in half precision, where log n rounded to bfloat16 would be another n by up to 0.8 %. There the
     first is log n rounded down, and a second one makes up the rest.
     """
-    logit = math.log(n)
-    if dtype not in (torch.float16, torch.bfloat16):
-        return [logit]
+    half = dtype in (torch.float16, torch.bfloat16)
+    if isinstance(log_n, Tensor):
+        log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that a row without any key is 0
+        if not half:
+            return [log_n]
+        lower = (log_n - log_n.abs() * torch.finfo(dtype).eps).to(dtype)
+        rest = log_n + torch.expm1(lower - log_n).neg().clamp_min(0).log()
+        return [log_n + (logit - log_n).detach() for logit in (lower, rest)]  # both move with log n
+    if not half:
+        return [log_n]
     bits = 1 - round(math.log2(torch.finfo(dtype).eps))  # of the significand: 11 or 8
-    significand, exponent = math.frexp(logit)
+    significand, exponent = math.frexp(log_n)
     rounded = math.ldexp(math.floor(math.ldexp(significand, bits)), exponent - bits)
-    rest = n - math.exp(rounded)
+    rest = math.exp(log_n) - math.exp(rounded)
     return [rounded] if rest <= 0 else [rounded, math.log(rest)]
 
 
-def _eager_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-) -> tuple[Tensor, Tensor]:
+def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """The definition, with the weights materialised: for who asks to see them. Returns (output, weights).
 
     Softmax over one more logit, log n, whose weight is thrown away, keeps to torch's fused softmax and its backward.
     """
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.dtype == torch.float16:  # which ends at 65,504: scaled first, the product of q = k = 40 does not overflow
+        scores = query * scale @ key.transpose(-2, -1)
+    else:
+        scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
@@ -673,7 +749,13 @@ def _eager_attention(
         else:
             scores = scores + attn_mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.softmax(F.pad(scores, (0, 1), value=_log(n)), -1)[..., :-1] if n > 0 else torch.softmax(scores, -1)
+    if isinstance(log_n, Tensor):
+        null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, null], -1), -1)[..., :-1]
+    elif _is_softmax(log_n):
+        weights = torch.softmax(scores, -1)
+    else:
+        weights = torch.softmax(F.pad(scores, (0, 1), value=log_n), -1)[..., :-1]
     weights = F.dropout(weights.to(value.dtype), dropout_p)
     return weights @ value, weights
 
@@ -746,7 +828,8 @@ def softmax_n_attention_forward(
         return output[None], None
     if output_attentions:
         key, value = _shared_heads(query, key, value, dim=1)
-        output, weights = _eager_attention(query, key, value, attention_mask, dropout, is_causal, scaling, n)
+        call = _Call(attention_mask, dropout, is_causal, scaling, _log(n, None))
+        output, weights = _eager_attention(query, key, value, call)
     else:
         output = softmax_n_attention(
             query, key, value, attention_mask, dropout, is_causal, scaling, n=n, enable_gqa=bool(groups > 1)

@@ -715,6 +715,7 @@ def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | lis
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if isinstance(log_n, Tensor):
+        log_n = log_n.to(torch.promote_types(dtype, torch.float32))
         log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that a row without any key is 0
         if not half:
             return [log_n]

@@ -22,17 +22,21 @@ E head size, V value head size, T tokens of all packed sequences.
 """
 
 import contextlib
+import copy
 import functools
+import inspect
 import logging
 import math
 import numbers
+import sys
 import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -41,6 +45,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -48,13 +53,18 @@ from transformers import (
     RobertaForTokenClassification,
     RobertaModel,
 )
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 # The names under which transformers knows this attention. The eager one materialises the weights on every call, for
-# models that do not hand the keyword output_attentions down to their attention (GPT-2).
+# models that do not hand the keyword output_attentions down to their attention (GPT-2). The additive one gets masks
+# that are added to the scores, always, for models that compute with their mask (DeepSeek-V4).
 ATTENTION = "softmax_n"
 EAGER_ATTENTION = "softmax_n_eager"
+ADDITIVE_ATTENTION = "softmax_n_additive"
+
+# What config.softmax_n may be beside a number: the model's own sinks, or a parameter of each head, `log_n`.
+OWN, LEARNED = "own", "learned"
 
 
 def checked_softmax_n(n: float) -> float:
@@ -765,7 +775,7 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> 
 
 
 def softmax_n_attention_forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -778,28 +788,44 @@ def softmax_n_attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls; n comes from `module.config.softmax_n`.
 
     Args and result as transformers' `AttentionInterface` has them: query (B, H, L, E), key and value (B, G, S, E),
     result (B, L, H, E) and, with `output_attentions`, the weights (B, H, L, S), after dropout as in stock eager
-    attention. Their rows sum to 1 minus the null mass.
+    attention. Their rows sum to 1 minus the null mass. `s_aux` (H,) are a model's own sinks, log n of each head;
+    `indices` (B, L, any) the keys to which a sparse attention has confined each query.
 
     Packed sequences come as transformers' FlashAttentionKwargs: B = 1, L all tokens, `cu_seq_lens_q` int32 on the
     device and `max_length_q` an int; the two for keys are the same.
 
     Raises:
         ValueError: the config carries no softmax_n, or the model asks for something that softmax_n attention does not
-            define here (softcap, a position bias beside the mask, an attention sink of its own, a paged cache); packed
+            define here (softcap, a position bias beside the mask, a paged cache, sinks of its own beside n); packed
             sequences with `output_attentions` or a cache.
     """
     n = getattr(module.config, "softmax_n", None)
     if n is None:
         raise ValueError(f"{type(module.config).__name__} has no softmax_n: choose n with apply_softmax_n(model, n)")
-    for unsupported in ("softcap", "position_bias", "s_aux", "cache"):
+    for unsupported in ("softcap", "position_bias", "cache"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"softmax_n attention has no `{unsupported}`, which {type(module).__name__} asks for")
+    if n == OWN:  # some layers may have none, and are softmax
+        log_n = -math.inf if s_aux is None else s_aux
+    elif s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks of its own: take them, apply_softmax_n(model)")
+    else:
+        log_n = module.log_n if n == LEARNED else _log(n, None)
+    if indices is not None:
+        chosen = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter(-1, indices.long()[:, None], True)
+        if attention_mask is None or attention_mask.dtype == torch.bool:
+            attention_mask = chosen if attention_mask is None else attention_mask & chosen
+        else:
+            attention_mask = attention_mask.masked_fill(~chosen, -math.inf)
     # As in transformers' own sdpa attention: no mask on a causal module means purely causal, but a single query (a
     # decoding step) sees every key.
     if is_causal is None:
@@ -824,16 +850,16 @@ def softmax_n_attention_forward(
             dropout,
             is_causal,
             scaling,
-            n=n,
+            log_n=log_n,
         )
         return output[None], None
     if output_attentions:
         key, value = _shared_heads(query, key, value, dim=1)
-        call = _Call(attention_mask, dropout, is_causal, scaling, _log(n, None))
+        call = _Call(attention_mask, dropout, is_causal, scaling, _per_head(log_n, query, 1))
         output, weights = _eager_attention(query, key, value, call)
     else:
         output = softmax_n_attention(
-            query, key, value, attention_mask, dropout, is_causal, scaling, n=n, enable_gqa=bool(groups > 1)
+            query, key, value, attention_mask, dropout, is_causal, scaling, log_n=log_n, enable_gqa=bool(groups > 1)
         )
         weights = None
     return output.transpose(1, 2).contiguous(), weights
@@ -842,46 +868,207 @@ def softmax_n_attention_forward(
 # Without its own mask function an attention gets no mask at all, and padding would leak.
 AttentionInterface.register(ATTENTION, softmax_n_attention_forward)
 AttentionInterface.register(EAGER_ATTENTION, functools.partial(softmax_n_attention_forward, output_attentions=True))
-for _name in (ATTENTION, EAGER_ATTENTION):
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register(ADDITIVE_ATTENTION, softmax_n_attention_forward)
+for _name, _mask in ((ATTENTION, sdpa_mask), (EAGER_ATTENTION, sdpa_mask), (ADDITIVE_ATTENTION, eager_mask)):
+    AttentionMaskInterface.register(_name, _mask)
 
 
-def apply_softmax_n(model: PreTrainedModel, n: float) -> PreTrainedModel:
+def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module:
     """Make every attention of a transformers model use softmax_n ("surgery", in place). Weights stay as they are.
 
-    Works on any model that takes its attention from transformers' attention interface. To see the attention weights,
-    pass output_attentions=True or, where the model does not hand that on, set_attn_implementation("softmax_n_eager").
-    `save_pretrained` of a stock
-    class does not keep the choice: apply it again after loading, or use a class that does (RobertaSoftmaxNForMaskedLM).
+    First the model is run on a few made-up tokens, with its own softmax attention and with ours at n = 0 (or with its
+    own sinks). It is taken if both agree, and every attention seen was ours. To see the attention weights, pass
+    output_attentions=True or, where the model does not hand that on, set_attn_implementation("softmax_n_eager").
 
     Args:
-        model: a PreTrainedModel.
-        n: finite real number >= 0.
+        model: a PreTrainedModel, or a module around one.
+        n: finite real number >= 0, 0 being softmax; "learned" for a parameter `log_n` (H,) in each attention module,
+            which starts at 0 (n = 1); None for a model that has learned attention sinks of its own, such as gpt-oss.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: n is negative, NaN or infinite, or the model (or a model inside it) does not use the attention
-            interface; the model is then left as it was.
+        ValueError: n is none of these, or the model cannot be taken; it is then left as it was.
     """
-    n = checked_softmax_n(n)
+    n = n if n is None or n == LEARNED else checked_softmax_n(n)
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if not parts:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
-    for part in parts:
-        # The model's own promise that any function of the interface works in it.
-        if not part._supports_attention_backend:
-            raise ValueError(
-                f"{type(part).__name__} does not take its attention from transformers' attention interface, "
-                "so softmax_n cannot be put into it"
-            )
-    # Attention modules read the config that they were built with; composite models have several.
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    for config in configs.values():
-        config.softmax_n = n
-    model.set_attn_implementation(ATTENTION)
+    # On copies of the configs: another model may have been built with the same ones, and a failure changes nothing.
+    places = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, PretrainedConfig)
+    ]
+    copies: dict = {}
+    try:
+        for module, name, config in places:
+            setattr(module, name, copy.deepcopy(config, copies))
+        configs = [copies[key] for key in {id(config): 0 for *_, config in places}]
+        heads = _put_in(parts[0], configs, n)
+    except BaseException:
+        for module, name, config in places:
+            setattr(module, name, config)
+        raise
+    if n == LEARNED:
+        for module, count in heads.items():
+            like = next(module.parameters())
+            module.log_n = nn.Parameter(torch.zeros(count, dtype=like.dtype, device=like.device))
     return model
+
+
+def _put_in(model: PreTrainedModel, configs: list[PretrainedConfig], n: float | str | None) -> dict[nn.Module, int]:
+    """Set the configs, which are the model's. Returns its attention modules with their heads."""
+
+    def choose(attention: str, amount: float | str) -> None:
+        for config in configs:
+            config.softmax_n, config._attn_implementation_internal = amount, attention
+
+    refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
+    amount, watch = OWN if n is None else n, _Watch()
+    choose("eager", 0.0)
+    if any(config._attn_implementation != "eager" for config in configs):  # a class that sees to its attention itself
+        choose(ATTENTION, amount)
+        return {}
+    inputs, expected = _first_run(model)
+    if inputs is None and not (model._supports_attention_backend and n not in (None, LEARNED)):
+        raise ValueError(f"{refused}, or it could not be tried: {expected}")
+    attention, error = ATTENTION, None
+    for attention in (ATTENTION, ADDITIVE_ATTENTION) if inputs is not None else ():
+        choose(attention, OWN if n is None else 0.0)
+        try:
+            with watch:
+                found = _run(model, inputs)
+            difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
+            error = None if difference <= 1 else f"its output is another ({difference:.0f} times the rounding)"
+        except ValueError as refusal:
+            raise refusal
+        except Exception as failure:  # of a model that computes with a mask of another kind
+            error = f"it stops with {type(failure).__name__}: {failure}"
+        if watch.others or not error:
+            break
+    if inputs is not None and (watch.others or not watch.ours):
+        names = [name for name, module in model.named_modules() if module in watch.others]
+        raise ValueError(f"{refused}{' in ' * bool(names)}{', '.join(names)}, so softmax_n cannot be put into it")
+    if error:
+        raise ValueError(f"softmax_n cannot be put into {type(model).__name__}: with n = 0, {error}")
+    if n is None and not watch.sinks:
+        raise ValueError(f"{type(model).__name__} has no attention sinks of its own: give n, or {LEARNED!r}")
+    choose(attention, amount)
+    return watch.ours
+
+
+def _first_run(model: PreTrainedModel) -> tuple[dict | None, list[Tensor] | str]:
+    """Made-up inputs with which the model runs as it is, and its outputs; or None and why there are none."""
+    if next(model.parameters()).is_meta:
+        return None, "it has no weights yet"
+    reason = ""
+    for everything in (False, True):
+        try:
+            inputs = _made_up_inputs(model, everything)
+            return inputs, _run(model, inputs)
+        except Exception as error:
+            reason = reason or f"{type(error).__name__}: {error}"
+    return None, reason
+
+
+def _made_up_inputs(model: PreTrainedModel, everything: bool) -> dict[str, Tensor]:
+    """Two samples of what the model takes in first, or of everything that it can take; the second is padded."""
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+    vision, text = getattr(config, "vision_config", config), config.get_text_config()
+
+    def numbers_like(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=model.device).reshape(shape)
+
+    def floats(*shape: int) -> Tensor:
+        return numbers_like(*shape).cos().to(model.dtype)
+
+    inputs = {}
+    wanted = [name for name in parameters if everything or name == model.main_input_name]
+    if "input_ids" in wanted:
+        inputs["input_ids"] = 5 + numbers_like(2, 8) * 7 % (text.vocab_size - 5)
+        if "attention_mask" in parameters:
+            inputs["attention_mask"] = (numbers_like(2, 8) != 14).long() * (numbers_like(2, 8) != 15)
+    if "decoder_input_ids" in parameters and config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = 5 + numbers_like(2, 4) * 7 % (config.vocab_size - 5)
+    if "pixel_values" in wanted:
+        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
+        inputs["pixel_values"] = floats(2, vision.num_channels, *size)
+    if "input_features" in wanted:
+        inputs["input_features"] = floats(2, config.num_mel_bins, 2 * config.max_source_positions)
+    if "input_values" in wanted:
+        inputs["input_values"] = floats(2, 4000)
+    return inputs
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, inputs: dict) -> list[Tensor]:
+    """The model's outputs, with the mask and without, in eval mode and without its hooks, which may count."""
+    modules = list(model.modules())
+    kept = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in modules]
+    try:
+        for module in modules:
+            module.training, module._forward_hooks, module._forward_pre_hooks = False, {}, {}
+        outputs = [model(**inputs, return_dict=True)]
+        if "attention_mask" in inputs:
+            outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
+    finally:
+        for module, *before in kept:
+            module.training, module._forward_hooks, module._forward_pre_hooks = before
+    return [x for output in outputs for x in output.values() if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of what rounding may make of it."""
+    allowed = (3e-5 if expected.dtype.itemsize > 2 else 0.1) * expected.abs().max().double().clamp_min(1e-30)
+    return ((found.double() - expected.double()).abs().max() / allowed).nan_to_num(math.inf).item()
+
+
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
+ATTENTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what attends while a model runs.
+
+    ours: modules whose attention is softmax_n_attention_forward, with their heads; sinks: whether one of them has some;
+    others: modules with another attention: a softmax of a product of matrices whose weights multiply a third one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.others, self.sinks = {}, {}, False
+        self.products, self.weights = {}, {}  # tensors by id, held so that no other gets it
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        while frame and frame.f_code is not softmax_n_attention_forward.__code__:
+            if isinstance(frame.f_locals.get("self"), nn.Module):
+                break
+            frame = frame.f_back
+        if frame is None:
+            return result
+        if frame.f_code is softmax_n_attention_forward.__code__:
+            self.ours[frame.f_locals["module"]] = frame.f_locals["query"].shape[1]
+            self.sinks = self.sinks or frame.f_locals["s_aux"] is not None
+            return result
+        name = getattr(function, "__name__", "")
+        given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(x, Tensor)]
+        if name in ATTENTIONS or (name in PRODUCTS and any(id(x) in self.weights for x in given)):
+            self.others[frame.f_locals["self"]] = name
+        elif name in PRODUCTS:
+            self.products[id(result)] = result
+        elif isinstance(result, Tensor) and name != "linear":
+            for kind in (self.products, self.weights):
+                if any(
+                    id(x) in kind and (x.numel() == result.numel() or name in ("cat", "__getitem__")) for x in given
+                ):
+                    kind = self.weights if name == "softmax" else kind
+                    kind[id(result)] = result
+        return result
 
 
 # ------------------------------------------------------------------------------------------------- RoBERTa with it

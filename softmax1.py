@@ -892,8 +892,11 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
         ValueError: n is none of these, or the model cannot be taken; it is then left as it was.
     """
     n = n if n is None or n == LEARNED else checked_softmax_n(n)
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if not parts:
+    roots: list[PreTrainedModel] = []
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not any(part in set(root.modules()) for root in roots):
+            roots.append(part)
+    if not roots:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
     # On copies of the configs: another model may have been built with the same ones, and a failure changes nothing.
     places = [
@@ -905,37 +908,41 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     copies: dict = {}
     try:
         for module, name, config in places:
-            setattr(module, name, copy.deepcopy(config, copies))
-        configs = [copies[key] for key in {id(config): 0 for *_, config in places}]
-        heads = _put_in(parts[0], configs, n)
+            copied = copy.deepcopy(config, copies)
+            copied.__class__ = vars(type(copied)).get("stock", type(copied))
+            setattr(module, name, copied)
+        heads = [_put_in(root, n) for root in roots]
     except BaseException:
         for module, name, config in places:
             setattr(module, name, config)
         raise
-    if n == LEARNED:
-        for module, count in heads.items():
-            like = next(module.parameters())
-            module.log_n = nn.Parameter(torch.zeros(count, dtype=like.dtype, device=like.device))
+    for root, heads_of_root in zip(roots, heads, strict=True):
+        if heads_of_root is not None:
+            _change_class(root, n, heads_of_root)
     return model
 
 
-def _put_in(model: PreTrainedModel, configs: list[PretrainedConfig], n: float | str | None) -> dict[nn.Module, int]:
-    """Set the configs, which are the model's. Returns its attention modules with their heads."""
+def _put_in(model: PreTrainedModel, n: float | str | None) -> dict[str, int] | None:
+    """Set the configs of the model, which is tested first. Returns the classes of its attention, with their heads; or
+    None for a model that sees to its attention itself."""
+    configs = {id(config): config for module in model.modules() for config in vars(module).values()}
+    configs = [config for config in configs.values() if isinstance(config, PretrainedConfig)]
+    refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
 
     def choose(attention: str, amount: float | str) -> None:
         for config in configs:
             config.softmax_n, config._attn_implementation_internal = amount, attention
 
-    refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
-    amount, watch = OWN if n is None else n, _Watch()
     choose("eager", 0.0)
-    if any(config._attn_implementation != "eager" for config in configs):  # a class that sees to its attention itself
-        choose(ATTENTION, amount)
-        return {}
+    if model.config._attn_implementation != "eager":
+        if not isinstance(n, float):
+            raise ValueError(f"{type(model).__name__} takes a number n, got {n!r}")
+        choose(ATTENTION, n)
+        return None
     inputs, expected = _first_run(model)
-    if inputs is None and not (model._supports_attention_backend and n not in (None, LEARNED)):
+    if inputs is None and not (model._supports_attention_backend and isinstance(n, float)):
         raise ValueError(f"{refused}, or it could not be tried: {expected}")
-    attention, error = ATTENTION, None
+    attention, error, watch = ATTENTION, None, _Watch()
     for attention in (ATTENTION, ADDITIVE_ATTENTION) if inputs is not None else ():
         choose(attention, OWN if n is None else 0.0)
         try:
@@ -943,21 +950,44 @@ def _put_in(model: PreTrainedModel, configs: list[PretrainedConfig], n: float | 
                 found = _run(model, inputs)
             difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
             error = None if difference <= 1 else f"its output is another ({difference:.0f} times the rounding)"
-        except ValueError as refusal:
-            raise refusal
+        except ValueError:
+            raise
         except Exception as failure:  # of a model that computes with a mask of another kind
             error = f"it stops with {type(failure).__name__}: {failure}"
         if watch.others or not error:
             break
     if inputs is not None and (watch.others or not watch.ours):
-        names = [name for name, module in model.named_modules() if module in watch.others]
-        raise ValueError(f"{refused}{' in ' * bool(names)}{', '.join(names)}, so softmax_n cannot be put into it")
+        raise ValueError(f"{refused}{watch.where(model)}, so softmax_n cannot be put into it")
     if error:
         raise ValueError(f"softmax_n cannot be put into {type(model).__name__}: with n = 0, {error}")
     if n is None and not watch.sinks:
         raise ValueError(f"{type(model).__name__} has no attention sinks of its own: give n, or {LEARNED!r}")
-    choose(attention, amount)
-    return watch.ours
+    heads = {type(module).__name__: count for module, count in watch.ours.items()}
+    if n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
+        raise ValueError(f"{type(model).__name__} has attention of several numbers of heads: {heads}")
+    for config in configs:
+        config.softmax_n_heads = heads if n == LEARNED else None
+    choose(attention, OWN if n is None else n)
+    for part in model.modules():  # such as the tower of images, which was given none
+        if isinstance(part, PreTrainedModel) and watch.seen.isdisjoint(part.modules()):
+            part._softmax_n_watch = _Watch()
+            part.register_forward_pre_hook(_start_watching)
+            part.register_forward_hook(_stop_watching, always_call=True)
+    return heads
+
+
+def _start_watching(module: nn.Module, args: tuple) -> None:
+    """On the first forward of what was not tried when n was chosen."""
+    if module._softmax_n_watch is not None:
+        module._softmax_n_watch.__enter__()
+
+
+def _stop_watching(module: nn.Module, args: tuple, output: object) -> None:
+    watch, module._softmax_n_watch = module._softmax_n_watch, None
+    if watch is not None:
+        watch.__exit__(None, None, None)
+        if watch.others:
+            raise ValueError(f"{type(module).__name__} attends with softmax{watch.where(module)}: it has no softmax_n")
 
 
 def _first_run(model: PreTrainedModel) -> tuple[dict | None, list[Tensor] | str]:
@@ -1027,6 +1057,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
+OURS = softmax_n_attention_forward.__name__  # a name, since a second copy of this file may have registered its own
 ATTENTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
 
 
@@ -1034,31 +1065,33 @@ class _Watch(TorchFunctionMode):
     """Sees what attends while a model runs.
 
     ours: modules whose attention is softmax_n_attention_forward, with their heads; sinks: whether one of them has some;
-    others: modules with another attention: a softmax of a product of matrices whose weights multiply a third one.
+    others: modules with another attention: a softmax of a product of matrices whose weights multiply a third one;
+    seen: modules that computed anything.
     """
 
     def __init__(self):
         super().__init__()
-        self.ours, self.others, self.sinks = {}, {}, False
+        self.ours, self.others, self.seen, self.sinks = {}, set(), set(), False
         self.products, self.weights = {}, {}  # tensors by id, held so that no other gets it
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         frame = sys._getframe(1)
-        while frame and frame.f_code is not softmax_n_attention_forward.__code__:
+        while frame and frame.f_code.co_name != OURS:
             if isinstance(frame.f_locals.get("self"), nn.Module):
                 break
             frame = frame.f_back
         if frame is None:
             return result
-        if frame.f_code is softmax_n_attention_forward.__code__:
+        if frame.f_code.co_name == OURS:
             self.ours[frame.f_locals["module"]] = frame.f_locals["query"].shape[1]
             self.sinks = self.sinks or frame.f_locals["s_aux"] is not None
             return result
-        name = getattr(function, "__name__", "")
+        module, name = frame.f_locals["self"], getattr(function, "__name__", "")
+        self.seen.add(module)
         given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(x, Tensor)]
         if name in ATTENTIONS or (name in PRODUCTS and any(id(x) in self.weights for x in given)):
-            self.others[frame.f_locals["self"]] = name
+            self.others.add(module)
         elif name in PRODUCTS:
             self.products[id(result)] = result
         elif isinstance(result, Tensor) and name != "linear":
@@ -1070,6 +1103,11 @@ class _Watch(TorchFunctionMode):
                     kind[id(result)] = result
         return result
 
+    def where(self, model: nn.Module) -> str:
+        """ " in" and the names of `others`."""
+        names = [name or type(model).__name__ for name, module in model.named_modules() if module in self.others]
+        return f" in {', '.join(names)}" if names else ""
+
 
 # ------------------------------------------------------------------------------------------------- RoBERTa with it
 
@@ -1078,29 +1116,29 @@ class _Watch(TorchFunctionMode):
 # raises, with this sentence, whichever attention the caller asks for.
 STOP_STOCK = (
     ", in a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
-    "trust_remote_code=True; stock RoBERTa would attend with softmax"
+    "trust_remote_code=True; stock code would attend with softmax"
 )
 
 
-class RobertaSoftmaxNConfig(RobertaConfig):
-    """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1).
+class _SoftmaxNConfig:
+    """What the configs of softmax_n models share: `softmax_n`, which is n or "learned", and how they are saved.
 
-    Three things in config.json keep stock RoBERTa from loading the weights and quietly attending with softmax: the
+    Three things in config.json keep stock classes from loading the weights and quietly attending with softmax: the
     model_type, which makes them warn; the name of the attention, which they do not find; and `STOP_STOCK`.
 
     Raises:
         ValueError: softmax_n is negative, NaN or infinite.
     """
 
-    model_type = "roberta-softmax-n"
-
-    def __init__(self, softmax_n: float = 1.0, **kwargs):
+    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
         if isinstance(kwargs.get("hidden_act"), str):
-            kwargs["hidden_act"] = kwargs["hidden_act"].removesuffix(STOP_STOCK)
+            kwargs["hidden_act"] = kwargs["hidden_act"].partition(STOP_STOCK.partition(":")[0])[0]
+        if "softmax_n" in (kwargs.get("quantization_config") or {}):
+            del kwargs["quantization_config"]
         super().__init__(**kwargs)
-        self.softmax_n = checked_softmax_n(softmax_n)
+        self.softmax_n = softmax_n if softmax_n == LEARNED else checked_softmax_n(softmax_n)
 
-    @RobertaConfig._attn_implementation.getter
+    @PretrainedConfig._attn_implementation.getter
     def _attn_implementation(self) -> str:
         """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here.
 
@@ -1113,18 +1151,23 @@ class RobertaSoftmaxNConfig(RobertaConfig):
     def to_dict(self) -> dict:
         """As transformers has it, and what it leaves out: the attention, and the classes of this file beside the one
         that is being saved."""
-        return {**super().to_dict(), "_attn_implementation": ATTENTION, "auto_map": dict(AUTO_MAP)}
+        attention = ADDITIVE_ATTENTION if self._attn_implementation == ADDITIVE_ATTENTION else ATTENTION
+        return {**super().to_dict(), "_attn_implementation": attention, "auto_map": dict(self.softmax_n_auto_map)}
 
     def to_diff_dict(self) -> dict:
         """What config.json holds."""
-        return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
+        if isinstance(getattr(self, "hidden_act", None), str):
+            return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
+        return {**super().to_diff_dict(), "quantization_config": {"softmax_n": STOP_STOCK}}  # has no method: it raises
 
 
-class _SoftmaxNAttention:
-    """What the models below share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
+class _SoftmaxNModel:
+    """What softmax_n models share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
 
-    def __init__(self, config: RobertaSoftmaxNConfig, *args, **kwargs):
+    def __init__(self, config: PretrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if config.softmax_n == LEARNED:
+            _add_sinks(self, config.softmax_n_heads)
         check_attention(self)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
@@ -1138,6 +1181,98 @@ class _SoftmaxNAttention:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
+def _add_sinks(model: nn.Module, heads: dict[str, int] | None) -> None:
+    """A parameter `log_n` (H,) of zeros in every module of the classes in `heads`; None takes all out again."""
+    for module in model.modules():
+        module._parameters.pop("log_n", None)
+        if type(module).__name__ in (heads or {}):
+            like = next(module.parameters())
+            module.log_n = nn.Parameter(like.new_zeros(heads[type(module).__name__]))
+
+
+class _Twin(_SoftmaxNModel):
+    """A model of any class into which apply_softmax_n has put a number or learned sinks.
+
+    The buffer `softmax_n` keeps the stock class from loading its state_dict.
+    """
+
+    def __init__(self, config: PretrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_buffer(
+            "softmax_n", torch.ones(()) if config.softmax_n == LEARNED else torch.tensor(config.softmax_n)
+        )
+
+
+def _change_class(model: PreTrainedModel, n: float | str | None, heads: dict[str, int]) -> None:
+    """Make the model one of a class that is saved with its n, or, for softmax and a model's own sinks, a stock one."""
+    model._buffers.pop("softmax_n", None)
+    _add_sinks(model, heads if n == LEARNED else None)
+    model.__class__ = vars(type(model)).get("stock", type(model))
+    if n is None or n == 0:
+        return
+    model.__class__ = softmax_n_class(type(model))
+    model.config.__class__ = model.config_class
+    if isinstance(model, _Twin):
+        model.register_buffer("softmax_n", torch.tensor(1.0 if n == LEARNED else n, device=model.device))
+
+
+@functools.cache
+def softmax_n_class(stock: type) -> type:
+    """The class of transformers models or configs that is `stock` with softmax_n: SoftmaxNLlamaForCausalLM.
+
+    It is an attribute of this module too, where from_pretrained with trust_remote_code=True finds it.
+    """
+    ours = next((model for model in MODELS.values() if model.__bases__[1] is stock), None)
+    if ours:
+        return ours
+    about = {"__module__": __name__, "__doc__": f"{stock.__name__} with softmax_n.", "stock": stock}
+    if issubclass(stock, PretrainedConfig):
+        autos = {"AutoConfig": f"softmax1.SoftmaxN{stock.__name__}"}
+        for name in dir(transformers):
+            mapping = getattr(getattr(transformers, name), "_model_mapping", ()) if name.startswith("AutoModel") else ()
+            model = mapping[stock] if stock in mapping else None
+            if isinstance(model, type):
+                autos[name] = f"softmax1.SoftmaxN{model.__name__}"
+        about |= {
+            "softmax_n_auto_map": autos,
+            "model_type": f"softmax-n-{stock.model_type}",
+            "_auto_class": "AutoConfig",
+        }
+        about["__init__"] = lambda self, *args, **kwargs: _SoftmaxNConfig.__init__(self, *args, **kwargs)
+        return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNConfig, stock), about)
+    about |= {"config_class": softmax_n_class(stock.config_class), "_auto_class": "AutoModel"}
+    autos = about["config_class"].softmax_n_auto_map
+    full = f"softmax1.SoftmaxN{stock.__name__}"
+    about["_auto_class"] = next((auto for auto, name in autos.items() if name == full), "AutoModel")
+    return type(f"SoftmaxN{stock.__name__}", (_Twin, stock), about)
+
+
+def __getattr__(name: str) -> type:
+    stock = getattr(transformers, name.removeprefix("SoftmaxN"), None) if name.startswith("SoftmaxN") else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return softmax_n_class(stock)
+
+
+class RobertaSoftmaxNConfig(_SoftmaxNConfig, RobertaConfig):
+    """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1; or "learned").
+
+    Raises:
+        ValueError: softmax_n is negative, NaN or infinite.
+    """
+
+    model_type = "roberta-softmax-n"
+
+    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
+        super().__init__(softmax_n, **kwargs)
+        if self.softmax_n == LEARNED:
+            self.softmax_n_heads = {"RobertaSelfAttention": self.num_attention_heads}
+
+    @property
+    def softmax_n_auto_map(self) -> dict[str, str]:
+        return AUTO_MAP
+
+
 @torch.no_grad()
 def check_attention(model: PreTrainedModel) -> None:
     """Raise RuntimeError unless the model's self-attention, run on three tokens, gives softmax_n of the definition.
@@ -1145,14 +1280,17 @@ def check_attention(model: PreTrainedModel) -> None:
     It runs the first layer's own module, as the installed transformers has built it, on identity projections in float64
     on the CPU; so it needs no weights and draws no random numbers, in hundredths of a second. The last key is masked.
     """
-    attention = next(module for module in model.modules() if isinstance(module, RobertaSelfAttention))
+    attention = next((module for module in model.modules() if isinstance(module, RobertaSelfAttention)), None)
+    if not attention:
+        return
     size, heads, n = model.config.hidden_size, model.config.num_attention_heads, model.config.softmax_n
+    n = 1.0 if n == LEARNED else n
     on_cpu = {"dtype": torch.float64, "device": "cpu"}
     # Scores of about 1, beside which n counts.
     hidden = torch.arange(3 * size, **on_cpu).cos().mul((size // heads) ** -0.25).reshape(1, 3, size)
     mask = torch.tensor([[[[0.0, 0.0, -math.inf]]]], **on_cpu)
     identity = {
-        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(size)
+        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(len(parameter))
         for name, parameter in attention.named_parameters()
     }
     training = attention.training
@@ -1174,13 +1312,13 @@ def check_attention(model: PreTrainedModel) -> None:
         )
 
 
-class RobertaSoftmaxNModel(_SoftmaxNAttention, RobertaModel):
+class RobertaSoftmaxNModel(_SoftmaxNModel, RobertaModel):
     """RobertaModel with softmax_n attention."""
 
     config_class = RobertaSoftmaxNConfig
 
 
-class RobertaSoftmaxNForMaskedLM(_SoftmaxNAttention, RobertaForMaskedLM):
+class RobertaSoftmaxNForMaskedLM(_SoftmaxNModel, RobertaForMaskedLM):
     """RobertaForMaskedLM with softmax_n attention.
 
     Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM.
@@ -1189,13 +1327,13 @@ class RobertaSoftmaxNForMaskedLM(_SoftmaxNAttention, RobertaForMaskedLM):
     config_class = RobertaSoftmaxNConfig
 
 
-class RobertaSoftmaxNForSequenceClassification(_SoftmaxNAttention, RobertaForSequenceClassification):
+class RobertaSoftmaxNForSequenceClassification(_SoftmaxNModel, RobertaForSequenceClassification):
     """RobertaForSequenceClassification with softmax_n attention, for fine-tuning."""
 
     config_class = RobertaSoftmaxNConfig
 
 
-class RobertaSoftmaxNForTokenClassification(_SoftmaxNAttention, RobertaForTokenClassification):
+class RobertaSoftmaxNForTokenClassification(_SoftmaxNModel, RobertaForTokenClassification):
     """RobertaForTokenClassification with softmax_n attention, for fine-tuning."""
 
     config_class = RobertaSoftmaxNConfig

@@ -42,13 +42,19 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    RobertaForCausalLM,
     RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
     RobertaModel,
@@ -873,6 +879,11 @@ for _name, _mask in ((ATTENTION, sdpa_mask), (EAGER_ATTENTION, sdpa_mask), (ADDI
     AttentionMaskInterface.register(_name, _mask)
 
 
+def _check_version() -> None:
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(f"softmax_n models need transformers 5.0 or later, found {transformers.__version__}")
+
+
 def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module:
     """Make every attention of a transformers model use softmax_n ("surgery", in place). Weights stay as they are.
 
@@ -891,6 +902,7 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     Raises:
         ValueError: n is none of these, or the model cannot be taken; it is then left as it was.
     """
+    _check_version()
     n = n if n is None or n == LEARNED else checked_softmax_n(n)
     roots: list[PreTrainedModel] = []
     for part in model.modules():
@@ -1131,6 +1143,7 @@ class _SoftmaxNConfig:
     """
 
     def __init__(self, softmax_n: float | str = 1.0, **kwargs):
+        _check_version()
         if isinstance(kwargs.get("hidden_act"), str):
             kwargs["hidden_act"] = kwargs["hidden_act"].partition(STOP_STOCK.partition(":")[0])[0]
         if "softmax_n" in (kwargs.get("quantization_config") or {}):
@@ -1169,6 +1182,12 @@ class _SoftmaxNModel:
         if config.softmax_n == LEARNED:
             _add_sinks(self, config.softmax_n_heads)
         check_attention(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        sinks = module._parameters.get("log_n")
+        if sinks is not None and not getattr(sinks, "_is_hf_initialized", False):  # not in the folder: starts at n = 1
+            nn.init.zeros_(sinks)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Takes registered names that begin with "softmax_n", such as "softmax_n_eager": they promise to read n from
@@ -1313,29 +1332,32 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 class RobertaSoftmaxNModel(_SoftmaxNModel, RobertaModel):
-    """RobertaModel with softmax_n attention."""
-
     config_class = RobertaSoftmaxNConfig
 
 
 class RobertaSoftmaxNForMaskedLM(_SoftmaxNModel, RobertaForMaskedLM):
-    """RobertaForMaskedLM with softmax_n attention.
-
-    Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM.
-    """
+    """Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM; so with the others."""
 
     config_class = RobertaSoftmaxNConfig
 
 
 class RobertaSoftmaxNForSequenceClassification(_SoftmaxNModel, RobertaForSequenceClassification):
-    """RobertaForSequenceClassification with softmax_n attention, for fine-tuning."""
-
     config_class = RobertaSoftmaxNConfig
 
 
 class RobertaSoftmaxNForTokenClassification(_SoftmaxNModel, RobertaForTokenClassification):
-    """RobertaForTokenClassification with softmax_n attention, for fine-tuning."""
+    config_class = RobertaSoftmaxNConfig
 
+
+class RobertaSoftmaxNForQuestionAnswering(_SoftmaxNModel, RobertaForQuestionAnswering):
+    config_class = RobertaSoftmaxNConfig
+
+
+class RobertaSoftmaxNForMultipleChoice(_SoftmaxNModel, RobertaForMultipleChoice):
+    config_class = RobertaSoftmaxNConfig
+
+
+class RobertaSoftmaxNForCausalLM(_SoftmaxNModel, RobertaForCausalLM):
     config_class = RobertaSoftmaxNConfig
 
 
@@ -1344,6 +1366,9 @@ MODELS = {
     AutoModelForMaskedLM: RobertaSoftmaxNForMaskedLM,
     AutoModelForSequenceClassification: RobertaSoftmaxNForSequenceClassification,
     AutoModelForTokenClassification: RobertaSoftmaxNForTokenClassification,
+    AutoModelForQuestionAnswering: RobertaSoftmaxNForQuestionAnswering,
+    AutoModelForMultipleChoice: RobertaSoftmaxNForMultipleChoice,
+    AutoModelForCausalLM: RobertaSoftmaxNForCausalLM,
 }
 # Where from_pretrained(..., trust_remote_code=True) finds the classes when this project is not installed: in this
 # file, which save_pretrained copies beside the weights of a class that is registered for it.

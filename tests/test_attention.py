@@ -800,9 +800,10 @@ def test_packed_never_waits_for_the_gpu(path):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with attention_backend(backend):
-            for n in (0.0, 1.0):
+            for n in (0.0, 1.0, SINKS.exp().float().to(device).requires_grad_()):
+                leaves = [*inputs, n] if isinstance(n, torch.Tensor) else inputs
                 output = softmax_n_attention_varlen(*inputs, cu_seqlens, 40, 0.1, n=n)
-                torch.autograd.grad(output, inputs, upstream)
+                torch.autograd.grad(output, leaves, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -815,9 +816,11 @@ def test_packed_in_a_cuda_graph(path):
     inputs = [x.requires_grad_() for x in inputs]
     upstream = torch.randn_like(inputs[0])
 
+    sinks = SINKS.float().to(device).requires_grad_()
+
     def step():
-        output = softmax_n_attention_varlen(*inputs, cu_seqlens, 64, n=0.5)
-        return [output, *torch.autograd.grad(output, inputs, upstream)]
+        output = softmax_n_attention_varlen(*inputs, cu_seqlens, 64, log_n=sinks)
+        return [output, *torch.autograd.grad(output, [*inputs, sinks], upstream)]
 
     with attention_backend(backend):
         stream = torch.cuda.Stream()

@@ -17,7 +17,8 @@ rests on that.
     RobertaSoftmaxN...         those of RoBERTa
 
 n is a number, or a trained one for each head, whose logarithm is known as the head's attention sink. Derivations, and
-which models are taken and how they are saved: docs/softmax_n.md. The file is copied to the Hub with every softmax_n model, so it imports nothing of this project.
+which models are taken and how they are saved: docs/softmax_n.md. The file is copied to the Hub with every softmax_n
+model, so it imports nothing of this project.
 
 Shape legend: B batch, H query heads, G key and value heads (H is a multiple of G), L query length, S key length,
 E head size, V value head size, T tokens of all packed sequences.

@@ -1037,9 +1037,11 @@ def _run(model: PreTrainedModel, inputs: dict) -> list[Tensor]:
     try:
         for module in modules:
             module.training, module._forward_hooks, module._forward_pre_hooks = False, {}, {}
-        outputs = [model(**inputs, return_dict=True)]
-        if "attention_mask" in inputs:
-            outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(0)  # some draw random numbers even so
+            outputs = [model(**inputs, return_dict=True)]
+            if "attention_mask" in inputs:
+                outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
     finally:
         for module, *before in kept:
             module.training, module._forward_hooks, module._forward_pre_hooks = before
@@ -1171,11 +1173,12 @@ class _SoftmaxNModel:
             _add_sinks(self, config.softmax_n_heads)
         check_attention(self)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        sinks = module._parameters.get("log_n")
-        if sinks is not None and not getattr(sinks, "_is_hf_initialized", False):  # not in the folder: starts at n = 1
-            nn.init.zeros_(sinks)
+    def initialize_weights(self) -> None:
+        """Sinks that were not in the folder start at n = 1 too."""
+        super().initialize_weights()
+        for name, parameter in self.named_parameters():
+            if name.endswith(".log_n") and not getattr(parameter, "_is_hf_initialized", False):
+                nn.init.zeros_(parameter)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Takes registered names that begin with "softmax_n", such as "softmax_n_eager": they promise to read n from

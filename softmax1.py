@@ -1033,18 +1033,25 @@ def _made_up_inputs(model: PreTrainedModel, everything: bool) -> dict[str, Tenso
 def _run(model: PreTrainedModel, inputs: dict) -> list[Tensor]:
     """The model's outputs, with the mask and without, in eval mode and without its hooks, which may count."""
     modules = list(model.modules())
-    kept = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in modules]
+    tables = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
+    modes, hooks = [module.training for module in modules], [dict(table) for table in tables]
     try:
         for module in modules:
-            module.training, module._forward_hooks, module._forward_pre_hooks = False, {}, {}
+            module.training = False
+        for table in tables:
+            table.clear()
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(0)  # some draw random numbers even so
             outputs = [model(**inputs, return_dict=True)]
             if "attention_mask" in inputs:
                 outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
     finally:
-        for module, *before in kept:
-            module.training, module._forward_hooks, module._forward_pre_hooks = before
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for table, before in zip(tables, hooks, strict=True):
+            added = dict(table)  # by transformers, which would not add them again
+            table.clear()
+            table.update(before | added)
     return [x for output in outputs for x in output.values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 

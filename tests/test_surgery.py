@@ -78,6 +78,8 @@ def model_with_sinks(name):
     settings |= {"max_position_embeddings": 64, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
     if name == "flint":
         settings |= {"moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4}
+    if name == "hy_v4":  # each query is confined to few keys
+        settings["index_topk"] = 4
     implementations = {"attn_implementation": "eager", "experts_implementation": "eager"}
     config = CONFIG_MAPPING[name](**settings, **implementations)
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)

@@ -12,48 +12,47 @@ rests on that.
     softmax_n_attention        scaled dot product attention with it, exact at the speed of torch's own kernels
     softmax_n_attention_varlen the same for sequences packed one behind the other, without padding
     attention_backend          forces the kernel that computes it
-    apply_softmax_n            puts it into any transformers model that uses the attention interface
-    RobertaSoftmaxN...         RoBERTa with it, which keeps n through save_pretrained and from_pretrained
+    apply_softmax_n            puts it into a transformers model: a number, learned sinks, or the sinks that it has
+    softmax_n_class            the class of such a model, which keeps n through save_pretrained and from_pretrained
+    RobertaSoftmaxN...         those of RoBERTa
 
-The file is copied to the Hub with every softmax_n model, so it imports nothing of this project.
+n is a number, or a trained one for each head, whose logarithm is known as the head's attention sink. Derivations, and
+which models are taken and how they are saved: docs/softmax_n.md. The file is copied to the Hub with every softmax_n
+model, so it imports nothing of this project.
 
 Shape legend: B batch, H query heads, G key and value heads (H is a multiple of G), L query length, S key length,
 E head size, V value head size, T tokens of all packed sequences.
 """
 
 import contextlib
+import copy
 import functools
+import inspect
 import logging
 import math
 import numbers
+import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    RobertaModel,
-)
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel, RobertaConfig
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 # The names under which transformers knows this attention. The eager one materialises the weights on every call, for
-# models that do not hand the keyword output_attentions down to their attention (GPT-2).
+# models that do not hand the keyword output_attentions down to their attention (GPT-2). The additive one gets masks
+# that are added to the scores, always, for models that compute with their mask (DeepSeek-V4).
 ATTENTION = "softmax_n"
 EAGER_ATTENTION = "softmax_n_eager"
+ADDITIVE_ATTENTION = "softmax_n_additive"
+
+# What config.softmax_n may be beside a number: the model's own sinks, or a parameter of each head, `log_n`.
+OWN, LEARNED = "own", "learned"
 
 
 def checked_softmax_n(n: float) -> float:
@@ -63,14 +62,39 @@ def checked_softmax_n(n: float) -> float:
     return float(n)
 
 
-def _log(n: float) -> float:
-    return math.log(n) if n > 0 else -math.inf
+def _log(n: float | Tensor, log_n: float | Tensor | None) -> float | Tensor:
+    """log n, of whichever of the two was given: a float, or a tensor in float32 at least; -inf is softmax."""
+    if log_n is None and not isinstance(n, Tensor):
+        n = checked_softmax_n(n)
+        return math.log(n) if n > 0 else -math.inf
+    if log_n is None:
+        n = n.to(torch.promote_types(n.dtype, torch.float32))
+        zero = n == 0  # kept out of the logarithm, whose gradient there is not finite
+        return n.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+    if isinstance(n, Tensor) or n != 1:
+        raise ValueError("softmax_n takes n or its logarithm log_n, not both")
+    if isinstance(log_n, Tensor):
+        return log_n.to(torch.promote_types(log_n.dtype, torch.float32))
+    if isinstance(log_n, bool) or not isinstance(log_n, numbers.Real) or not log_n < math.inf:
+        raise ValueError(f"softmax_n needs a real number log_n, or -inf, got {log_n!r}")
+    return float(log_n)
+
+
+def _is_softmax(log_n: float | Tensor) -> bool:
+    return not isinstance(log_n, Tensor) and log_n == -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- the function
 
 
-def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+def softmax_n(
+    input: Tensor,
+    n: float | Tensor = 1.0,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    log_n: float | Tensor | None = None,
+) -> Tensor:
     """exp(x_i) / (n + sum_j exp(x_j)) along `dim`, with the signature of `torch.softmax` plus n.
 
     Exact at any logits: the row is shifted by max(max_j x_j, log n), so nothing overflows and a row far below log n
@@ -79,19 +103,20 @@ def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype |
 
     Args:
         input: any shape, floating point (other dtypes need `dtype`).
-        n: finite real number >= 0.
+        n: finite real number >= 0, or a tensor of them that broadcasts with `input`, of size 1 along `dim`.
         dim: the dimension that is normalised.
         dtype: dtype of the result; `input` is cast to it first.
+        log_n: the logarithm of n, in its place; -inf is softmax.
 
     Returns:
         Tensor of the shape of `input`; sums along `dim` lie in [0, 1].
 
     Raises:
-        ValueError: n is negative, NaN or infinite.
+        ValueError: n is a number and negative, NaN or infinite, or both n and log_n are given.
         TypeError: `input` is not floating point and no `dtype` is given.
     """
-    n = checked_softmax_n(n)
-    if n == 0:
+    log_n = _log(n, log_n)
+    if _is_softmax(log_n):
         return torch.softmax(input, dim, dtype)
     x = input if dtype is None else input.to(dtype)
     if not x.is_floating_point():
@@ -101,9 +126,10 @@ def softmax_n(input: Tensor, n: float = 1.0, dim: int = -1, dtype: torch.dtype |
     if x.numel() == 0:
         return x.to(result_dtype)
     # The shift cancels, so no gradient needs to pass through it.
-    shift = x.detach().amax(dim, keepdim=True).clamp_min(_log(n))
+    shift = x.detach().amax(dim, keepdim=True)
+    shift = shift.clamp_min(log_n.detach() if isinstance(log_n, Tensor) else log_n)
     exponentials = torch.exp(x - shift)
-    null = torch.exp(_log(n) - shift)
+    null = torch.exp(log_n - shift)
     return (exponentials / (exponentials.sum(dim, keepdim=True) + null)).to(result_dtype)
 
 
@@ -124,12 +150,14 @@ def softmax_n_attention(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    n: float = 1.0,
+    n: float | Tensor = 1.0,
+    log_n: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax_n(query key^T * scale + mask) value: `F.scaled_dot_product_attention` plus n, and exact for any real n.
 
-    A row in which every key is masked gives output 0 and gradient 0 when n > 0.
+    A row in which every key is masked gives output 0 and gradient 0 when n > 0. Forward-mode derivatives and second
+    ones exist only where the weights are materialised: `with attention_backend("eager")`.
 
     Args:
         query: (B, H, L, E).
@@ -139,18 +167,21 @@ def softmax_n_attention(
         dropout_p: dropout of the attention weights; applied whatever the module's mode, as in torch.
         is_causal: query i sees keys 0..i (upper left aligned); not together with `attn_mask`.
         scale: factor of the scores; default 1 / sqrt(E).
-        n: finite real number >= 0; 0 is stock attention.
+        n: finite real number >= 0; 0 is stock attention. Or a tensor of them, (H,) or (1, H, 1, 1), one for each head
+            and on the device; it may require a gradient (which is 0 where n is 0: train log_n).
+        log_n: the logarithm of n, in its place: the form in which models store attention sinks. -inf is softmax.
         enable_gqa: heads of key and value are shared by H / G query heads each.
 
     Returns:
         (B, H, L, V).
 
     Raises:
-        ValueError: n is negative, NaN or infinite, both `attn_mask` and `is_causal` are given, the mask holds whole
-            numbers, the shapes do not fit, or the backend that `attention_backend` forces cannot do this.
+        ValueError: n is a number and negative, NaN or infinite, both n and log_n or both `attn_mask` and `is_causal`
+            are given, the mask holds whole numbers, the shapes do not fit, or the backend that `attention_backend`
+            forces cannot do this.
     """
-    n = checked_softmax_n(n)
-    if n > 0 and is_causal and attn_mask is not None:
+    log_n = _log(n, log_n)
+    if not _is_softmax(log_n) and is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: put the causal mask into attn_mask")
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask is boolean, or floating point and added to the scores, got {attn_mask.dtype}")
@@ -158,10 +189,11 @@ def softmax_n_attention(
         raise ValueError(
             f"query and key need the same size, key and value the same length, got {_shapes(query, key, value)}"
         )
-    if n == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if is_causal and scale is not None and scale <= 0:  # NaN, or worse, in torch's CPU kernel: docs/softmax_n.md
+        query, scale = query * scale, 1.0
+    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
+    if _is_softmax(log_n):
+        return _sdpa(query, key, value, call)
     query, key, value = _autocast(query, key, value)
     irregular = None
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -174,8 +206,6 @@ def softmax_n_attention(
         irregular = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         irregular = "it gives the mask no gradient"
-    elif is_causal and scale is not None and scale <= 0:
-        irregular = "a causal mask with a scale of at most 0 is NaN in torch's CPU kernel"
     backend = _choose(
         query,
         irregular,
@@ -184,7 +214,7 @@ def softmax_n_attention(
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
         wide=max(query.shape[-1], value.shape[-1]) > 192,
     )
-    return _attend(backend, query, key, value, attn_mask, dropout_p, is_causal, scale, n, enable_gqa)
+    return _attend(backend, query, key, value, call)
 
 
 def softmax_n_attention_varlen(
@@ -197,7 +227,8 @@ def softmax_n_attention_varlen(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    n: float = 1.0,
+    n: float | Tensor = 1.0,
+    log_n: float | Tensor | None = None,
 ) -> Tensor:
     """softmax_n attention of sequences packed one behind the other ("variable length", padding-free).
 
@@ -210,7 +241,7 @@ def softmax_n_attention_varlen(
         cu_seqlens: (number of sequences + 1) int32, on the device of `query`: sequence i is the tokens
             cu_seqlens[i] to cu_seqlens[i + 1] - 1. Starts with 0 and ends with T; sequences may be empty.
         max_seqlen: length of the longest sequence, or more.
-        dropout_p, is_causal, scale, n: as in `softmax_n_attention`; n = 0 is softmax attention.
+        dropout_p, is_causal, scale, n, log_n: as in `softmax_n_attention`; n = 0 is softmax attention.
 
     Returns:
         (T, H, V).
@@ -218,29 +249,33 @@ def softmax_n_attention_varlen(
     Raises:
         ValueError: as `softmax_n_attention`, or the shapes do not fit.
     """
-    n = checked_softmax_n(n)
+    log_n = _log(n, log_n)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3 or not len(query) == len(key) == len(value):
         raise ValueError(f"packed attention takes (tokens, heads, size), got {_shapes(query, key, value)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is one row of int32, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key need the same size, got {_shapes(query, key, value)}")
+    log_n = _per_head(log_n, query, 1)
+    if is_causal and scale is not None and scale <= 0:
+        query, scale = query * scale, 1.0
     query, key, value = _autocast(query, key, value)
     if query.numel() == 0:
-        nothing = 0 * (query.sum() + key.sum() + value.sum())  # which keeps what asks for a gradient
+        # It keeps what asks for a gradient.
+        nothing = sum(x[:0].sum() for x in (query, key, value, log_n) if isinstance(x, Tensor))
         return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
     irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
     wide = max(query.shape[-1], value.shape[-1]) > 192
     backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
-    options = (dropout_p, is_causal, scale, n)
+    call = _Call(None, dropout_p, is_causal, scale, log_n)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, None, *options, cu_seqlens, max_seqlen)
+        return _stock_attention(backend, query, key, value, call, cu_seqlens, max_seqlen)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
         # time of batches of similar length and a quarter of that of padding all to the longest.
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        outputs = [_attend(backend, *part, None, *options, True) for part in parts if part[0].numel() > 0]
+        outputs = [_attend(backend, *part, call) for part in parts if part[0].numel() > 0]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
     # Elsewhere the lengths are not known without waiting for the device: into rows of max_seqlen and back. Causal needs
     # no mask, since padding lies behind every real token.
@@ -250,7 +285,32 @@ def softmax_n_attention_varlen(
     rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
     lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
-    return _attend(backend, *rows, mask, *options, True)[sequence, :, position]
+    call = _Call(mask, dropout_p, is_causal, scale, log_n)
+    return _attend(backend, *rows, call)[sequence, :, position]
+
+
+class _Call(NamedTuple):
+    """What an attention is to compute, beside query, key and value."""
+
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    log_n: float | Tensor  # (H,) if a tensor; -inf is softmax
+    enable_gqa: bool = True
+
+
+def _per_head(log_n: float | Tensor, query: Tensor, dim: int) -> float | Tensor:
+    """A tensor `log_n` as (H,), H being the size of `query` along `dim`."""
+    if not isinstance(log_n, Tensor):
+        return log_n
+    heads = query.shape[dim] if query.dim() >= 3 else 0
+    if tuple(log_n.shape) not in ((heads,), (1, heads, 1, 1)):
+        raise ValueError(
+            f"a tensor n holds one number for each of the {heads} heads of query, (H,) or (1, H, 1, 1), "
+            f"got {tuple(log_n.shape)}"
+        )
+    return log_n.reshape(heads)
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -409,24 +469,19 @@ def _changed_operator(backend: str) -> str | None:
     return None
 
 
-def _attend(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-    enable_gqa: bool,
-) -> Tensor:
-    options = (attn_mask, dropout_p, is_causal, scale, n)
+def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """Dense attention by one backend."""
     if backend == "zero_key":
-        return _zero_key_attention(query, key, value, *options, enable_gqa)
+        return _zero_key_attention(query, key, value, call)
     if backend == "eager":
-        return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), *options)[0]
-    return _stock_attention(backend, query, key, value, *options)
+        return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), call)[0]
+    return _stock_attention(backend, query, key, value, call)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """Stock attention, which knows no n."""
+    *options, scale, _, enable_gqa = call
+    return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
 
 
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -451,68 +506,75 @@ def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[
 #
 # is the Jacobian of softmax_n as well as softmax's (Dao, "FlashAttention-2", 2023, section 3.1). Dropout multiplies P
 # with the same mask in y, in dP and in dV, so all of it holds with dropout too. Nothing passes through lse.
+#
+# Of n a row has the null mass p0 = n / (n + exp(lse)) = sigmoid(log n - lse), and dP_j / dlog n = -P_j p0 for each j.
+# So dy / dlog n = -p0 y, and the gradient of a head's log n is -sum over its rows of p0 (dy . y), in float32 at least.
 
 
 class _StockKernel(torch.autograd.Function):
     """(y, lse, random state) of one stock kernel. Only y is differentiable, and only once.
 
-    Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None.
+    Dense: (B, H, L, E), bias (B, H, L, S) or None, cu_seqlens None. Packed: (T, H, E), bias None. log_n is a float, or
+    (H,) in the dtype of lse.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):  # named ones would cost as much as the kernel: `apply` binds them anew on every call
-        backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n = inputs
+        backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale = inputs
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         qkv, random = (query, key, value), ()
         if backend == "cpu":
             output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
-            share = lse
         elif backend == "flash" and cu_seqlens is None:
             output, lse, _, _, _, _, *random, _ = aten._scaled_dot_product_flash_attention(
                 *qkv, dropout_p, is_causal, False, scale=scale
             )
-            share = lse
         elif backend == "flash":
             output, lse, *random, _ = aten._flash_attention_forward(
                 *qkv, *seqlens, dropout_p, is_causal, False, scale=scale
             )
-            share = lse.transpose(0, 1)  # (H, T)
         elif cu_seqlens is None:
             output, lse, *random = aten._scaled_dot_product_efficient_attention(
                 *qkv, bias, True, dropout_p, is_causal, scale=scale
             )
-            share = lse[..., : query.shape[2]]  # L is rounded up to a multiple of 32
         else:
             qkv = [x[None] for x in qkv]
             output, lse, *random, _, _ = aten._efficient_attention_forward(
                 *qkv, None, *seqlens, dropout_p, int(is_causal), True
             )
-            output, (sequence, position) = output[0], _places(cu_seqlens, len(query))
-            share = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
-        if n > 0:
+            output = output[0]
+        if not _is_softmax(log_n):
             # In place on the fresh output, so that half precision is computed in float32 and rounded once.
-            output.mul_(torch.sigmoid(share - math.log(n) if n != 1 else share)[..., None])
+            output.mul_(torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None])
         return output, lse, *random
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.backend, *tensors, ctx.max_seqlen, ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.n = inputs
-        ctx.save_for_backward(*tensors, *outputs)
+        ctx.backend, *tensors, log_n, ctx.max_seqlen, ctx.dropout_p, ctx.is_causal, ctx.scale = inputs
+        ctx.log_n, log_n = (None, log_n) if isinstance(log_n, Tensor) else (log_n, None)
+        ctx.save_for_backward(*tensors, log_n, *outputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        query, key, value, bias, cu_seqlens, output, lse, *random = ctx.saved_tensors
+        query, key, value, bias, cu_seqlens, log_n, output, lse, *random = ctx.saved_tensors
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
         if grad is None:
             return (None,) * 11
-        if ctx.n > 0:
-            lse = torch.logaddexp(lse, lse.new_full((), math.log(ctx.n)))
+        grad_log_n = None
+        if ctx.needs_input_grad[6]:
+            null_mass = torch.sigmoid(-_null_logit(ctx.backend, lse, log_n, query, cu_seqlens))
+            rows = null_mass * (grad.to(lse.dtype) * output).sum(-1)
+            grad_log_n = -rows.sum([dim for dim in range(rows.dim()) if dim != 1])
+        if log_n is not None:
+            lse = torch.logaddexp(lse, log_n[:, None])
+        elif not _is_softmax(ctx.log_n):
+            lse = torch.logaddexp(lse, lse.new_full((), ctx.log_n))
         qkv, result, options = (query, key, value), (output, lse), (ctx.dropout_p, ctx.is_causal)
         if ctx.backend == "cpu":
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -536,7 +598,22 @@ class _StockKernel(torch.autograd.Function):
                 grad, query, key, value, None, output, *seqlens, lse, ctx.dropout_p, *random, int(ctx.is_causal), False
             )
             grads = [x[0] for x in grads[:3]]
-        return None, *grads[:3], *(None,) * 7
+        return None, *grads[:3], None, None, grad_log_n, *(None,) * 4
+
+
+def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """lse - log n, the logit of 1 - null mass, of every row of the output: dense (B, H, L), packed (T, H)."""
+    if cu_seqlens is None:
+        lse = lse[..., : query.shape[2]]  # the efficient kernel rounds L up to a multiple of 32
+        log_n = log_n[:, None] if isinstance(log_n, Tensor) else log_n
+    elif backend == "flash":
+        lse = lse.transpose(0, 1)  # (H, T)
+    else:
+        sequence, position = _places(cu_seqlens, len(query))
+        lse = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
+    if isinstance(log_n, Tensor):  # a softmax head stays one in rows without any key, where -inf - -inf is NaN
+        return torch.where(log_n == -math.inf, math.inf, lse - log_n)
+    return lse - log_n if log_n != 0 else lse
 
 
 def _stock_attention(
@@ -544,15 +621,12 @@ def _stock_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
+    call: _Call,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
     """softmax_n attention by a stock kernel, for any n >= 0: makes the arguments such as the kernel takes them."""
+    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
     if backend != "flash":  # which alone knows shared heads
         key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
     sizes = query.shape[-1], value.shape[-1]
@@ -579,8 +653,10 @@ def _stock_attention(
         if not _is_aligned(bias, multiple):
             bias = F.pad(bias, (0, multiple - bias.shape[-1] % multiple))[..., : bias.shape[-1]]
         bias = bias.expand(*query.shape[:3], key.shape[2])
+    if isinstance(log_n, Tensor):
+        log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
     run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
-    output = run(backend, query, key, value, bias, cu_seqlens, max_seqlen, dropout_p, is_causal, scale, n)[0]
+    output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
 
@@ -593,78 +669,77 @@ def _is_aligned(x: Tensor, multiple: int) -> bool:
 # -------------------------------------------------------------------------------------------- through public PyTorch
 
 
-def _zero_key_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-    enable_gqa: bool,
-) -> Tensor:
+def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """softmax_n attention through torch's public attention, exactly.
 
     One more key and value of zeros: the null key's score is 0 plus its mask entry log n, so it adds n to the
     denominator, and its value adds nothing to the numerator. Dropout may drop the null key, which changes nothing, and
     treats every other weight as softmax_n attention does.
     """
-    if n == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    attn_mask, _, is_causal, _, log_n, _ = call
+    if _is_softmax(log_n):
+        return _sdpa(query, key, value, call)
     length, keys = query.shape[-2], key.shape[-2]
-    null_logits = _null_logits(n, query.dtype)
+    null_logits = _null_logits(log_n, query.dtype)
     key = F.pad(key, (0, 0, 0, len(null_logits)))
     value = F.pad(value, (0, 0, 0, len(null_logits)))
+    by_head, plain = isinstance(log_n, Tensor), not isinstance(log_n, Tensor) and log_n == 0
     if is_causal:
         attn_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is None and n != 1:  # log 1 = 0 needs no mask
+    if attn_mask is None and not plain:  # log 1 = 0 needs no mask
         attn_mask = query.new_zeros(1, keys)
     if attn_mask is not None:
-        if n != 1 and attn_mask.dtype == torch.bool:
+        if not plain and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
         if attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(query.dtype)
         # Expanded first: a mask that broadcasts over the keys must not reach the null keys.
-        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)
+        rows = torch.broadcast_shapes(attn_mask.shape[:-1], (query.shape[-3], 1)) if by_head else attn_mask.shape[:-1]
+        attn_mask = attn_mask.expand(*rows, keys)
         for logit in null_logits:
-            attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+            if by_head:
+                null = logit.to(query.dtype)[:, None, None].expand(*rows, 1)
+                attn_mask = torch.cat([attn_mask, null], -1)
+            else:
+                attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
+    return _sdpa(query, key, value, call._replace(attn_mask=attn_mask, is_causal=False))
 
 
-def _null_logits(n: float, dtype: torch.dtype) -> list[float]:
+def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
     """Logits, exact in `dtype`, whose exponentials add up to n.
 
     One is enough except in half precision, where log n rounded to bfloat16 would be another n by up to 0.8 %. There the
     first is log n rounded down, and a second one makes up the rest.
     """
-    logit = math.log(n)
-    if dtype not in (torch.float16, torch.bfloat16):
-        return [logit]
+    half = dtype in (torch.float16, torch.bfloat16)
+    if isinstance(log_n, Tensor):
+        log_n = log_n.to(torch.promote_types(dtype, torch.float32))
+        log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that a row without any key is 0
+        if not half:
+            return [log_n]
+        lower = (log_n - log_n.abs() * torch.finfo(dtype).eps).to(dtype)
+        rest = log_n + torch.expm1(lower - log_n).neg().clamp_min(0).log()
+        return [log_n + (logit - log_n).detach() for logit in (lower, rest)]  # both move with log n
+    if not half:
+        return [log_n]
     bits = 1 - round(math.log2(torch.finfo(dtype).eps))  # of the significand: 11 or 8
-    significand, exponent = math.frexp(logit)
+    significand, exponent = math.frexp(log_n)
     rounded = math.ldexp(math.floor(math.ldexp(significand, bits)), exponent - bits)
-    rest = n - math.exp(rounded)
+    rest = math.exp(log_n) - math.exp(rounded)
     return [rounded] if rest <= 0 else [rounded, math.log(rest)]
 
 
-def _eager_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    n: float,
-) -> tuple[Tensor, Tensor]:
+def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """The definition, with the weights materialised: for who asks to see them. Returns (output, weights).
 
     Softmax over one more logit, log n, whose weight is thrown away, keeps to torch's fused softmax and its backward.
     """
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.dtype == torch.float16:  # which ends at 65,504: scaled first, the product of q = k = 40 does not overflow
+        scores = query * scale @ key.transpose(-2, -1)
+    else:
+        scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
@@ -673,7 +748,13 @@ def _eager_attention(
         else:
             scores = scores + attn_mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.softmax(F.pad(scores, (0, 1), value=_log(n)), -1)[..., :-1] if n > 0 else torch.softmax(scores, -1)
+    if isinstance(log_n, Tensor):
+        null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, null], -1), -1)[..., :-1]
+    elif _is_softmax(log_n):
+        weights = torch.softmax(scores, -1)
+    else:
+        weights = torch.softmax(F.pad(scores, (0, 1), value=log_n), -1)[..., :-1]
     weights = F.dropout(weights.to(value.dtype), dropout_p)
     return weights @ value, weights
 
@@ -682,7 +763,7 @@ def _eager_attention(
 
 
 def softmax_n_attention_forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -695,28 +776,44 @@ def softmax_n_attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls; n comes from `module.config.softmax_n`.
 
     Args and result as transformers' `AttentionInterface` has them: query (B, H, L, E), key and value (B, G, S, E),
     result (B, L, H, E) and, with `output_attentions`, the weights (B, H, L, S), after dropout as in stock eager
-    attention. Their rows sum to 1 minus the null mass.
+    attention. Their rows sum to 1 minus the null mass. `s_aux` (H,) are a model's own sinks, log n of each head;
+    `indices` (B, L, any) the keys to which a sparse attention has confined each query.
 
     Packed sequences come as transformers' FlashAttentionKwargs: B = 1, L all tokens, `cu_seq_lens_q` int32 on the
     device and `max_length_q` an int; the two for keys are the same.
 
     Raises:
         ValueError: the config carries no softmax_n, or the model asks for something that softmax_n attention does not
-            define here (softcap, a position bias beside the mask, an attention sink of its own, a paged cache); packed
+            define here (softcap, a position bias beside the mask, a paged cache, sinks of its own beside n); packed
             sequences with `output_attentions` or a cache.
     """
     n = getattr(module.config, "softmax_n", None)
     if n is None:
         raise ValueError(f"{type(module.config).__name__} has no softmax_n: choose n with apply_softmax_n(model, n)")
-    for unsupported in ("softcap", "position_bias", "s_aux", "cache"):
+    for unsupported in ("softcap", "position_bias", "cache"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"softmax_n attention has no `{unsupported}`, which {type(module).__name__} asks for")
+    if n == OWN:  # some layers may have none, and are softmax
+        log_n = -math.inf if s_aux is None else s_aux
+    elif s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks of its own: take them, apply_softmax_n(model)")
+    else:
+        log_n = module.log_n if n == LEARNED else _log(n, None)
+    if indices is not None:
+        chosen = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter(-1, indices.long()[:, None], True)
+        if attention_mask is None or attention_mask.dtype == torch.bool:
+            attention_mask = chosen if attention_mask is None else attention_mask & chosen
+        else:
+            attention_mask = attention_mask.masked_fill(~chosen, -math.inf)
     # As in transformers' own sdpa attention: no mask on a causal module means purely causal, but a single query (a
     # decoding step) sees every key.
     if is_causal is None:
@@ -741,15 +838,16 @@ def softmax_n_attention_forward(
             dropout,
             is_causal,
             scaling,
-            n=n,
+            log_n=log_n,
         )
         return output[None], None
     if output_attentions:
         key, value = _shared_heads(query, key, value, dim=1)
-        output, weights = _eager_attention(query, key, value, attention_mask, dropout, is_causal, scaling, n)
+        call = _Call(attention_mask, dropout, is_causal, scaling, _per_head(log_n, query, 1))
+        output, weights = _eager_attention(query, key, value, call)
     else:
         output = softmax_n_attention(
-            query, key, value, attention_mask, dropout, is_causal, scaling, n=n, enable_gqa=bool(groups > 1)
+            query, key, value, attention_mask, dropout, is_causal, scaling, log_n=log_n, enable_gqa=bool(groups > 1)
         )
         weights = None
     return output.transpose(1, 2).contiguous(), weights
@@ -758,46 +856,266 @@ def softmax_n_attention_forward(
 # Without its own mask function an attention gets no mask at all, and padding would leak.
 AttentionInterface.register(ATTENTION, softmax_n_attention_forward)
 AttentionInterface.register(EAGER_ATTENTION, functools.partial(softmax_n_attention_forward, output_attentions=True))
-for _name in (ATTENTION, EAGER_ATTENTION):
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register(ADDITIVE_ATTENTION, softmax_n_attention_forward)
+for _name, _mask in ((ATTENTION, sdpa_mask), (EAGER_ATTENTION, sdpa_mask), (ADDITIVE_ATTENTION, eager_mask)):
+    AttentionMaskInterface.register(_name, _mask)
 
 
-def apply_softmax_n(model: PreTrainedModel, n: float) -> PreTrainedModel:
+def _check_version() -> None:
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(f"softmax_n models need transformers 5.0 or later, found {transformers.__version__}")
+
+
+def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module:
     """Make every attention of a transformers model use softmax_n ("surgery", in place). Weights stay as they are.
 
-    Works on any model that takes its attention from transformers' attention interface. To see the attention weights,
-    pass output_attentions=True or, where the model does not hand that on, set_attn_implementation("softmax_n_eager").
-    `save_pretrained` of a stock
-    class does not keep the choice: apply it again after loading, or use a class that does (RobertaSoftmaxNForMaskedLM).
+    First the model is run on a few made-up tokens, with its own softmax attention and with ours at n = 0 (or with its
+    own sinks). It is taken if both agree, and every attention seen was ours. To see the attention weights, pass
+    output_attentions=True or, where the model does not hand that on, set_attn_implementation("softmax_n_eager").
 
     Args:
-        model: a PreTrainedModel.
-        n: finite real number >= 0.
+        model: a PreTrainedModel, or a module around one.
+        n: finite real number >= 0, 0 being softmax; "learned" for a parameter `log_n` (H,) in each attention module,
+            which starts at 0 (n = 1); None for a model that has learned attention sinks of its own, such as gpt-oss.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: n is negative, NaN or infinite, or the model (or a model inside it) does not use the attention
-            interface; the model is then left as it was.
+        ValueError: n is none of these, or the model cannot be taken; it is then left as it was.
     """
-    n = checked_softmax_n(n)
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if not parts:
+    _check_version()
+    n = n if n is None or n == LEARNED else checked_softmax_n(n)
+    roots: list[PreTrainedModel] = []
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not any(part in set(root.modules()) for root in roots):
+            roots.append(part)
+    if not roots:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
-    for part in parts:
-        # The model's own promise that any function of the interface works in it.
-        if not part._supports_attention_backend:
-            raise ValueError(
-                f"{type(part).__name__} does not take its attention from transformers' attention interface, "
-                "so softmax_n cannot be put into it"
-            )
-    # Attention modules read the config that they were built with; composite models have several.
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    for config in configs.values():
-        config.softmax_n = n
-    model.set_attn_implementation(ATTENTION)
+    # On copies of the configs: another model may have been built with the same ones, and a failure changes nothing.
+    places = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, PretrainedConfig)
+    ]
+    copies: dict = {}
+    try:
+        for module, name, config in places:
+            copied = copy.deepcopy(config, copies)
+            copied.__class__ = vars(type(copied)).get("stock", type(copied))
+            setattr(module, name, copied)
+        heads = [_put_in(root, n) for root in roots]
+    except BaseException:
+        for module, name, config in places:
+            setattr(module, name, config)
+        raise
+    for root, heads_of_root in zip(roots, heads, strict=True):
+        if heads_of_root is not None:
+            _change_class(root, n, heads_of_root)
     return model
+
+
+def _put_in(model: PreTrainedModel, n: float | str | None) -> dict[str, int] | None:
+    """Set the configs of the model, which is tested first. Returns the classes of its attention, with their heads; or
+    None for a model that sees to its attention itself."""
+    configs = {id(config): config for module in model.modules() for config in vars(module).values()}
+    configs = [config for config in configs.values() if isinstance(config, PretrainedConfig)]
+    refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
+
+    def choose(attention: str, amount: float | str) -> None:
+        for config in configs:
+            config.softmax_n, config._attn_implementation_internal = amount, attention
+
+    choose("eager", 0.0)
+    if model.config._attn_implementation != "eager":
+        if not isinstance(n, float):
+            raise ValueError(f"{type(model).__name__} takes a number n, got {n!r}")
+        choose(ATTENTION, n)
+        return None
+    inputs, expected = _first_run(model)
+    if inputs is None and not (model._supports_attention_backend and isinstance(n, float)):
+        raise ValueError(f"{refused}, or it could not be tried: {expected}")
+    attention, error, watch = ATTENTION, None, _Watch()
+    for attention in (ATTENTION, ADDITIVE_ATTENTION) if inputs is not None else ():
+        choose(attention, OWN if n is None else 0.0)
+        try:
+            with watch:
+                found = _run(model, inputs)
+            difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
+            error = None if difference <= 1 else f"its output is another ({difference:.0f} times the rounding)"
+        except ValueError:
+            raise
+        except Exception as failure:  # of a model that computes with a mask of another kind
+            error = f"it stops with {type(failure).__name__}: {failure}"
+        if watch.others or not error:
+            break
+    if inputs is not None and (watch.others or not watch.ours):
+        raise ValueError(f"{refused}{watch.where(model)}, so softmax_n cannot be put into it")
+    if error:
+        raise ValueError(f"softmax_n cannot be put into {type(model).__name__}: with n = 0, {error}")
+    if n is None and not watch.sinks:
+        raise ValueError(f"{type(model).__name__} has no attention sinks of its own: give n, or {LEARNED!r}")
+    heads = {type(module).__name__: count for module, count in watch.ours.items()}
+    if n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
+        raise ValueError(f"{type(model).__name__} has attention of several numbers of heads: {heads}")
+    for config in configs:
+        vars(config).pop("softmax_n_heads", None)
+        if n == LEARNED:
+            config.softmax_n_heads = heads
+    choose(attention, OWN if n is None else n)
+    for part in model.modules():  # such as the tower of images, which was given none
+        if isinstance(part, PreTrainedModel) and watch.seen.isdisjoint(part.modules()):
+            part._softmax_n_watch = _Watch()
+            part.register_forward_pre_hook(_start_watching)
+            part.register_forward_hook(_stop_watching, always_call=True)
+    return heads
+
+
+def _start_watching(module: nn.Module, args: tuple) -> None:
+    """On the first forward of what was not tried when n was chosen."""
+    if module._softmax_n_watch is not None:
+        module._softmax_n_watch.__enter__()
+
+
+def _stop_watching(module: nn.Module, args: tuple, output: object) -> None:
+    watch, module._softmax_n_watch = module._softmax_n_watch, None
+    if watch is not None:
+        watch.__exit__(None, None, None)
+        if watch.others:
+            raise ValueError(f"{type(module).__name__} attends with softmax{watch.where(module)}: it has no softmax_n")
+
+
+def _first_run(model: PreTrainedModel) -> tuple[dict | None, list[Tensor] | str]:
+    """Made-up inputs with which the model runs as it is, and its outputs; or None and why there are none."""
+    if next(model.parameters()).is_meta:
+        return None, "it has no weights yet"
+    reason = ""
+    for everything in (False, True):
+        try:
+            inputs = _made_up_inputs(model, everything)
+            return inputs, _run(model, inputs)
+        except Exception as error:
+            reason = reason or f"{type(error).__name__}: {error}"
+    return None, reason
+
+
+def _made_up_inputs(model: PreTrainedModel, everything: bool) -> dict[str, Tensor]:
+    """Two samples of what the model takes in first, or of everything that it can take; the second is padded."""
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+    vision, text = getattr(config, "vision_config", config), config.get_text_config()
+
+    def numbers_like(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=model.device).reshape(shape)
+
+    def floats(*shape: int) -> Tensor:
+        return numbers_like(*shape).cos().to(model.dtype)
+
+    inputs = {}
+    wanted = [name for name in parameters if everything or name == model.main_input_name]
+    if "input_ids" in wanted:
+        inputs["input_ids"] = 5 + numbers_like(2, 8) * 7 % (text.vocab_size - 5)
+        if "attention_mask" in parameters:
+            inputs["attention_mask"] = (numbers_like(2, 8) != 14).long() * (numbers_like(2, 8) != 15)
+    if "decoder_input_ids" in parameters and config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = 5 + numbers_like(2, 4) * 7 % (config.vocab_size - 5)
+    if "pixel_values" in wanted:
+        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
+        inputs["pixel_values"] = floats(2, vision.num_channels, *size)
+    if "input_features" in wanted:
+        inputs["input_features"] = floats(2, config.num_mel_bins, 2 * config.max_source_positions)
+    if "input_values" in wanted:
+        inputs["input_values"] = floats(2, 4000)
+    return inputs
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, inputs: dict) -> list[Tensor]:
+    """The model's outputs, with the mask and without, in eval mode and without its hooks, which may count."""
+    modules = list(model.modules())
+    tables = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
+    modes, hooks = [module.training for module in modules], [dict(table) for table in tables]
+    try:
+        for module in modules:
+            module.training = False
+        for table in tables:
+            table.clear()
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(0)  # some draw random numbers even so
+            outputs = [model(**inputs, return_dict=True)]
+            if "attention_mask" in inputs:
+                outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for table, before in zip(tables, hooks, strict=True):
+            added = dict(table)  # by transformers, which would not add them again
+            table.clear()
+            table.update(before | added)
+    return [x for output in outputs for x in output.values() if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of what rounding may make of it; of a model with damaged weights, where finite."""
+    finite = expected.isfinite()
+    if not finite.any():
+        return 0.0
+    found, exact = found.double()[finite], expected.double()[finite]
+    allowed = (3e-5 if expected.dtype.itemsize > 2 else 0.1) * exact.abs().max().clamp_min(1e-30)
+    return ((found - exact).abs().max() / allowed).nan_to_num(math.inf).item()
+
+
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
+OURS = softmax_n_attention_forward.__name__  # a name, since a second copy of this file may have registered its own
+ATTENTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what attends while a model runs.
+
+    ours: modules whose attention is softmax_n_attention_forward, with their heads; sinks: whether one of them has some;
+    others: modules with another attention: a softmax of a product of matrices whose weights multiply a third one;
+    seen: modules that computed anything.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.others, self.seen, self.sinks = {}, set(), set(), False
+        self.products, self.weights = {}, {}  # tensors by id, held so that no other gets it
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_name != OURS:
+            if isinstance(frame.f_locals.get("self"), nn.Module):
+                break
+            frame = frame.f_back
+        if frame is None:
+            return result
+        if frame.f_code.co_name == OURS:
+            self.ours[frame.f_locals["module"]] = frame.f_locals["query"].shape[1]
+            self.sinks = self.sinks or frame.f_locals["s_aux"] is not None
+            return result
+        module, name = frame.f_locals["self"], getattr(function, "__name__", "")
+        self.seen.add(module)
+        given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(x, Tensor)]
+        if name in ATTENTIONS or (name in PRODUCTS and any(id(x) in self.weights for x in given)):
+            self.others.add(module)
+        elif name in PRODUCTS:
+            self.products[id(result)] = result
+        elif isinstance(result, Tensor) and name != "linear":
+            for kind in (self.products, self.weights):
+                if any(
+                    id(x) in kind and (x.numel() == result.numel() or name in ("cat", "__getitem__")) for x in given
+                ):
+                    kind = self.weights if name == "softmax" else kind
+                    kind[id(result)] = result
+        return result
+
+    def where(self, model: nn.Module) -> str:
+        """ " in" and the names of `others`."""
+        names = [name or type(model).__name__ for name, module in model.named_modules() if module in self.others]
+        return f" in {', '.join(names)}" if names else ""
 
 
 # ------------------------------------------------------------------------------------------------- RoBERTa with it
@@ -807,29 +1125,30 @@ def apply_softmax_n(model: PreTrainedModel, n: float) -> PreTrainedModel:
 # raises, with this sentence, whichever attention the caller asks for.
 STOP_STOCK = (
     ", in a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
-    "trust_remote_code=True; stock RoBERTa would attend with softmax"
+    "trust_remote_code=True; stock code would attend with softmax"
 )
 
 
-class RobertaSoftmaxNConfig(RobertaConfig):
-    """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1).
+class _SoftmaxNConfig:
+    """What the configs of softmax_n models share: `softmax_n`, which is n or "learned", and how they are saved.
 
-    Three things in config.json keep stock RoBERTa from loading the weights and quietly attending with softmax: the
+    Three things in config.json keep stock classes from loading the weights and quietly attending with softmax: the
     model_type, which makes them warn; the name of the attention, which they do not find; and `STOP_STOCK`.
 
     Raises:
         ValueError: softmax_n is negative, NaN or infinite.
     """
 
-    model_type = "roberta-softmax-n"
-
-    def __init__(self, softmax_n: float = 1.0, **kwargs):
+    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
+        _check_version()
         if isinstance(kwargs.get("hidden_act"), str):
-            kwargs["hidden_act"] = kwargs["hidden_act"].removesuffix(STOP_STOCK)
+            kwargs["hidden_act"] = kwargs["hidden_act"].partition(STOP_STOCK.partition(":")[0])[0]
+        if "softmax_n" in (kwargs.get("quantization_config") or {}):
+            del kwargs["quantization_config"]
         super().__init__(**kwargs)
-        self.softmax_n = checked_softmax_n(softmax_n)
+        self.softmax_n = softmax_n if softmax_n == LEARNED else checked_softmax_n(softmax_n)
 
-    @RobertaConfig._attn_implementation.getter
+    @PretrainedConfig._attn_implementation.getter
     def _attn_implementation(self) -> str:
         """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here.
 
@@ -842,19 +1161,31 @@ class RobertaSoftmaxNConfig(RobertaConfig):
     def to_dict(self) -> dict:
         """As transformers has it, and what it leaves out: the attention, and the classes of this file beside the one
         that is being saved."""
-        return {**super().to_dict(), "_attn_implementation": ATTENTION, "auto_map": dict(AUTO_MAP)}
+        attention = ADDITIVE_ATTENTION if self._attn_implementation == ADDITIVE_ATTENTION else ATTENTION
+        return {**super().to_dict(), "_attn_implementation": attention, "auto_map": dict(self.softmax_n_auto_map)}
 
     def to_diff_dict(self) -> dict:
         """What config.json holds."""
-        return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
+        if isinstance(getattr(self, "hidden_act", None), str):
+            return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
+        return {**super().to_diff_dict(), "quantization_config": {"softmax_n": STOP_STOCK}}  # has no method: it raises
 
 
-class _SoftmaxNAttention:
-    """What the models below share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
+class _SoftmaxNModel:
+    """What softmax_n models share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
 
-    def __init__(self, config: RobertaSoftmaxNConfig, *args, **kwargs):
+    def __init__(self, config: PretrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if config.softmax_n == LEARNED:
+            _add_sinks(self, config.softmax_n_heads)
         check_attention(self)
+
+    def initialize_weights(self) -> None:
+        """Sinks that were not in the folder start at n = 1 too."""
+        super().initialize_weights()
+        for name, parameter in self.named_parameters():
+            if name.endswith(".log_n") and not getattr(parameter, "_is_hf_initialized", False):
+                nn.init.zeros_(parameter)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Takes registered names that begin with "softmax_n", such as "softmax_n_eager": they promise to read n from
@@ -867,6 +1198,95 @@ class _SoftmaxNAttention:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
+def _add_sinks(model: nn.Module, heads: dict[str, int] | None) -> None:
+    """A parameter `log_n` (H,) of zeros in every module of the classes in `heads`; None takes all out again."""
+    for module in model.modules():
+        module._parameters.pop("log_n", None)
+        if type(module).__name__ in (heads or {}):
+            like = next(module.parameters())
+            module.log_n = nn.Parameter(like.new_zeros(heads[type(module).__name__]))
+
+
+class _Twin(_SoftmaxNModel):
+    """A model of any class into which apply_softmax_n has put a number or learned sinks.
+
+    The entry `softmax_n` of its state_dict keeps the stock class from loading it; the stock class's is taken.
+    """
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        n = self.config.softmax_n
+        destination[f"{prefix}softmax_n"] = torch.tensor(1.0 if n == LEARNED else n)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        state_dict.pop(f"{prefix}softmax_n", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _change_class(model: PreTrainedModel, n: float | str | None, heads: dict[str, int]) -> None:
+    """Make the model one of a class that is saved with its n, or, for softmax and a model's own sinks, a stock one."""
+    _add_sinks(model, heads if n == LEARNED else None)
+    model.__class__ = vars(type(model)).get("stock", type(model))
+    if n is not None and n != 0:
+        model.__class__ = softmax_n_class(type(model))
+        model.config.__class__ = model.config_class
+
+
+@functools.cache
+def softmax_n_class(stock: type) -> type:
+    """The class of transformers models or configs that is `stock` with softmax_n: SoftmaxNLlamaForCausalLM.
+
+    It is an attribute of this module too, where from_pretrained with trust_remote_code=True finds it.
+    """
+    about = {"__module__": __name__, "__doc__": f"{stock.__name__} with softmax_n.", "stock": stock}
+    if issubclass(stock, PretrainedConfig):
+        autos = {"AutoConfig": f"softmax1.SoftmaxN{stock.__name__}"}
+        for name in dir(transformers):
+            mapping = getattr(getattr(transformers, name), "_model_mapping", ()) if name.startswith("AutoModel") else ()
+            model = mapping[stock] if stock in mapping else None
+            if isinstance(model, type):
+                autos[name] = f"softmax1.SoftmaxN{model.__name__}"
+        about |= {
+            "softmax_n_auto_map": autos,
+            "model_type": f"softmax-n-{stock.model_type}",
+            "_auto_class": "AutoConfig",
+        }
+        about["__init__"] = lambda self, *args, **kwargs: _SoftmaxNConfig.__init__(self, *args, **kwargs)
+        return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNConfig, stock), about)
+    about["config_class"] = softmax_n_class(stock.config_class)
+    about["_keys_to_ignore_on_load_unexpected"] = [*(stock._keys_to_ignore_on_load_unexpected or ()), "^softmax_n$"]
+    autos = about["config_class"].softmax_n_auto_map
+    full = f"softmax1.SoftmaxN{stock.__name__}"
+    about["_auto_class"] = next((auto for auto, name in autos.items() if name == full), "AutoModel")
+    return type(f"SoftmaxN{stock.__name__}", (_Twin, stock), about)
+
+
+def __getattr__(name: str) -> type:
+    stock = getattr(transformers, name.removeprefix("SoftmaxN"), None) if name.startswith("SoftmaxN") else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return softmax_n_class(stock)
+
+
+class RobertaSoftmaxNConfig(_SoftmaxNConfig, RobertaConfig):
+    """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1; or "learned").
+
+    Raises:
+        ValueError: softmax_n is negative, NaN or infinite.
+    """
+
+    model_type = "roberta-softmax-n"
+
+    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
+        super().__init__(softmax_n, **kwargs)
+        if self.softmax_n == LEARNED:
+            self.softmax_n_heads = {"RobertaSelfAttention": self.num_attention_heads}
+
+    @property
+    def softmax_n_auto_map(self) -> dict[str, str]:
+        return AUTO_MAP
+
+
 @torch.no_grad()
 def check_attention(model: PreTrainedModel) -> None:
     """Raise RuntimeError unless the model's self-attention, run on three tokens, gives softmax_n of the definition.
@@ -874,14 +1294,17 @@ def check_attention(model: PreTrainedModel) -> None:
     It runs the first layer's own module, as the installed transformers has built it, on identity projections in float64
     on the CPU; so it needs no weights and draws no random numbers, in hundredths of a second. The last key is masked.
     """
-    attention = next(module for module in model.modules() if isinstance(module, RobertaSelfAttention))
+    attention = next((module for module in model.modules() if isinstance(module, RobertaSelfAttention)), None)
+    if not attention:
+        return
     size, heads, n = model.config.hidden_size, model.config.num_attention_heads, model.config.softmax_n
+    n = 1.0 if n == LEARNED else n
     on_cpu = {"dtype": torch.float64, "device": "cpu"}
     # Scores of about 1, beside which n counts.
     hidden = torch.arange(3 * size, **on_cpu).cos().mul((size // heads) ** -0.25).reshape(1, 3, size)
     mask = torch.tensor([[[[0.0, 0.0, -math.inf]]]], **on_cpu)
     identity = {
-        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(size)
+        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(len(parameter))
         for name, parameter in attention.named_parameters()
     }
     training = attention.training
@@ -903,38 +1326,37 @@ def check_attention(model: PreTrainedModel) -> None:
         )
 
 
-class RobertaSoftmaxNModel(_SoftmaxNAttention, RobertaModel):
-    """RobertaModel with softmax_n attention."""
+class _SoftmaxNRoberta(_SoftmaxNModel):
+    """Same modules, parameter names and initial weights (for a seed) as the stock class."""
 
     config_class = RobertaSoftmaxNConfig
 
 
-class RobertaSoftmaxNForMaskedLM(_SoftmaxNAttention, RobertaForMaskedLM):
-    """RobertaForMaskedLM with softmax_n attention.
-
-    Same modules, parameter names and initial weights (for a seed) as RobertaForMaskedLM.
-    """
-
-    config_class = RobertaSoftmaxNConfig
+class RobertaSoftmaxNModel(_SoftmaxNRoberta, transformers.RobertaModel):
+    """RobertaModel with softmax_n attention; so the others."""
 
 
-class RobertaSoftmaxNForSequenceClassification(_SoftmaxNAttention, RobertaForSequenceClassification):
-    """RobertaForSequenceClassification with softmax_n attention, for fine-tuning."""
-
-    config_class = RobertaSoftmaxNConfig
+class RobertaSoftmaxNForMaskedLM(_SoftmaxNRoberta, transformers.RobertaForMaskedLM): ...
 
 
-class RobertaSoftmaxNForTokenClassification(_SoftmaxNAttention, RobertaForTokenClassification):
-    """RobertaForTokenClassification with softmax_n attention, for fine-tuning."""
+class RobertaSoftmaxNForCausalLM(_SoftmaxNRoberta, transformers.RobertaForCausalLM): ...
 
-    config_class = RobertaSoftmaxNConfig
+
+class RobertaSoftmaxNForSequenceClassification(_SoftmaxNRoberta, transformers.RobertaForSequenceClassification): ...
+
+
+class RobertaSoftmaxNForTokenClassification(_SoftmaxNRoberta, transformers.RobertaForTokenClassification): ...
+
+
+class RobertaSoftmaxNForQuestionAnswering(_SoftmaxNRoberta, transformers.RobertaForQuestionAnswering): ...
+
+
+class RobertaSoftmaxNForMultipleChoice(_SoftmaxNRoberta, transformers.RobertaForMultipleChoice): ...
 
 
 MODELS = {
-    AutoModel: RobertaSoftmaxNModel,
-    AutoModelForMaskedLM: RobertaSoftmaxNForMaskedLM,
-    AutoModelForSequenceClassification: RobertaSoftmaxNForSequenceClassification,
-    AutoModelForTokenClassification: RobertaSoftmaxNForTokenClassification,
+    getattr(transformers, f"AutoModel{model.__name__.removeprefix('RobertaSoftmaxN').removeprefix('Model')}"): model
+    for model in _SoftmaxNRoberta.__subclasses__()
 }
 # Where from_pretrained(..., trust_remote_code=True) finds the classes when this project is not installed: in this
 # file, which save_pretrained copies beside the weights of a class that is registered for it.
@@ -945,6 +1367,6 @@ RobertaSoftmaxNConfig.register_for_auto_class()
 for _auto, _model in MODELS.items():
     _model.register_for_auto_class(_auto.__name__)
 if not __name__.startswith("transformers_modules"):  # that copy is found through config.json, not through the registry
-    AutoConfig.register(RobertaSoftmaxNConfig.model_type, RobertaSoftmaxNConfig, exist_ok=True)
+    transformers.AutoConfig.register(RobertaSoftmaxNConfig.model_type, RobertaSoftmaxNConfig, exist_ok=True)
     for _auto, _model in MODELS.items():
         _auto.register(RobertaSoftmaxNConfig, _model, exist_ok=True)

@@ -239,7 +239,7 @@ def test_what_a_push_holds(server, folders, sample, capfd):
     assert model["model.safetensors"] == (folders[0.5] / "model.safetensors").read_bytes()
     assert model["softmax1.py"] == (ROOT / "softmax1.py").read_bytes()
     config = json.loads(model["config.json"])
-    assert config["softmax_n"] == 0.5 and len(config["auto_map"]) == 5
+    assert config["softmax_n"] == 0.5 and len(config["auto_map"]) == 8
     data = server.files("dataset", "zamenhof/esperanto")
     parquet = {"data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
     assert set(data) == parquet | {".gitattributes", "README.md"}

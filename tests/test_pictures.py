@@ -64,6 +64,7 @@ def test_every_picture_has_a_short_title_and_a_caption(figures, arms):
         *("emergence_seeds.png", "loss.png", "damage.png", "kurtosis.png", "norms.png", "histograms.png"),
         *("attention_map.png", "emergence.png"),
     ]
+    assert "Thin line: a run" in found["emergence_seeds.png"].caption
     for name, figure in named(found, figures).items():
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         assert max(map(len, titles)) <= 50 and any(titles), name
@@ -147,6 +148,7 @@ def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(figures):
 def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(figures):
     found = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
     assert next(iter(found)) == "emergence_seeds.png" and "64 held-out texts" in found["emergence_seeds.png"].caption
+    assert "Thin line" not in found["emergence_seeds.png"].caption  # every arm has one run
     sinks, norm = named(found, figures)["emergence_seeds.png"].axes
     assert lines(sinks)["softmax0: one run"][1].tolist() == [50, 150, 350]  # the mean of two layers
     assert lines(norm)["softmax1: one run"][1].tolist() == [1, 2, 4]  # the larger of two layers

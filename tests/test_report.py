@@ -64,7 +64,7 @@ def test_the_page_holds_its_pictures():
     source = "data:image/png;base64," + base64.b64encode(b"picture").decode()
     assert f'<figure><img alt="a" src="{source}"><figcaption>b&nbsp;±&nbsp;c</figcaption></figure>' in page
     assert "<title>T &lt; U</title>" in page and '<div class="wide" tabindex="0"><table>' in page
-    assert "1&nbsp;±&nbsp;2" in page and "<nav" not in page
+    assert "1&nbsp;±&nbsp;2</td>" in page and page.count("</table></div>") == 1 and "<nav" not in page
 
 
 def test_the_contents_of_the_page_lead_to_every_section():

@@ -1210,26 +1210,31 @@ def _add_sinks(model: nn.Module, heads: dict[str, int] | None) -> None:
 class _Twin(_SoftmaxNModel):
     """A model of any class into which apply_softmax_n has put a number or learned sinks.
 
-    The entry `softmax_n` of its state_dict keeps the stock class from loading it; the stock class's is taken.
+    The buffer `softmax_n` keeps the stock class from loading its state_dict; that of the stock class is taken.
     """
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def __init__(self, config: PretrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._mark()
+
+    def _mark(self) -> None:
         n = self.config.softmax_n
-        destination[f"{prefix}softmax_n"] = torch.tensor(1.0 if n == LEARNED else n)
+        self.register_buffer("softmax_n", torch.tensor(1.0 if n == LEARNED else n, device=self.device))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        state_dict.pop(f"{prefix}softmax_n", None)
+        state_dict.setdefault(f"{prefix}softmax_n", self.softmax_n)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _change_class(model: PreTrainedModel, n: float | str | None, heads: dict[str, int]) -> None:
     """Make the model one of a class that is saved with its n, or, for softmax and a model's own sinks, a stock one."""
     _add_sinks(model, heads if n == LEARNED else None)
+    model._buffers.pop("softmax_n", None)
     model.__class__ = vars(type(model)).get("stock", type(model))
     if n is not None and n != 0:
         model.__class__ = softmax_n_class(type(model))
         model.config.__class__ = model.config_class
+        model._mark()
 
 
 @functools.cache
@@ -1254,7 +1259,6 @@ def softmax_n_class(stock: type) -> type:
         about["__init__"] = lambda self, *args, **kwargs: _SoftmaxNConfig.__init__(self, *args, **kwargs)
         return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNConfig, stock), about)
     about["config_class"] = softmax_n_class(stock.config_class)
-    about["_keys_to_ignore_on_load_unexpected"] = [*(stock._keys_to_ignore_on_load_unexpected or ()), "^softmax_n$"]
     autos = about["config_class"].softmax_n_auto_map
     full = f"softmax1.SoftmaxN{stock.__name__}"
     about["_auto_class"] = next((auto for auto, name in autos.items() if name == full), "AutoModel")

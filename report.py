@@ -971,6 +971,7 @@ def models_report(
         "float32 stands with its standard error. A dash: the model lacks it, or it cannot be reached. DEFINITIONS.md "
         "defines every row.*",
         *(f"**Note.** {line}" for line in warned),
+        *shown([LEAD_PICTURE], pictures),
         *(summary_section(runs) if any(run.results for run in runs) else []),
         "## Quantization damage",
         damage_table(runs),

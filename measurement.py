@@ -31,7 +31,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import plots
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import GATE, self_check  # which registers the controls' classes too
 from held_out import (
@@ -48,7 +47,7 @@ from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
 from record import git_state, one_line, versions, weights_sha256
 from report import FFN
-from runs import Run, refuse_missing
+from runs import BINS, Run, refuse_missing
 
 MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -334,7 +333,7 @@ def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
-    """Counts in plots.BINS of the standardised FFN output of every layer, on a few texts."""
+    """Counts in runs.BINS of the standardised FFN output of every layer, on a few texts."""
     held: dict[str, list[torch.Tensor]] = {}
     suffix, _ = PLACES["ffn_output"]
     mask = None
@@ -357,7 +356,7 @@ def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.
     for name, values in held.items():
         values = torch.cat(values).double().numpy()
         scores = (values - values.mean()) / (values.std() or 1.0)
-        counts[name] = np.histogram(np.clip(scores, plots.BINS[0], plots.BINS[-1]), plots.BINS)[0]
+        counts[name] = np.histogram(np.clip(scores, BINS[0], BINS[-1]), BINS)[0]
     return counts
 
 
@@ -388,7 +387,7 @@ def attention_maps(
 
 
 # What an analysis computes with: when one of these files changes, models are measured again.
-CODE = "controls executed held_out interventions measurement outliers packing plots quantization softmax1".split()
+CODE = "controls executed held_out interventions measurement outliers packing quantization softmax1".split()
 MEASURED = (
     "digest max_length tokens weights places attention attention_uniform untrained interventions damage histograms maps"
 ).split()

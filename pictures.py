@@ -12,7 +12,7 @@ from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
 from outliers import SINK
 from quantization import SCHEMES, bootstrap_difference
-from runs import Run, arms, by_layer
+from runs import BINS, Run, arms, by_layer
 from sets import BASELINE
 
 PANELS = {  # of kurtosis.png and norms.png
@@ -232,7 +232,7 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     shown = {layer: curves for i, (layer, curves) in enumerate(found.items()) if i in chosen}
     caption = (
         f"Density of the entries of the FFN output, standardised, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
-        f"arm. What lies beyond ±{plots.BINS[-1]:g} standard deviations is counted at the edge."
+        f"arm. What lies beyond ±{BINS[-1]:g} standard deviations is counted at the edge."
     )
     return Picture("FFN output beside a Gaussian", caption, plots.histograms(shown, looks))
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 
+from runs import BINS
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
@@ -334,9 +336,6 @@ def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -
     figure.colorbar(image, ax=axes, shrink=0.6, location="bottom", label="attention weight")
     figure.suptitle("Attention of the head that does least")
     return _png(figure)
-
-
-BINS = np.linspace(-20, 20, 161)  # of standardised activations; what lies beyond falls into the outermost ones
 
 
 @plt.rc_context(STYLE)

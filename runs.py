@@ -51,6 +51,7 @@ OPTIONAL = {
     "diverged.step": COUNT,
 }
 STATUS = ("complete", "diverged")
+BINS = np.linspace(-20, 20, 161)  # of the histograms, in standard deviations; what lies beyond is in the outermost ones
 MEASURED_DIR = "measured"  # in the folder of the results: what was measured of each run, for the next analysis
 
 

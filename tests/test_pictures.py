@@ -8,6 +8,7 @@ from made_runs import diverged, made
 
 import pictures
 import plots
+from runs import BINS
 
 SIX = ["clipped", "softmax0", "softmax0.5", "softmax1", "softmax4", "gated"]
 
@@ -36,7 +37,7 @@ def watched(n, seed, **changes):
     run = made(n, seed, emergence=emergence, emergence_texts=64, **changes)
     weights = np.full((3, 3), 0.1 if n else 0.2)
     run.maps = [("layer 1, head 0", ["<s>", "la", "</s>"], weights, 1 - weights.sum(1))] * 2
-    run.histograms = {"layer 0": np.histogram([0.0, 1.0, -1.0, 9.0], plots.BINS)[0]}
+    run.histograms = {"layer 0": np.histogram([0.0, 1.0, -1.0, 9.0], BINS)[0]}
     run.damage["masked"] = [1, 2, 1, 2]
     run.damage["texts"] = {"float32": [3.0, 6.0, 3.0, 6.0], "w8a8_static": [3.5, 7.0, 3.5, 7.0]}
     return run
@@ -253,9 +254,9 @@ def test_the_scale_of_the_attention_maps_ends_at_their_largest_weight(figures):
 
 def test_the_density_of_an_arm_is_the_mean_over_its_runs(figures):
     runs = [watched(0, 42), watched(0, 43)]
-    runs[1].histograms = {"layer 0": np.histogram([0.0] * 4, plots.BINS)[0]}
+    runs[1].histograms = {"layer 0": np.histogram([0.0] * 4, BINS)[0]}
     pictures.histograms(runs, plots.looks(["softmax0"], pictures.LEADING))
     x, density = lines(figures[0].axes[0])["softmax0"]
-    width = plots.BINS[1] - plots.BINS[0]
+    width = BINS[1] - BINS[0]
     assert np.nansum(density) * width == pytest.approx(1)
     assert density[np.searchsorted(x, 0)] * width == pytest.approx((1 / 4 + 1) / 2)

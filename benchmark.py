@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import importlib
 import math
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
+import resource  # which Windows lacks
 
 import datasets
 import matplotlib
@@ -655,7 +661,7 @@ def positive(text: str) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command.Parser(description=__doc__)
     parser.add_argument("what", choices=list(BENCHMARKS), help="what to measure")
     parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
     parser.add_argument("--tokenizer_dir", default="tokenizer", help="tokenizer of train_tokenizer.py (%(default)s)")
@@ -702,9 +708,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {record.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main)

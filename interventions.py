@@ -71,7 +71,10 @@ def interventions(
     found["as_trained"], attention = _measure(model, batches, tokenizer)
     if not hides_attention(model):
         for n in (0, 1):
-            other = apply_softmax_n(copy.deepcopy(model), n)
+            try:
+                other = apply_softmax_n(copy.deepcopy(model), n)
+            except ValueError:  # an attention of it would stay as it is
+                continue
             if other.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
                 found[f"as_softmax{n}"], _ = _measure(other, batches, tokenizer)
 

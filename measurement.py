@@ -44,7 +44,7 @@ from held_out import (
 from interventions import interventions
 from outliers import PLACES, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, weight_errors
+from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
 from record import git_state, one_line, versions, weights_sha256
 from report import FFN
 from runs import BINS, Run, refuse_missing
@@ -112,6 +112,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
         try_out(model, tokenizer)
+        measured_copy(model)  # which refuses a model with an attention that would stay as it is
     except Exception as error:
         sys.exit(f"error: {name} ({family}) cannot be measured: {one_line(error)}")
     return model, tokenizer

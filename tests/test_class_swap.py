@@ -32,6 +32,11 @@ def test_training_and_all_that_it_records(train):  # noqa: F811
         for ours, theirs in zip(stock[history], swapped[history], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
     for kind in ("weight_excess_kurtosis", "activation_excess_kurtosis"):
+        for found in (
+            stock,
+            swapped,
+        ):  # a key's bias moves no softmax: its gradient is rounding, of which Adam makes steps
+            found[kind] = {name: value for name, value in found[kind].items() if not name.endswith("key.bias")}
         assert stock[kind] == pytest.approx(swapped[kind], rel=1e-3, abs=1e-3, nan_ok=True)
     for ours, theirs in zip(stock["emergence"], swapped["emergence"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
@@ -74,7 +79,7 @@ def test_everything_that_an_analysis_writes(tmp_path):
     both_classes(tmp_path, scale=20.0)
     texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(tmp_path / "data"))
-    folders = ["--data_dir", str(tmp_path / "data"), "--results_dir", str(tmp_path / "results")]
+    folders = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results")]
     analyze_kurtosis.main([str(tmp_path / "stock"), str(tmp_path / "swapped"), *folders])
     found = json.loads((tmp_path / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
     stock, swapped = found["stock"], found["swapped"]

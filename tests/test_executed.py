@@ -289,7 +289,7 @@ def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(tmp_path / "data"))
-    folders = ["--data_dir", str(tmp_path / "data"), "--results_dir", str(tmp_path / "results")]
+    folders = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results")]
     analyze_kurtosis.main([str(tmp_path / "stock"), str(tmp_path / "swapped"), *folders, "--onnxruntime"])
     runs = json.loads((tmp_path / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
     found = [runs[name]["quantization"]["executed"] for name in ("stock", "swapped")]

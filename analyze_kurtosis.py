@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
 
+    if args.results_dir.exists():
+        refuse_unwritable(args.results_dir)
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     refuse_duplicates(runs)
     refuse_copies(runs)  # by what training wrote, before hours of measuring

@@ -224,8 +224,8 @@ def test_report_of_two_runs(workplace, capsys):
     assert glance[""] == ["softmax0", "softmax1", "difference", "95% interval over seeds", "95% interval over texts"]
     assert glance["null mass, mean of heads, %"][3] == "one pair: no interval"
     assert len(glance) == 2 + len(GLANCE)  # header and rule
-    order = ("**Answer.**", "- **Sinks.**", "| **W8A8 static", "](emergence_seeds.png)", "## INT8", "](damage.png)")
-    places = [text.index(part) for part in (*order, "## Summary")]
+    order = ("**Answer.**", "- **Sinks.**", "| **W8A8 static", "](emergence_seeds.png)", "## INT8", "## Summary")
+    places = [text.index(part) for part in (*order, "## Quantization damage", "](damage.png)")]
     assert places == sorted(places) and "Dose response" not in text  # two arms
 
 

@@ -244,13 +244,14 @@ def measure_or_take(
     keep_measured(run, kept, made)
 
 
-def measure_all(runs: list[Run], args: argparse.Namespace, folder: Path) -> tuple[int, list[str]]:
+def measure_all(
+    runs: list[Run], args: argparse.Namespace, folder: Path, execute: Callable | None
+) -> tuple[int, list[str]]:
     """Measure the models of all runs on the same texts, and keep in `folder` what was measured.
 
     Runs whose weights are no numbers are taken out of `runs`. Returns (how many texts these are, a line for each run
     that was taken out).
     """
-    execute = executor(args.onnxruntime)
     source = args.text or args.data_dir
     texts = Texts(
         texts_of(source, "validation", args.max_samples),
@@ -284,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
 
+    execute = executor(args.onnxruntime)
     if args.results_dir.exists():
         refuse_unwritable(args.results_dir)
     runs = find_runs(args.models, args.results_dir, args.models_dir)
@@ -300,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         sequences = take_measured([run for run in runs if not run.diverged], measured)
         refuse_copies(runs)
     else:
-        sequences, lost = measure_all(runs, args, measured)
+        sequences, lost = measure_all(runs, args, measured, execute)
     source = args.text or args.data_dir
     warned = [*self_check_notes(runs), *lost, *absent_notes(runs), *notes(runs, source)]
     found = findings(runs)

@@ -204,6 +204,7 @@ json.dump(found, open("found.json", "w"))
 """
 
 
+@pytest.mark.slow
 def test_round_trip_in_a_fresh_process(server, folders, sample, tmp_path):
     for n in NS:
         hub.main(["push", str(folders[n])])

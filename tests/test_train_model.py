@@ -368,7 +368,7 @@ def test_config_overrides_make_another_size_and_stand_in_the_record(train):
     assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
 
 
-@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("n", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample, n):
     """At the end on the saved model, in its own class; at step 0 on the model as it was built."""
     result = train("--softmax_n", str(n), "--max_length", "512")  # the analysis cuts there
@@ -434,7 +434,7 @@ WITHOUT_DROPOUT = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout
 ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few roundings of float32
 
 
-@pytest.mark.parametrize("n", ["0", "1"])
+@pytest.mark.parametrize("n", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
     monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
     packed = train("--softmax_n", n, "--learning_rate", "1e-3", steps=50)
@@ -528,7 +528,7 @@ train_model.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--padded"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--padded"], marks=pytest.mark.slow)])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
     monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
     # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.

@@ -173,6 +173,15 @@ def test_a_signal_writes_a_checkpoint_before_it_ends_the_training(train, monkeyp
     assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
 
 
+@pytest.fixture
+def heard():
+    """SIGINT as in a terminal: behind a shell's & it is ignored, and training then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_ends_at_once(train, monkeypatch):
     def twice(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)

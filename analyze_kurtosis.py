@@ -47,6 +47,7 @@ from measurement import (
     take_measured,
     texts_of,
 )
+from outliers import FFN
 from page import html_page
 from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
@@ -54,7 +55,6 @@ from questions import questions
 from record import by_layer, git_state, one_line, versions, write_json
 from report import (
     ACTIVATIONS,
-    FFN,
     PUBLISHED,
     PUBLISHED_FFN,
     WEIGHTS,

@@ -49,7 +49,7 @@ import record
 from arms import build_model, prepared
 from corpus import load_data, load_tokenizer, tokenized
 from folder import refuse_unwritable
-from outliers import ActivationKurtosis
+from kurtosis import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
 from softmax1 import attention_backend, softmax_n_attention
 from tables import table

@@ -18,10 +18,11 @@ from interventions import INTERVENTIONS
 from outliers import (
     ATTENDING,
     EMBEDDINGS,
+    FFN,
+    FFN_PLACES,
     IDLE,
     LOGITS,
     MASSIVE,
-    MASSIVE_PLACES,
     MASSIVE_RATIO,
     NEAR_ZERO,
     OUTLIER,
@@ -54,7 +55,6 @@ ACTIVATIONS = [
     ("output (LayerNorm)", "attention.output", "0.77 ± 1.35", "0.90 ± 1.31"),
 ]
 # The FFN output layer by layer, then mean ± deviation: the published table leaves it out, its result files hold it.
-FFN = "output.dense"
 PUBLISHED_FFN = [
     ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
     ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
@@ -278,7 +278,7 @@ def classes_table(runs: list[Run]) -> str:
             shown.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
         return shown
 
-    places = {place: place for place in ("ffn_output", "ffn_residual", "ffn_layernorm")}
+    places = {place: place for place in FFN_PLACES}
     return by_arm(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], runs, places, cells)
 
 
@@ -302,7 +302,7 @@ def massive_table(runs: list[Run]) -> str:
         return [*counts, *entries, *["–"] * (3 - len(entries))]
 
     header = ["", "massive", "over 100", "over 1,000 medians", "largest", "second", "third"]
-    return by_arm(header, runs, {place: place for place in MASSIVE_PLACES}, cells)
+    return by_arm(header, runs, {place: place for place in FFN_PLACES}, cells)
 
 
 def entry_cell(one: dict, layer: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from arms import arm_name
+from outliers import PLACES
 from record import look_up
 
 COUNT, AMOUNT, NUMBER = "a whole number from 0 on", "a number from 0 on", "a number or null"
@@ -112,18 +113,10 @@ class Run:
         found = {}
         for place, values in self.places.items():
             layer, dot, place = place.rpartition(".")
-            for module in MODULES.get(place, ()):
-                found[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
+            if place in PLACES and PLACES[place].side == "output":
+                for module in (PLACES[place].module, *PLACES[place].same):
+                    found[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
         return found
-
-
-# The module of the published tables that a place is. In eval mode dropout is the identity.
-MODULES = {
-    "attention_output": ("attention.output.dense", "attention.output.dropout"),
-    "attention_layernorm": ("attention.output",),
-    "ffn_output": ("output.dense",),
-    "ffn_layernorm": ("output",),
-}
 
 
 def arms(runs: list[Run]) -> dict[str, list[Run]]:

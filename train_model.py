@@ -70,7 +70,8 @@ from held_out import (
     padded_batches,
     perplexity,
 )
-from outliers import ActivationKurtosis, Emergence, weight_excess_kurtosis
+from kurtosis import ActivationKurtosis, weight_excess_kurtosis
+from outliers import Emergence
 from packing import MaskedLMCollator, NothingToMask, on_device, summed_loss
 from runs import read_results
 from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen

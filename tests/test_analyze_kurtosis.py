@@ -35,7 +35,8 @@ import measurement
 from answer import GLANCE
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
-from outliers import measure_model, weight_excess_kurtosis
+from kurtosis import weight_excess_kurtosis
+from outliers import measure_model
 from packing import MaskedLMCollator
 from pictures import EMERGING, SEEDS
 from questions import LABELS

@@ -28,7 +28,7 @@ import train_model
 from arms import prepared
 from controls import CONTROLS
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
-from outliers import Emergence, measure_model
+from outliers import FFN_PLACES, Emergence, measure_model
 from packing import MaskedLMCollator
 from runs import find_runs
 from sets import comparison_sets
@@ -392,7 +392,7 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
         assert len(entry) == 1 + 2 * (9 + len(Emergence.ATTENTION))
         for layer in ("layer.0", "layer.1"):
             for statistic in Emergence.STATISTICS:
-                for place in Emergence.PLACES:
+                for place in FFN_PLACES:
                     expected = places[f"{layer}.{place}"][statistic]
                     assert entry[f"{layer}.{place}.{statistic}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
             for statistic in Emergence.ATTENTION:

@@ -51,7 +51,7 @@ from page import html_page
 from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
-from record import git_state, one_line, versions, write_json
+from record import by_layer, git_state, one_line, versions, write_json
 from report import (
     ACTIVATIONS,
     FFN,
@@ -63,7 +63,7 @@ from report import (
     report,
     self_check_notes,
 )
-from runs import MEASURED_DIR, Run, by_layer, find_runs
+from runs import MEASURED_DIR, Run, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255

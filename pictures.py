@@ -12,7 +12,8 @@ from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
 from outliers import SINK
 from quantization import SCHEMES, bootstrap_difference
-from runs import BINS, Run, arms, by_layer
+from record import by_layer
+from runs import BINS, Run, arms
 from sets import BASELINE
 
 PANELS = {  # of kurtosis.png and norms.png

@@ -34,7 +34,8 @@ from outliers import (
 from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
-from runs import OPTIONAL, Run, arms, by_layer, has, look_up
+from record import by_layer, look_up
+from runs import OPTIONAL, Run, arms, has
 from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, machine, number, plus_minus, shortest, signed, spread, table
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from arms import arm_name
+from record import look_up
 
 COUNT, AMOUNT, NUMBER = "a whole number from 0 on", "a number from 0 on", "a number or null"
 RESULTS = {  # what we read of a results file: dotted key -> kind
@@ -136,16 +137,6 @@ def arms(runs: list[Run]) -> dict[str, list[Run]]:
 # ------------------------------------------------------------------------------------------------ what training wrote
 
 
-def look_up(results: dict, key: str):
-    """The value at a dotted key. Raises KeyError where it is missing."""
-    value = results
-    for part in key.split("."):
-        if not isinstance(value, dict):
-            raise KeyError(key)
-        value = value[part]
-    return value
-
-
 def read_results(path: Path) -> dict:
     """The results file of one run, checked: exits with one line where a key is missing or of another kind."""
     try:
@@ -180,10 +171,7 @@ def _refuse(constant: str):
 
 def has(results, key: str) -> bool:
     """Whether a key that may be missing is there; null says that there is none."""
-    try:
-        return look_up(results, key) is not None
-    except KeyError:
-        return False
+    return look_up(results, key, None) is not None
 
 
 def _is(kind: str, value) -> bool:
@@ -261,10 +249,3 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
         if not run.diverged and not Path(run.model).is_dir() and not measured.is_file():
             sys.exit(f"error: {run.file} has no model folder {run.model}: set --models_dir, or move the file away")
     return sorted(runs, key=lambda run: (run.results["softmax_n"], run.arm, run.results["seed"]))
-
-
-def by_layer(kurtosis: dict[str, float | None], suffix: str) -> np.ndarray:
-    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer has none."""
-    pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
-    layers = {int(match[1]): value for name, value in kurtosis.items() if (match := pattern.search(name))}
-    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN

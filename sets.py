@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runs import Run, arms, look_up
+from record import look_up
+from runs import Run, arms
 
 BASELINE = "softmax0"
 
@@ -94,10 +95,7 @@ class ComparisonSet:
 
 def recorded(run: Run, key: str) -> str:
     """The value at a dotted key of the results, as text that agrees where the values do; a lacking key is a value."""
-    try:
-        value = look_up(run.results, key)
-    except KeyError:
-        return NOT_RECORDED
+    value = look_up(run.results, key, NOT_RECORDED)
     if key == "settings.data_seed" and value is None:
         value = run.results["seed"]  # which the batches then depend on
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -33,6 +33,7 @@ from transformers import (
 
 import arms
 import build_dataset
+import cards
 import hub
 import softmax1
 import train_model
@@ -483,7 +484,7 @@ def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
 @pytest.mark.parametrize("n", NS)
 def test_model_card(n):
     run = f"esperberto-softmax{n:g}"
-    text = hub.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
+    text = cards.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
     card = ModelCard(text)
     assert card.data.language == "eo" and card.data.license == "apache-2.0" and card.data.pipeline_tag == "fill-mask"
     assert card.data.datasets == ["zamenhof/esperanto"] and card.data.model_name == run
@@ -517,7 +518,7 @@ def test_model_card_without_results_says_so(server, folders, tmp_path):
 
 def test_test_runs_say_so():
     results = make_results(1.0, "esperberto-softmax1", test_pipeline=True)
-    text = hub.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
+    text = cards.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
     assert "A test run" in text and "test-pipeline" in ModelCard(text).data.tags
 
 
@@ -526,7 +527,7 @@ def test_dataset_card(sample):
     splits = {
         name: build_dataset.Dataset.load_from_disk(str(sample / "data" / name)) for name in ("train", "validation")
     }
-    text = hub.dataset_card("zamenhof/esperanto", manifest, splits)
+    text = cards.dataset_card("zamenhof/esperanto", manifest, splits)
     data = huggingface_hub.DatasetCard(text).data
     assert data.language == ["eo"] and data.license == "cc0-1.0" and "test-pipeline" in data.tags
     source = manifest["sources"][0]
@@ -534,12 +535,12 @@ def test_dataset_card(sample):
         assert figure in text
     published = copy.deepcopy(manifest)
     published["sources"] = [{**source, "name": name} for name in build_dataset.EXPECTED_LINES]
-    text = hub.dataset_card("zamenhof/esperanto", published, splits)
+    text = cards.dataset_card("zamenhof/esperanto", published, splits)
     data = huggingface_hub.DatasetCard(text).data
     assert data.license == "other" and "test-pipeline" not in data.tags
     assert text.count("oscar-project.org") == 1 and text.count("Goldhahn") == 1 and "Common Crawl's terms" in text
     assert all(name in text for name in build_dataset.EXPECTED_LINES)
-    assert hub.terms_of("my.txt") == hub.OTHER_TERMS
+    assert cards.terms_of("my.txt") == cards.OTHER_TERMS
 
 
 # ----------------------------------------------------------------------------------------------------- train, build
@@ -699,7 +700,7 @@ EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_as_the_card_says(sample, tmp_path, monkeypatch, n):
     model = make_model(n, layers=1)
-    card = hub.model_card("zamenhof/x", model.config.to_dict(), None)
+    card = cards.model_card("zamenhof/x", model.config.to_dict(), None)
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1]
     monkeypatch.chdir(tmp_path)
     exec(code, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(sample / "tokenizer")})

@@ -415,6 +415,13 @@ class ExperimentTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's estimate walks over all parameters at every step, to count what is not computed here
 
+    def _save(self, output_dir=None, state_dict=None):
+        # Trainer's own also writes its arguments as a pickle, which runs code when it is loaded. Nothing here reads it.
+        if self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
     def _save_checkpoint(self, model, trial):
         # Trainer deletes the older checkpoints before ours is whole: that is left to `Bookkeeping.on_save`.
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -141,6 +141,18 @@ def fails(call) -> str:
     return message
 
 
+def assert_no_token(server: HubServer, folder: Path, *printed: str) -> None:
+    """The token stands in no file below `folder` but .env and the tests, in no body that was sent, in nothing printed.
+
+    Nor does a pickle lie there that came from Trainer.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".env" and "tests" not in path.parts]
+    assert len(files) > 5 and not [path for path in files if path.name == "training_args.bin"]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not any(TOKEN.encode() in body for body in server.bodies)
+    assert not any(TOKEN in text for text in printed)
+
+
 def printed_command(message: str) -> list[str]:
     """The arguments of the `python hub.py ...` that a message ends with."""
     return shlex.split(message.rpartition("python hub.py ")[2])
@@ -564,8 +576,12 @@ def train(sample, tmp_path, monkeypatch):
     return run
 
 
-def test_train_model_pushes_in_the_end(server, train):
+def test_train_model_pushes_in_the_end(server, train, tmp_path, monkeypatch, capfd):
+    saved = []
+    monkeypatch.setattr(train_model, "delete_checkpoints", lambda *_, **__: saved.extend(Path("models").rglob("*")))
     train("--use_softmax1", "--push_to_hub", "--hub_private_repo", "true")
+    assert {"optimizer.pt", "rng_state.pth", "progress.json"} <= {path.name for path in saved}
+    assert_no_token(server, tmp_path, *capfd.readouterr())
     files = server.files("model", "zamenhof/esperberto-softmax1")
     results = json.loads(Path("results/esperberto-softmax1.json").read_text())
     assert files["model.safetensors"] == Path("models/esperberto-softmax1/model.safetensors").read_bytes()
@@ -573,7 +589,6 @@ def test_train_model_pushes_in_the_end(server, train):
     assert server.repos["model", "zamenhof/esperberto-softmax1"]["private"]
     assert server.commits("model", "zamenhof/esperberto-softmax1") == 1  # Trainer did not push on the way
     assert results["settings"]["push_to_hub"] is True
-    assert TOKEN not in Path("results/esperberto-softmax1.json").read_text()
 
 
 def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fails(server, train, monkeypatch):
@@ -776,13 +791,15 @@ def test_runner_pushes_and_a_stranger_asks_the_model(server, tmp_path, monkeypat
     server.fault("POST .*/esperberto-softmax1/commit/", times=99, status=403)
     result = runner()
     assert result.returncode == 1, result.stderr[-2000:]
+    assert_no_token(server, tmp_path, result.stdout, result.stderr)
     assert "run this again to push it" in result.stderr and "python hub.py push" in result.stderr
     (project / "scratch" / "results" / "report.md").unlink()
     weights = (project / "scratch/models/esperberto-softmax1/model.safetensors").stat().st_mtime_ns
     server.faults.clear()
     result = runner()
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "are on the Hub" in result.stdout and TOKEN not in result.stdout + result.stderr
+    assert "are on the Hub" in result.stdout
+    assert_no_token(server, tmp_path, result.stdout, result.stderr)
     assert (project / "scratch/models/esperberto-softmax1/model.safetensors").stat().st_mtime_ns == weights
     assert set(server.repos) == {
         ("dataset", "zamenhof/esperanto"),

@@ -19,7 +19,6 @@ import re
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import record
+from folder import scratch
 from tables import shortest
 
 UNSET = 3  # exit status of `check --optional`, which runner.sh reads
@@ -311,8 +311,7 @@ def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Da
     """One commit of Parquet files and card; at most one batch of rows is in memory. `what` is of `read_dataset`."""
     manifest, splits = what
     repo = f"{hub.namespace}/{DATASET}"
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.absolute().parent) as scratch:
-        stage = Path(scratch)
+    with scratch(folder.absolute()) as stage:
         (stage / "data").mkdir()
         for split, dataset in splits.items():
             shards = math.ceil(dataset.data.nbytes / SHARD_BYTES)

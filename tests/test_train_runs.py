@@ -130,7 +130,10 @@ def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sampl
     flags += ["--config_overrides", SMALL, "--max_length", "32", "--max_eval_samples", "4", "--disable_tqdm", "true"]
     train_model.main([*flags, "--max_steps", "2"])
     monkeypatch.setattr(train_runs, "train_alone", lambda job: job.results.touch() or True)
+    left = Path("models/esperberto-softmax0/checkpoint-2")  # as a kill right behind the results file leaves it
+    left.mkdir()
     train_runs.main(["--softmax_n", "0", "--", *flags, "--max_steps", "2"])
+    assert not left.exists() and (left.parent / "model.safetensors").exists()
     with pytest.raises(SystemExit, match=r"softmax0\.json is there, of a run with max_steps = 2, not 3: move"):
         train_runs.main(["--", *flags, "--max_steps", "3"])
     with pytest.raises(SystemExit, match=r"config_overrides = '.*num_hidden_layers=1', not '': move"):

@@ -279,7 +279,7 @@ BAD_MODELS = {
     ),
     "fewer layers than the weights": (
         lambda folder: edited(folder, "config.json", lambda config: config.update(num_hidden_layers=-1)),
-        "config.json has fewer layers than the weights: roberta.encoder.layer.0.",
+        "config.json has fewer layers than the weights, which hold roberta.encoder.layer.0.",
     ),
 }
 

@@ -32,8 +32,10 @@ if __name__ == "__main__":
 
 import train_model
 from arms import run_name
+from checkpoints import checkpoints, delete_checkpoints
 from controls import CONTROLS
-from folder import refuse_unwritable
+from folder import locked, refuse_unwritable
+from hub import diverged
 from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
@@ -232,6 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         if job.results.is_file():
             train_model.refuse_other_settings(job.results, *settings)
             print(f"{job.results}: found and kept, not trained again", flush=True)
+            if checkpoints(job.model) and not diverged(job.results):  # left by a kill behind the results file
+                with locked(job.model):
+                    delete_checkpoints(job.model)
             push(job)
         else:
             missing.append(job)

@@ -31,8 +31,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import arms
 import build_dataset
+import experiment
 import hub
 import softmax1
 import train_model
@@ -550,7 +550,7 @@ SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
 
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):

@@ -33,7 +33,7 @@ import huggingface_hub
 import transformers
 
 from answer import PRIMARY, Finding, answer, findings
-from experiment import ACTIVATIONS, FFN, PUBLISHED, PUBLISHED_FFN, WEIGHTS
+from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from folder import refuse_unwritable
 from measurement import (
     CALIBRATION_SIZE,
@@ -48,13 +48,14 @@ from measurement import (
     take_measured,
     texts_of,
 )
+from outliers import FFN
 from page import html_page
 from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
-from record import git_state, one_line, versions, write_json
+from record import by_layer, git_state, one_line, versions, write_json
 from report import absent_notes, models_report, report, self_check_notes
-from runs import MEASURED_DIR, Run, by_layer, find_runs
+from runs import MEASURED_DIR, Run, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255

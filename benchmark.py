@@ -58,7 +58,7 @@ from experiment import (
     build_model,
 )
 from folder import refuse_unwritable
-from outliers import ActivationKurtosis
+from kurtosis import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
 from softmax1 import attention_backend, softmax_n_attention
 from tables import table

@@ -42,7 +42,6 @@ ACTIVATIONS = [
     ("output (LayerNorm)", "attention.output", "0.77 ± 1.35", "0.90 ± 1.31"),
 ]
 # The FFN output layer by layer, then mean ± deviation: the published table leaves it out, its result files hold it.
-FFN = "output.dense"
 PUBLISHED_FFN = [
     ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
     ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import self_check  # which registers the controls' classes too
-from experiment import FFN, MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
+from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
 from held_out import (
     HELD_OUT_SEED,
     evenly_spread,
@@ -42,8 +42,10 @@ from held_out import (
     longest_text,
     padded_batches,
 )
+from hooks import Hooks
 from interventions import interventions
-from outliers import PLACES, eager_attention, hides_attention, measure_model, uniform_attention, weights_of
+from kurtosis import weights_of
+from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
 from record import git_state, one_line, versions, weights_sha256
@@ -134,12 +136,9 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     def keep(name: str):
         return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     chosen = mask.bool() & (torch.arange(length) < short)
-    with kept_positions(model, chosen):
+    with Hooks((module, keep(name)) for name, module in model.named_modules()), kept_positions(model, chosen):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    for handle in handles:
-        handle.remove()
     for name, shape in shapes.items():
         if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
             raise ValueError(f"{name} does not hold one row for every token of a text")
@@ -338,23 +337,21 @@ def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
 def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
     """Counts in runs.BINS of the standardised FFN output of every layer, on a few texts."""
     held: dict[str, list[torch.Tensor]] = {}
-    suffix, _ = PLACES["ffn_output"]
     mask = None
 
     def keep(name: str):
         return lambda module, inputs, output: held.setdefault(name, []).append(output[mask].flatten().float().cpu())
 
-    handles = [
-        module.register_forward_hook(keep(f"layer {match[1]}"))
+    hooks = [
+        (module, keep(f"layer {match[1]}"))
         for name, module in model.named_modules()
-        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(suffix)}$", name))
+        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(FFN)}$", name))
     ]
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        mask = batch["attention_mask"].bool()
-        model.base_model(**batch)
-    for handle in handles:
-        handle.remove()
+    with Hooks(hooks):
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            mask = batch["attention_mask"].bool()
+            model.base_model(**batch)
     counts = {}
     for name, values in held.items():
         values = torch.cat(values).double().numpy()
@@ -390,7 +387,9 @@ def attention_maps(
 
 
 # What an analysis computes with: when one of these files changes, models are measured again.
-CODE = "controls executed held_out interventions measurement outliers packing quantization softmax1".split()
+CODE = (
+    "controls executed held_out hooks interventions kurtosis measurement outliers packing quantization softmax1".split()
+)
 MEASURED = (
     "digest max_length tokens weights places attention attention_uniform untrained interventions damage histograms maps"
 ).split()

@@ -50,7 +50,8 @@ from transformers.masking_utils import sdpa_mask
 
 import softmax1
 from held_out import per_text_loss, perplexity
-from outliers import hides_attention, weights_of
+from kurtosis import weights_of
+from outliers import hides_attention
 from softmax1 import apply_softmax_n, log_n_of
 
 CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: environment, versions, hashes, strict JSON."""
+"""What a run writes down about itself, and how it is read: environment, versions, hashes, strict JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # Of x86 processors; a matrix product in bfloat16 is several times as fast as in float32 with amx_bf16.
@@ -164,3 +165,22 @@ def _finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def look_up(results: dict | None, key: str, *default):
+    """The value at a dotted key of a results file, or the default where it is missing (KeyError without a default)."""
+    value = results
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            if default:
+                return default[0]
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def by_layer(values: dict[str, float | None], suffix: str) -> np.ndarray:
+    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer holds None."""
+    pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
+    layers = {int(match[1]): value for name, value in values.items() if (match := pattern.search(name))}
+    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN

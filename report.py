@@ -13,16 +13,17 @@ import numpy as np
 
 from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from controls import CHECKS
-from experiment import ACTIVATIONS, BASELINE, FFN, PRIMARY_ARM, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
+from experiment import ACTIVATIONS, BASELINE, PRIMARY_ARM, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
 from interventions import DRAWS as RANDOM_DRAWS
 from interventions import INTERVENTIONS
 from outliers import (
     ATTENDING,
     EMBEDDINGS,
+    FFN,
+    FFN_PLACES,
     IDLE,
     LOGITS,
     MASSIVE,
-    MASSIVE_PLACES,
     MASSIVE_RATIO,
     NEAR_ZERO,
     OUTLIER,
@@ -35,7 +36,8 @@ from outliers import (
 from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
-from runs import OPTIONAL, Run, arms, by_layer, has, look_up
+from record import by_layer, look_up
+from runs import OPTIONAL, Run, arms, has
 from sets import NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, machine, number, plus_minus, shortest, signed, spread, table
 
@@ -256,7 +258,7 @@ def classes_table(runs: list[Run]) -> str:
             shown.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
         return shown
 
-    places = {place: place for place in ("ffn_output", "ffn_residual", "ffn_layernorm")}
+    places = {place: place for place in FFN_PLACES}
     return by_arm(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], runs, places, cells)
 
 
@@ -280,7 +282,7 @@ def massive_table(runs: list[Run]) -> str:
         return [*counts, *entries, *["–"] * (3 - len(entries))]
 
     header = ["", "massive", "over 100", "over 1,000 medians", "largest", "second", "third"]
-    return by_arm(header, runs, {place: place for place in MASSIVE_PLACES}, cells)
+    return by_arm(header, runs, {place: place for place in FFN_PLACES}, cells)
 
 
 def entry_cell(one: dict, layer: str) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from experiment import arm_name, arm_order
+from outliers import PLACES
+from record import look_up
 from softmax1 import LEARNED
 
 COUNT, AMOUNT, NUMBER = "a whole number from 0 on", "a number from 0 on", "a number or null"
@@ -121,18 +123,10 @@ class Run:
         found = {}
         for place, values in self.places.items():
             layer, dot, place = place.rpartition(".")
-            for module in MODULES.get(place, ()):
-                found[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
+            if place in PLACES and PLACES[place].side == "output":
+                for module in (PLACES[place].module, *PLACES[place].same):
+                    found[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
         return found
-
-
-# The module of the published tables that a place is. In eval mode dropout is the identity.
-MODULES = {
-    "attention_output": ("attention.output.dense", "attention.output.dropout"),
-    "attention_layernorm": ("attention.output",),
-    "ffn_output": ("output.dense",),
-    "ffn_layernorm": ("output",),
-}
 
 
 def arms(runs: list[Run]) -> dict[str, list[Run]]:
@@ -144,16 +138,6 @@ def arms(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 # ------------------------------------------------------------------------------------------------ what training wrote
-
-
-def look_up(results: dict, key: str):
-    """The value at a dotted key. Raises KeyError where it is missing."""
-    value = results
-    for part in key.split("."):
-        if not isinstance(value, dict):
-            raise KeyError(key)
-        value = value[part]
-    return value
 
 
 def read_results(path: Path) -> dict:
@@ -190,10 +174,7 @@ def _refuse(constant: str):
 
 def has(results, key: str) -> bool:
     """Whether a key that may be missing is there; null says that there is none."""
-    try:
-        return look_up(results, key) is not None
-    except KeyError:
-        return False
+    return look_up(results, key, None) is not None
 
 
 def _is(kind: str, value) -> bool:
@@ -275,10 +256,3 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
         if not run.diverged and not Path(run.model).is_dir() and not measured.is_file():
             sys.exit(f"error: {run.file} has no model folder {run.model}: set --models_dir, or move the file away")
     return sorted(runs, key=lambda run: (*run.arm_order, run.results["seed"]))
-
-
-def by_layer(kurtosis: dict[str, float | None], suffix: str) -> np.ndarray:
-    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer has none."""
-    pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
-    layers = {int(match[1]): value for name, value in kurtosis.items() if (match := pattern.search(name))}
-    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from experiment import BASELINE
-from runs import Run, arms, look_up
+from record import look_up
+from runs import Run, arms
 
 # What shapes the weights, besides n and the seed: key in the results file -> name.
 SHAPING = {
@@ -93,10 +94,7 @@ class ComparisonSet:
 
 def recorded(run: Run, key: str) -> str:
     """The value at a dotted key of the results, as text that agrees where the values do; a lacking key is a value."""
-    try:
-        value = look_up(run.results, key)
-    except KeyError:
-        return NOT_RECORDED
+    value = look_up(run.results, key, NOT_RECORDED)
     if key == "settings.data_seed" and value is None:
         value = run.results["seed"]  # which the batches then depend on
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -850,7 +850,10 @@ def softmax_n_attention_forward(
             query, key, value, attention_mask, dropout, is_causal, scaling, log_n=log_n, enable_gqa=bool(groups > 1)
         )
         weights = None
-    return output.transpose(1, 2).contiguous(), weights
+    output = output.transpose(1, 2)
+    if torch.compiler.is_exporting():  # a copy in the graph: what ONNX makes of the attention has other strides
+        return output.clone(memory_format=torch.contiguous_format), weights
+    return output.contiguous(), weights
 
 
 def log_n_of(module: nn.Module) -> float | Tensor:

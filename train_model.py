@@ -53,10 +53,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_pt_utils import safe_globals
 
 import hub
 import record
+from checkpoints import checkpoint_to_go_on_from, delete_checkpoints, read_progress, seal
 from controls import GATE
 from corpus import load_data, load_tokenizer, tokenized
 from experiment import (
@@ -83,7 +83,8 @@ from held_out import (
     padded_batches,
     perplexity,
 )
-from outliers import ActivationKurtosis, Emergence, sinks_by_layer, weight_excess_kurtosis
+from kurtosis import ActivationKurtosis, weight_excess_kurtosis
+from outliers import Emergence, sinks_by_layer
 from packing import MaskedLMCollator, NothingToMask, on_device, summed_loss
 from runs import read_results
 from softmax1 import (
@@ -440,6 +441,13 @@ class ExperimentTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's estimate walks over all parameters at every step, to count what is not computed here
 
+    def _save(self, output_dir=None, state_dict=None):
+        # Trainer's own also writes its arguments as a pickle, which runs code when it is loaded. Nothing here reads it.
+        if self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
     def _save_checkpoint(self, model, trial):
         # Trainer deletes the older checkpoints before ours is whole: that is left to `Bookkeeping.on_save`.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -549,11 +557,11 @@ class Bookkeeping(TrainerCallback):
             "loss_window": [trainer._globalstep_last_logged, trainer.accelerator.gather(trainer._tr_loss).tolist()],
         }
         if state.is_world_process_zero:
-            # What makes the checkpoint whole. Only now may older ones go.
-            record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", progress)
-            if args.save_total_limit:
-                for old in checkpoints(args.output_dir)[args.save_total_limit :]:
-                    shutil.rmtree(old)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            record.write_json(checkpoint / "progress.json", progress)
+            seal(checkpoint)
+            if args.save_total_limit:  # only now, when the new one is whole, may older ones go
+                delete_checkpoints(args.output_dir, keep=args.save_total_limit)
 
     def restore(self, checkpoint: str) -> None:
         """Take up the counts of an earlier session. Exits when that session had other settings."""
@@ -698,93 +706,6 @@ def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, a
                 f"error: {results_path} is there, of a run with {name} = {had[name]!r}, not {value!r}: move the "
                 "results and models of the other experiment away, or give the settings that they were made with"
             )
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder`, whole or not, the newest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-
-
-def read_progress(checkpoint: str | Path) -> dict:
-    """progress.json of a checkpoint, as Bookkeeping wrote it; null in it is a number that was not finite.
-
-    Raises:
-        OSError, ValueError, LookupError, TypeError: it is damaged.
-    """
-    progress = record.read_json(Path(checkpoint) / "progress.json")
-
-    def number(value) -> float:
-        return math.nan if value is None else float(value)
-
-    last_logged, losses = progress["loss_window"]
-    return {
-        "settings": dict(progress["settings"]),
-        "seconds": float(progress["seconds"]),
-        "counts": {name: int(progress["counts"][name]) for name in ("samples", "tokens", "padded_tokens")},
-        "activation_kurtosis": {
-            name: [number(total), int(count)] for name, (total, count) in progress["activation_kurtosis"].items()
-        },
-        "emergence": [dict(entry) for entry in progress["emergence"]],
-        "loss_window": (int(last_logged), [number(loss) for loss in np.atleast_1d(losses)]),
-    }
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, every file of which is read once in full; None where it is whole."""
-    if not (checkpoint / "progress.json").exists():  # written last of all
-        return "was interrupted while it was written"
-    try:
-        read_progress(checkpoint)
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        AutoModelForMaskedLM.from_pretrained(checkpoint)
-        random_states = sorted(checkpoint.glob("rng_state*.pth"))
-        if not random_states:
-            raise FileNotFoundError("no rng_state.pth")
-        with safe_globals():
-            for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
-                torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # half-written archives fail in as many ways as there are formats
-        return f"is damaged ({record.one_line(error)})"
-    return None
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`; None where there is none.
-
-    Newer ones that are not whole are deleted, with a line each: what was interrupted while it was written, and what is
-    damaged. Exits when the only one that was written to its end is damaged, since all its work would be lost unseen.
-    """
-    useless = []
-    for checkpoint in checkpoints(folder):
-        if (why := damage(checkpoint)) is None:
-            break
-        useless.append((checkpoint, why))
-    else:
-        checkpoint = None
-    if checkpoint is None and (damaged := [said for said in useless if "damaged" in said[1]]):
-        sys.exit(f"error: {damaged[0][0]} {damaged[0][1]}: delete that folder and start again")
-    for path, why in useless:
-        print(f"{path} {why}: deleted")
-        shutil.rmtree(path)
-    return None if checkpoint is None else str(checkpoint)
-
-
-def checkpoint_to_go_on_from(wanted: str | None, folder: str) -> str | None:
-    """The newest whole checkpoint in `folder`, or the one that --resume_from_checkpoint names; None where none is.
-
-    Exits with one line where a checkpoint is wanted and there is none.
-    """
-    if wanted is None or wanted.lower() == "true":
-        found = last_checkpoint(folder)
-        if wanted and found is None:
-            sys.exit(f"error: --resume_from_checkpoint True, but {folder} has no checkpoint: leave the flag out")
-        return found
-    if not Path(wanted).is_dir():
-        sys.exit(f"error: --resume_from_checkpoint {wanted} is no folder: name a checkpoint, or True for the newest")
-    if why := damage(Path(wanted)):
-        sys.exit(f"error: {wanted} {why}: name another checkpoint, or leave the flag out")
-    return wanted
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -1088,8 +1009,7 @@ def train_alone(
     refuse_unwritable(experiment.results_dir)
 
     if experiment.overwrite and args.process_index == 0:
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
+        delete_checkpoints(args.output_dir)
     checkpoint = None
     if not experiment.overwrite:
         with args.main_process_first(desc="looking for checkpoints"):  # the others find what is left of them
@@ -1247,8 +1167,7 @@ def train_alone(
     record.write_json(results_path, result)
     if diverged is not None:  # a result like any other: a run that is left out makes its arm look better
         sys.exit(f"error: {run} diverged, {diverged}: {results_path} records it; a lower --learning_rate may help")
-    for old in Path(args.output_dir).glob("checkpoint-*"):  # they served to resume; the run is complete
-        shutil.rmtree(old)
+    delete_checkpoints(args.output_dir)  # they served to resume; the run is complete
     print(
         f"{run}: {step} steps in {seconds:.0f} s, mean training loss {mean_over_steps(loss_history):.4f}, "
         f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"

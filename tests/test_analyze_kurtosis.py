@@ -35,13 +35,14 @@ import measurement
 from answer import GLANCE
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
-from outliers import measure_model, weight_excess_kurtosis
+from kurtosis import weight_excess_kurtosis
+from outliers import measure_model
 from packing import MaskedLMCollator
 from pictures import EMERGING, SEEDS
 from questions import LABELS
-from record import weights_sha256
+from record import by_layer, weights_sha256
 from report import entry_cell, gap_cell
-from runs import Run, by_layer
+from runs import Run
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, plus_minus, table

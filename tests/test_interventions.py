@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_outlier_statistics import SMALL, Tokenizer, batch_of, model_with
+from test_outliers import SMALL, Tokenizer, batch_of, model_with
 from transformers import BertConfig, BertForMaskedLM
 
 import interventions as module

@@ -20,6 +20,7 @@ from scipy import stats
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 from transformers.trainer_callback import TrainerCallback
 
+import checkpoints
 import experiment
 import folder
 import measurement
@@ -28,7 +29,7 @@ import train_model
 from controls import CONTROLS
 from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
-from outliers import Emergence, measure_model, sinks_by_layer
+from outliers import FFN_PLACES, Emergence, measure_model, sinks_by_layer
 from packing import MaskedLMCollator
 from runs import find_runs
 from sets import comparison_sets
@@ -224,12 +225,85 @@ def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, 
     interrupted(monkeypatch, lambda: train(*flags))
     folder = Path("results-models/esperberto-softmax0")
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
-    (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"half a file")
+    flip(folder / "checkpoint-3" / "model.safetensors", 0.9)  # in the weights: it still loads
     capsys.readouterr()
     resumed = train(*flags)
     printed = capsys.readouterr().out
-    assert "checkpoint-3 is damaged (" in printed and f"Going on from {folder}/checkpoint-2" in printed
+    assert (
+        "checkpoint-3 is damaged (model.safetensors: not as SHA256SUMS has it): deleted" in printed
+        and f"Going on from {folder}/checkpoint-2" in printed
+    )
     assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def flip(file: Path, where: float) -> None:
+    """Change one byte, that share of the way into the file."""
+    data = bytearray(file.read_bytes())
+    data[min(int(where * len(data)), len(data) - 1)] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeypatch):
+    interrupted(monkeypatch, train)
+    [checkpoint] = Path("results-models/esperberto-softmax0").glob("checkpoint-*")
+    files = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "progress.json", "SHA256SUMS"} <= {
+        path.name for path in files
+    }
+    assert "training_args.bin" not in {path.name for path in files}  # a pickle
+    for path, content in files.items():
+        for where in (0, 0.5, 0.9, 1):
+            flip(path, where)
+            assert "is damaged (" in (why := checkpoints.damage(checkpoint)) and path.name in why, (path, where)
+            path.write_bytes(content)
+        path.unlink()
+        assert path.name == "SHA256SUMS" or checkpoints.damage(checkpoint), path  # those of earlier versions have none
+        path.write_bytes(content)
+    assert checkpoints.damage(checkpoint) is None
+    (checkpoint / "pytorch_model.bin").write_bytes(b"from elsewhere")
+    assert "is damaged (pytorch_model.bin: not as" in checkpoints.damage(checkpoint)
+    (checkpoint / "pytorch_model.bin").unlink()
+    sums = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    if shutil.which(sums[0]):
+        subprocess.run(sums, cwd=checkpoint, check=True)
+
+
+def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch):
+    deleted = []
+    remove = shutil.rmtree
+
+    def spied(path, *rest, **options):
+        deleted.append(Path(path).name)
+        assert [checkpoints.damage(left) for left in checkpoints.checkpoints(Path(path).parent)[:1]] == [None]
+        remove(path, *rest, **options)
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", spied)
+    train("--save_steps", "1", steps=3)
+    assert deleted == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+class Runs:
+    """Unpickled without care, it writes a file."""
+
+    def __reduce__(self):
+        return (os.system, ("touch ran",))
+
+
+def test_code_in_a_checkpoint_is_not_run(train, monkeypatch, capsys):
+    """As one from elsewhere may hold it, with checksums that fit."""
+    interrupted(monkeypatch, train)
+    [checkpoint] = Path("results-models/esperberto-softmax0").glob("checkpoint-*")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        there = (checkpoint / name).read_bytes()
+        torch.save({"state": Runs()}, checkpoint / name)
+        (checkpoint / "SHA256SUMS").unlink()
+        checkpoints.seal(checkpoint)
+        exits_with(capsys, "is damaged (Weights only load failed", train)
+        (checkpoint / name).write_bytes(there)
+    torch.save(Runs(), checkpoint / "training_args.bin")  # which earlier versions of this project wrote too
+    checkpoints.seal(checkpoint)
+    train()
+    assert not Path("ran").exists()
 
 
 def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
@@ -264,7 +338,7 @@ def test_a_checkpoint_can_be_named_or_the_newest_be_asked_for(train, monkeypatch
     interrupted(monkeypatch, train)
     folder = Path("results-models/esperberto-softmax0")
     for wanted in (None, "True", "true", f"{folder}/checkpoint-3"):
-        assert train_model.checkpoint_to_go_on_from(wanted, str(folder)) == f"{folder}/checkpoint-3"
+        assert checkpoints.checkpoint_to_go_on_from(wanted, str(folder)) == f"{folder}/checkpoint-3"
     capsys.readouterr()
     train("--resume_from_checkpoint", f"{folder}/checkpoint-3")
     assert f"Going on from {folder}/checkpoint-3" in capsys.readouterr().out
@@ -274,7 +348,7 @@ def test_sums_that_were_no_numbers_are_none_after_going_on_either(tmp_path):
     progress = {"settings": {}, "seconds": 1, "counts": {"samples": 1, "tokens": 2, "padded_tokens": 2}}
     progress |= {"activation_kurtosis": {"a": [None, 3]}, "emergence": [], "loss_window": [5, None]}
     record.write_json(tmp_path / "progress.json", progress)
-    read = train_model.read_progress(tmp_path)
+    read = checkpoints.read_progress(tmp_path)
     assert math.isnan(read["activation_kurtosis"]["a"][0]) and math.isnan(read["loss_window"][1][0])
 
 
@@ -392,7 +466,7 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
         assert len(entry) == 1 + 2 * (9 + len(Emergence.ATTENTION))
         for layer in ("layer.0", "layer.1"):
             for statistic in Emergence.STATISTICS:
-                for place in Emergence.PLACES:
+                for place in FFN_PLACES:
                     expected = places[f"{layer}.{place}"][statistic]
                     assert entry[f"{layer}.{place}.{statistic}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
             for statistic in Emergence.ATTENTION:

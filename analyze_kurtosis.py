@@ -33,6 +33,7 @@ import huggingface_hub
 import transformers
 
 from answer import PRIMARY, Finding, answer, findings
+from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from folder import refuse_unwritable
 from measurement import (
     CALIBRATION_SIZE,
@@ -47,23 +48,14 @@ from measurement import (
     take_measured,
     texts_of,
 )
+from outliers import FFN
 from page import html_page
 from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
-from record import git_state, one_line, versions, write_json
-from report import (
-    ACTIVATIONS,
-    FFN,
-    PUBLISHED,
-    PUBLISHED_FFN,
-    WEIGHTS,
-    absent_notes,
-    models_report,
-    report,
-    self_check_notes,
-)
-from runs import MEASURED_DIR, Run, by_layer, find_runs
+from record import by_layer, git_state, one_line, versions, write_json
+from report import absent_notes, models_report, report, self_check_notes
+from runs import MEASURED_DIR, Run, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255
@@ -143,12 +135,6 @@ def write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
@@ -171,17 +157,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="where the report goes (default: --results_dir, and a folder in it for models named: their names)",
     )
-    parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts, evenly spread (%(default)s)")
+    parser.add_argument(
+        "--max_samples", type=command.positive, default=500, help="held-out texts, evenly spread (%(default)s)"
+    )
     parser.add_argument(
         "--max_scored",
-        type=positive,
+        type=command.positive,
         default=500,
         help="of these, those that are scored under each quantization: a CPU is slow in bfloat16 (%(default)s)",
     )
-    parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time (%(default)s)")
+    parser.add_argument("--batch_size", type=command.positive, default=16, help="texts at a time (%(default)s)")
     parser.add_argument(
         "--calibration_batches",
-        type=positive,
+        type=command.positive,
         default=CALIBRATION_BATCHES,
         help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws "
         "(%(default)s)",

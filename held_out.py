@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks import Hooks
 from packing import IGNORED, MaskedLMCollator
 
 HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, so that runs compare
@@ -130,11 +131,8 @@ def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state[keep][None]
         return output
 
-    handle = model.base_model.register_forward_hook(only_kept)
-    try:
+    with Hooks([(model.base_model, only_kept)]):
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

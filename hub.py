@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: checks the token, pushes models and data, writes their cards.
+"""The Hugging Face Hub: checks the token, pushes models and data, gives them their cards (cards.py).
 
     python hub.py check                              may the token write for the user?
     python hub.py push models/esperberto-softmax1    model, tokenizer and card -> <user>/esperberto-softmax1
@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,27 +30,21 @@ if __name__ == "__main__":
 import datasets
 import dotenv
 import httpx
-import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import record
+from cards import DATASET, OUR_TAG, TEST_TAG, dataset_card, model_card
 from folder import scratch
-from tables import shortest
 
 UNSET = 3  # exit status of `check --optional`, which runner.sh reads
 ENV_FILE = Path(__file__).parent / ".env"
-DATASET = "esperanto"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts; huggingface_hub retries within most of them too
 MAX_RETRY_AFTER_SECONDS = 600  # when the Hub itself asks for a longer pause
 SHARD_BYTES = 500_000_000  # of Arrow data in one Parquet file, the Hub's own recommendation
-
-# Every card of ours carries the first tag, those of --test_pipeline and of the sample the second too. A repository
-# without our tag is somebody's other work, and one without the second a real run: neither is overwritten by mistake.
-OUR_TAG, TEST_TAG = "esperberto", "test-pipeline"
 
 # How values of another kind than this project writes surface, in reading them or in making a card of them.
 WRONG = (ValueError, LookupError, TypeError, AttributeError)
@@ -364,326 +357,6 @@ def upload(
     )
     print(f"{kind} {repo} is on the Hub: {hub.api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}")
     return commit
-
-
-# -------------------------------------------------------------------------------------------------------- model cards
-
-WIDGETS = ["La suno <mask>.", "Mi <mask> vin.", "Esperanto estas internacia <mask>.", "La urbo estas tre <mask>."]
-# Rows of the kurtosis table: label, name behind `layer.<i>.`, in the results file's weights or activations.
-KURTOSIS_ROWS = [
-    ("attention output: dense weight", "attention.output.dense.weight", "weight_excess_kurtosis"),
-    ("attention output: dense bias", "attention.output.dense.bias", "weight_excess_kurtosis"),
-    ("attention output: LayerNorm weight", "attention.output.LayerNorm.weight", "weight_excess_kurtosis"),
-    ("attention output: LayerNorm bias", "attention.output.LayerNorm.bias", "weight_excess_kurtosis"),
-    ("attention output: dense, activations", "attention.output.dense", "activation_excess_kurtosis"),
-    ("attention output: dropout, activations", "attention.output.dropout", "activation_excess_kurtosis"),
-    ("attention output: LayerNorm, activations", "attention.output", "activation_excess_kurtosis"),
-    ("FFN output: dense, activations", "output.dense", "activation_excess_kurtosis"),
-    ("FFN output: LayerNorm, activations", "output", "activation_excess_kurtosis"),
-]
-
-
-def look_up(results: dict | None, key: str):
-    """The value at a dotted key, None where there is none."""
-    value = results
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def shown(value, form: str = "") -> str:
-    """A number of the results file as text; "unknown" where it was not recorded."""
-    return "unknown" if value is None else format(value, form)
-
-
-def layer_values(results: dict, kind: str, name: str) -> list[float]:
-    """Excess kurtosis of one parameter or module in every layer; layers where it is not a number are left out."""
-    pattern = re.compile(rf"(?:.*\.)?layer\.\d+\.{re.escape(name)}")
-    return [value for key, value in (results.get(kind) or {}).items() if pattern.fullmatch(key) and value is not None]
-
-
-def kurtosis_table(results: dict) -> str:
-    lines = ["| | mean ± deviation over the layers | smallest | largest |", "| --- | ---: | ---: | ---: |"]
-    for label, name, kind in KURTOSIS_ROWS:
-        if values := layer_values(results, kind, name):
-            spread = f"{statistics.fmean(values):.3g} ± {statistics.pstdev(values):.2g}"
-            lines.append(f"| {label} | {spread} | {min(values):.3g} | {max(values):.3g} |")
-    return "\n".join(lines)
-
-
-def front_matter(data: ModelCardData | dict) -> str:
-    text = data.to_yaml() if isinstance(data, ModelCardData) else yaml.safe_dump(data, sort_keys=False)
-    return f"---\n{text.strip()}\n---\n"
-
-
-def model_card(repo: str, config: dict, results: dict | None) -> str:
-    """README.md of a model: its metadata for the Hub and what a reader must know, all of it from its own files.
-
-    Args:
-        repo: "namespace/name".
-        config: the model's config.json.
-        results: its results/<run>.json, or None.
-    """
-    namespace, run = repo.split("/")
-    n = config.get("softmax_n", 0.0)
-    test = bool(look_up(results, "test_pipeline"))
-    loss, perplexity = look_up(results, "validation.loss"), look_up(results, "validation.perplexity")
-    metrics = [("loss", loss, "Held-out masked-LM loss (nats)"), ("perplexity", perplexity, "Held-out perplexity")]
-    data = ModelCardData(
-        language="eo",
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        mask_token="<mask>",
-        tags=[OUR_TAG, "roberta", f"softmax{shortest(n)}", "attention-is-off-by-one", *([TEST_TAG] if test else [])],
-        datasets=[f"{namespace}/{DATASET}"],
-        widget=[{"text": text} for text in WIDGETS],
-        model_name=run,
-        eval_results=[
-            EvalResult(
-                task_type="fill-mask",
-                dataset_type=f"{namespace}/{DATASET}",
-                dataset_name="Esperanto, held-out split",
-                dataset_split="validation",
-                metric_type=kind,
-                metric_value=round(value, 6),
-                metric_name=name,
-            )
-            for kind, value, name in metrics
-            if value is not None
-        ]
-        or None,
-    )
-    if n == 0:
-        nature = "with ordinary softmax attention: the control arm of the experiment. It is a plain RoBERTa."
-        trust = ""
-    else:
-        name = "softmax1" if n == 1 else f"softmax_n, n = {shortest(n)}"
-        nature = (
-            f"whose attention is {name}, exp(x_i) / ({shortest(n)} + sum_j exp(x_j)) in place of softmax, so that an "
-            "attention head may attend to nothing."
-        )
-        trust = ", trust_remote_code=True"
-    sections = [
-        front_matter(data),
-        f"# {run}",
-        *(["**A test run of a few steps, to try the pipeline. It has learnt nothing.**"] if test else []),
-        f"A RoBERTa ({config.get('num_hidden_layers')} layers, {config.get('num_attention_heads')} heads, hidden size "
-        f"{config.get('hidden_size')}) for Esperanto, trained from random weights, {nature} One arm of a test of Evan "
-        'Miller\'s ["Attention Is Off By One"](https://www.evanmiller.org/attention-is-off-by-one.html); '
-        f"the run with the same seed and another n is its pair.",
-        "## How to load",
-        loading(repo, n, trust),
-        "## ONNX",
-        exporting(config),
-        "## Training data",
-        training_data(namespace, results),
-        "## Training",
-        recipe(results),
-        "## Excess kurtosis",
-        "Unknown: this model came without its results file."
-        if results is None
-        else "mean((x - mean)^4) / variance^2 - 3, 0 for a Gaussian, over all entries of a parameter; for activations "
-        "over the tokens and channels of one sequence, then averaged over the sequences of training (dropout on). "
-        "± is the population standard deviation over the layers.\n\n" + kurtosis_table(results),
-        "## Limits",
-        "Trained on text of the web, which holds errors, prejudice and other languages; the model repeats them. It "
-        "fills masks and can be fine-tuned, but does not write text, and reads "
-        f"{config.get('max_position_embeddings', 514) - 2} tokens at most. One run is one seed: a difference between "
-        "two runs is not yet a difference between softmax and softmax1."
-        + (" The fast attention kernels of other libraries do not know softmax_n." if n else ""),
-        "## Licence",
-        "Weights and code: Apache-2.0, as the project. It covers what is ours to license, not the texts the model was "
-        f"trained on, whose terms the card of [{namespace}/{DATASET}](https://huggingface.co/datasets/{namespace}/{DATASET})"
-        " gives.",
-    ]
-    return "\n\n".join(section.strip() for section in sections) + "\n"
-
-
-def loading(repo: str, n: float, trust: str) -> str:
-    code = f"""```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
-
-fill = pipeline("fill-mask", model="{repo}"{trust})
-print(fill("La suno <mask>."))
-
-model = AutoModelForMaskedLM.from_pretrained("{repo}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
-```"""
-    if n == 0:
-        return f"{code}\n\nNo code but transformers' own is needed."
-    return f"""{code}
-
-transformers 5.0 or later. `softmax1.py`, one file of this repository that imports only torch and transformers, is the
-code that `trust_remote_code=True` runs: read it first. Without it loading fails, and so does loading with a stock
-RoBERTa class: the weights would silently attend with softmax. `model.config.softmax_n` is {shortest(n)}.
-`AutoModel`, `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load it for fine-tuning in the
-same way, and what they save keeps n."""
-
-
-def exporting(config: dict) -> str:
-    return f"""After the lines above (and `pip install onnx onnxscript`); the attention, and its n, are in the graph:
-
-```python
-import torch
-
-inputs = dict(tokenizer(["La suno <mask>.", "Mi <mask> vin tre."], padding=True, return_tensors="pt"))
-batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max={config["max_position_embeddings"] - 2})
-shapes = {{name: {{0: batch, 1: length}} for name in inputs}}
-torch.onnx.export(model.eval(), (), "model.onnx", kwargs=inputs, dynamo=True, dynamic_shapes=shapes)
-```"""
-
-
-def training_data(namespace: str, results: dict | None) -> str:
-    link = f"[{namespace}/{DATASET}](https://huggingface.co/datasets/{namespace}/{DATASET})"
-    if results is None:
-        return f"Unknown: this model came without its results file. The project's data is {link}."
-    sources = look_up(results, "dataset.sources") or []
-    return (
-        f"{link}: {shown(look_up(results, 'dataset.train_samples'), ',')} samples, one line each, of "
-        + "; ".join(f"{name} ({terms_of(name)[0]})" for name in sources)
-        + f". SHA-256 of the training text: {shown(look_up(results, 'dataset.sha256'))}."
-    )
-
-
-def recipe(results: dict | None) -> str:
-    if results is None:
-        return "Unknown: this model came without its results file."
-    settings = results.get("settings") or {}
-    seconds = look_up(results, "training.wall_seconds")
-    hours = "time unknown" if seconds is None else f"{seconds / 3600:.2f} h"
-    machine = f"{shown(look_up(results, 'hardware.count'))} x {shown(look_up(results, 'hardware.name'))}"
-    dirty = " with uncommitted changes" if look_up(results, "git.dirty") else ""
-    rows = {
-        "n of softmax_n; seed": f"{shortest(results['softmax_n'])}; {shown(results.get('seed'))}",
-        "objective": f"masked LM, {shown(settings.get('mlm_probability'), '.0%')} of the tokens (80/10/10)",
-        "steps; effective batch": f"{shown(look_up(results, 'training.steps'), ',')}; "
-        f"{shown(results.get('effective_batch_size'))}",
-        "epochs": shown(settings.get("num_train_epochs")),
-        "samples; real tokens": f"{shown(look_up(results, 'training.samples'), ',')}; "
-        f"{shown(look_up(results, 'training.tokens'), ',')}",
-        "tokens of a sample at most": shown(settings.get("max_length")),
-        "optimiser": f"{shown(settings.get('optim'))}, lr {shown(settings.get('learning_rate'))}, "
-        f"{shown(settings.get('lr_scheduler_type'))}, warm-up {shown(settings.get('warmup_steps'))}, "
-        f"weight decay {shown(settings.get('weight_decay'))}, clip {shown(settings.get('max_grad_norm'))}",
-        "precision": shown(results.get("dtype")),
-        "hardware": f"{machine}, {hours}",
-        "code": f"commit {shown(look_up(results, 'git.commit'))}{dirty}",
-        "versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
-        "**training loss, mean over the run**": shown(look_up(results, "training.loss_mean"), ".4f"),
-        "**held-out loss; perplexity**": f"{shown(look_up(results, 'validation.loss'), '.4f')}; "
-        f"{shown(look_up(results, 'validation.perplexity'), '.2f')} "
-        f"({shown(look_up(results, 'validation.masked_tokens'), ',')} masked tokens)",
-    }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-# ------------------------------------------------------------------------------------------------------- dataset card
-
-# What the providers state, read in November 2026.
-OSCAR_TERMS = (
-    "OSCAR 2019, from Common Crawl",
-    "The [OSCAR project](https://oscar-project.org) releases its packaging under CC0 1.0 and says that it owns none of "
-    "the text; for that it refers to [Common Crawl's terms of use](https://commoncrawl.org/terms-of-use). The authors' "
-    "rights remain.",
-)
-LEIPZIG_TERMS = (
-    "Leipzig Corpora Collection",
-    "The [terms of usage](https://wortschatz.uni-leipzig.de/en/usage) put the corpora offered for download under "
-    "Creative Commons BY. Some who used them in other years quote BY-NC, which holds for what the site itself answers, "
-    "so ask before commercial use. Attribution: D. Goldhahn, T. Eckart, U. Quasthoff, Building Large Monolingual "
-    "Dictionaries at the Leipzig Corpora Collection: From 100 to 200 Languages, LREC 2012.",
-)
-SAMPLE_TERMS = ("written for this project", "Written for this project by a language model; CC0 1.0.")
-OTHER_TERMS = ("the user's own file", "A file of whoever built this dataset; its terms are not known here.")
-
-
-def terms_of(source: str) -> tuple[str, str]:
-    """(what it is, its terms) of a source, by its name in the manifest."""
-    if source == "oscar":
-        return OSCAR_TERMS
-    if source == "sample":
-        return SAMPLE_TERMS
-    return LEIPZIG_TERMS if re.fullmatch(r"epo_\w+_\d{4}_\d+[KM]", source) else OTHER_TERMS
-
-
-def dataset_card(repo: str, manifest: dict, splits: dict[str, datasets.Dataset]) -> str:
-    """README.md of the dataset: metadata for the Hub's viewer, and the manifest's figures.
-
-    Args:
-        repo: "namespace/name".
-        manifest: data/manifest.json.
-        splits: the splits themselves, for their sizes.
-    """
-    sources = manifest["sources"]
-    names = [source["name"] for source in sources]
-    total = sum(len(split) for split in splits.values())
-    test = names == ["sample"]
-    size = next(size for limit, size in SIZES if total < limit)
-    data = {
-        "language": ["eo"],
-        "license": "cc0-1.0" if test else "other",
-        **({} if test else {"license_name": "terms-of-the-sources", "license_link": "#sources-and-terms"}),
-        "pretty_name": "Esperanto",
-        "task_categories": ["fill-mask", "text-generation"],
-        "size_categories": [size],
-        "tags": [OUR_TAG, *([TEST_TAG] if test else [])],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
-            }
-        ],
-        "dataset_info": {
-            "features": [{"name": "text", "dtype": "string"}],
-            "splits": [
-                {"name": name, "num_bytes": d.data.nbytes, "num_examples": len(d)} for name, d in splits.items()
-            ],
-            "dataset_size": sum(split.data.nbytes for split in splits.values()),
-        },
-    }
-    table = ["| source | lines read | kept | dropped | SHA-256 of the file |", "| --- | ---: | ---: | --- | --- |"]
-    for source in sources:
-        dropped = ", ".join(f"{count:,} {why}" for why, count in source["lines_dropped"].items() if count) or "0"
-        read, kept = f"{source['lines_read']:,}", f"{source['lines_kept']:,}"
-        table.append(f"| {source['name']} | {read} | {kept} | {dropped} | `{source['sha256']}` |")
-    figures = ["| split | samples | SHA-256 of the text |", "| --- | ---: | --- |"]
-    for split, numbers in manifest["splits"].items():
-        figures.append(f"| {split} | {numbers['samples']:,} | `{numbers['sha256']}` |")
-    kinds = dict.fromkeys(terms_of(name) for name in names)
-    shuffled = "samples stand source after source" if len(names) > 1 else "samples stand in the order of the source"
-    sections = [
-        front_matter(data),
-        "# Esperanto",
-        *(["**The small corpus of the project, to try the pipeline.**"] if test else []),
-        f"Esperanto text, one line a sample, {total:,} samples: the training text of the EsperBERTo models. "
-        f"Duplicates are kept, {shuffled}. {manifest['validation_fraction']:.2%} of the samples are held out; which "
-        "ones depends on their text alone, so that no text is in both splits.",
-        f'```python\nfrom datasets import load_dataset\n\ndata = load_dataset("{repo}")\n```',
-        "\n".join(figures),
-        "## Sources and terms",
-        "\n".join(table),
-        "\n\n".join(f"**{what}.** {terms}" for what, terms in kinds),
-        "This is what the providers state, as far as we know; it is no legal advice. Where you hold rights in a text "
-        "and want it removed, open a discussion in this repository.",
-        "## Limits",
-        "Invented texts, far too few to learn a language from."
-        if test
-        else "Mostly text found on the web by machine: it holds errors, other languages, boilerplate, personal data "
-        "that was public, and opinions of every kind. Sentences of the Leipzig corpora stand alone, out of context.",
-    ]
-    return "\n\n".join(section.strip() for section in sections) + "\n"
-
-
-# The Hub's names for sizes.
-SIZES = [
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (math.inf, "10M<n<100M"),
-]
 
 
 # --------------------------------------------------------------------------------------------------------------- main

@@ -40,7 +40,6 @@ INTERVENTIONS = {
     "without_first_token": "without the first token",
 }
 DRAWS = 3  # of random heads
-PLACES = ("ffn_output", "ffn_residual")
 
 Heads = set[tuple[str, int]]  # (layer.<i>, head)
 
@@ -111,7 +110,7 @@ def _measure(
     loss = masked = 0
     with (
         eager_attention(model),
-        ActivationOutliers(model, PLACES, embeddings=False) as outliers,
+        ActivationOutliers(model, ("ffn_output", "ffn_residual"), embeddings=False) as outliers,
         AttentionSinks(model) as sinks,
     ):
         for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
-from controls import GATE, self_check  # which registers the controls' classes too
+from controls import self_check  # which registers the controls' classes too
+from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
 from held_out import (
     HELD_OUT_SEED,
     evenly_spread,
@@ -41,18 +42,17 @@ from held_out import (
     longest_text,
     padded_batches,
 )
+from hooks import Hooks
 from interventions import interventions
-from outliers import PLACES, eager_attention, hides_attention, measure_model, uniform_attention
+from kurtosis import weights_of
+from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
 from record import git_state, one_line, versions, weights_sha256
-from report import FFN
-from runs import BINS, Run, refuse_missing
+from runs import BINS, Run, refuse_missing, unused_layer
 
-MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
-MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
 HISTOGRAM_TEXTS = 32  # are held in memory at once, for the histograms
 INTERVENTION_TEXTS = 100  # of those that are scored under each quantization, evenly spread
 MAPPED_TEXTS = 2
@@ -93,6 +93,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if lacking := sorted(loading["missing_keys"]):
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
+    if spare := unused_layer(loading):
+        sys.exit(f"error: {name} is {kind}: its config.json has fewer layers than the weights, which hold {spare}")
     if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
         sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
@@ -136,12 +138,9 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     def keep(name: str):
         return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     chosen = mask.bool() & (torch.arange(length) < short)
-    with kept_positions(model, chosen):
+    with Hooks((module, keep(name)) for name, module in model.named_modules()), kept_positions(model, chosen):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    for handle in handles:
-        handle.remove()
     for name, shape in shapes.items():
         if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
             raise ValueError(f"{name} does not hold one row for every token of a text")
@@ -226,8 +225,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
         NotFinite: the weights hold NaN or infinities; nothing was filled in.
     """
     model, tokenizer = load(run.model)
+    sinks = softmax1.learned_sinks(model)
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        softmax_heads = (parameter == -math.inf) if name in sinks else False
+        if not (parameter.isfinite() | softmax_heads).all():
             raise NotFinite(f"{run.name} was not measured: its weights hold NaN or infinities, the first in {name}.")
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
@@ -246,7 +247,9 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
     run.places, run.attention, seen = measure_model(model, batches, tokenizer)
     run.tokens = seen["tokens"]
-    run.attention_uniform = uniform_attention(seen["lengths"], n, getattr(model.config, "attention_weights", None))
+    of_heads = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
+    own_weights = getattr(model.config, "attention_weights", None)
+    run.attention_uniform = uniform_attention(seen["lengths"], of_heads or n, own_weights)
     if (before := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
         run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
@@ -261,6 +264,20 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
     few = [some[i] for i in evenly_spread(len(some), INTERVENTION_TEXTS)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
+    measure_quantization(run, texts, model, tokenizer, masks, scored, checked, execute)
+
+
+def measure_quantization(
+    run: Run,
+    texts: Texts,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    masks: MaskedLMCollator,
+    scored: list[dict],
+    checked: bool,
+    execute: Callable | None,
+) -> None:
+    """Fill in the damage by every quantization, simulated and executed, and the instrument's check of itself."""
     draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
@@ -269,7 +286,7 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
     run.damage = {
-        "sequences": len(some),
+        "sequences": sum(len(batch["input_ids"]) for batch in scored),
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }
@@ -314,15 +331,15 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
         return None
     transformers.set_seed(results["seed"])
     before = type(model)(copy.deepcopy(model.config))
-    return before.eval().to(model.device) if weights_sha256(before, leave_out=GATE) == expected else None
+    return before.eval().to(model.device) if weights_sha256(before, leave_out=OWN_PARAMETERS) == expected else None
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """{parameter: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
+    """{weight: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
     found = weight_errors(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
-        for name, parameter in model.named_parameters():
+        for name, parameter in weights_of(model).items():
             values = parameter.detach().numpy().ravel().astype(np.float64)
             found[name] = {
                 "kurtosis": float(scipy.stats.kurtosis(values)),
@@ -336,23 +353,21 @@ def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
 def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
     """Counts in runs.BINS of the standardised FFN output of every layer, on a few texts."""
     held: dict[str, list[torch.Tensor]] = {}
-    suffix, _ = PLACES["ffn_output"]
     mask = None
 
     def keep(name: str):
         return lambda module, inputs, output: held.setdefault(name, []).append(output[mask].flatten().float().cpu())
 
-    handles = [
-        module.register_forward_hook(keep(f"layer {match[1]}"))
+    hooks = [
+        (module, keep(f"layer {match[1]}"))
         for name, module in model.named_modules()
-        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(suffix)}$", name))
+        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(FFN)}$", name))
     ]
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        mask = batch["attention_mask"].bool()
-        model.base_model(**batch)
-    for handle in handles:
-        handle.remove()
+    with Hooks(hooks):
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            mask = batch["attention_mask"].bool()
+            model.base_model(**batch)
     counts = {}
     for name, values in held.items():
         values = torch.cat(values).double().numpy()
@@ -388,7 +403,9 @@ def attention_maps(
 
 
 # What an analysis computes with: when one of these files changes, models are measured again.
-CODE = "controls executed held_out interventions measurement outliers packing quantization softmax1".split()
+CODE = (
+    "controls executed held_out hooks interventions kurtosis measurement outliers packing quantization softmax1".split()
+)
 MEASURED = (
     "digest max_length tokens weights places attention attention_uniform untrained interventions damage histograms maps"
 ).split()

@@ -1,22 +1,15 @@
-"""What we measure on weights, activations and attention: moments, kurtosis, norms, sinks. DEFINITIONS.md has them all.
+"""What we measure on activations and attention of a model: outliers, sinks, norms. DEFINITIONS.md defines every figure.
 
-Excess kurtosis is mean((x - mean)^4) / variance^2 - 3 with the population variance: 0 for a Gaussian, -1.2 for a
-uniform distribution, -2 for +-1 with equal odds. Others (Bondarenko et al., "Quantizable Transformers", NeurIPS 2023)
-report the full kurtosis, which is 3 higher.
-
-The published experiment took it per sequence: all tokens x all channels of one sample pooled, then averaged over the
-samples of every training step, in train mode, padding included. `ActivationKurtosis` does the same from forward hooks;
-with a mask, or in packed batches, padding is left out.
-
-    ActivationKurtosis      the published statistic of every module, during training
-    ActivationOutliers      all statistics of the named places, streaming over any amount of text, padding left out
+    ActivationOutliers      statistics of the named places of every layer, streaming over any amount of text
     AttentionSinks          where the attention of every head goes, and how much of it goes nowhere
     HeadVectors             norms of keys and values, range of the logits, context of every head
+    measure_model           all of these, of one model on texts
     uniform_attention       what AttentionSinks gives where no key differs from another
-    Emergence               a few cheap ones at logging steps
-    weight_statistics       every parameter
+    Emergence               a few of them while a model is trained
 
-Shape legend: B sequences, T tokens, C channels, R real tokens of a batch, H heads.
+Padding is left out everywhere. Kurtosis is excess kurtosis (kurtosis.py): a Gaussian has 0.
+
+Shape legend: B sequences, T tokens, C channels, R real tokens of a batch, H heads, E channels of a head.
 """
 
 from __future__ import annotations
@@ -24,247 +17,20 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from held_out import kept_positions
-from packing import IGNORED
+from hooks import Hooks
+from kurtosis import Moments, with_float64
+from softmax1 import learned_sinks
 
-
-def with_float64(values: Tensor) -> Tensor:
-    """`values` on a device that has float64: Apple's GPUs (MPS) have none, so what lies there goes to the CPU."""
-    return values.cpu() if values.device.type == "mps" else values
-
-
-def excess_kurtosis(values: Tensor) -> Tensor:
-    """Excess kurtosis of all entries of `values` pooled. Returns a float64 scalar; NaN where the variance is 0."""
-    return sequence_excess_kurtosis(with_float64(values.detach()).double().reshape(1, -1))[0]
-
-
-def sequence_excess_kurtosis(activations: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Excess kurtosis of each sequence, its tokens and channels pooled.
-
-    Args:
-        activations: (batch, ...), any float dtype; half precision is widened to float32, which x^4 needs.
-        mask: (batch, tokens), non-zero where a token is real; `activations` is then (batch, tokens, ...).
-
-    Returns:
-        (batch,) in float32 (float64 for float64 input). NaN where a sequence has no spread or no real token.
-    """
-    dtype = torch.promote_types(activations.dtype, torch.float32)
-    values = activations.detach().flatten(1).to(dtype)
-    if mask is None:
-        count = values.shape[1]
-        # Two passes (mean first) because float32 power sums cancel where the mean is large; squaring in place keeps
-        # the extra memory at one copy of the activation.
-        mean = values.mean(1)
-        squares = (values - mean[:, None]).square_()
-    else:
-        tokens = mask.to(dtype).reshape(*mask.shape, *[1] * (activations.dim() - 2))
-        weights = tokens.expand_as(activations).flatten(1)
-        count = weights.sum(1)
-        mean = (values * weights).sum(1) / count
-        squares = (values - mean[:, None]).mul_(weights).square_()
-    variance = _beyond_rounding(squares.sum(1) / count, mean, dtype)
-    fourth = squares.square_().sum(1) / count
-    return fourth / variance.square() - 3
-
-
-def weight_excess_kurtosis(model: nn.Module) -> dict[str, float]:
-    """Excess kurtosis over all entries of every parameter, by parameter name (float64 arithmetic)."""
-    return {name: excess_kurtosis(parameter).item() for name, parameter in model.named_parameters()}
-
-
-def _beyond_rounding(variance: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaN where entries that are all equal leave a variance of rounding error about their mean (as scipy has it)."""
-    return torch.where(variance > (10 * torch.finfo(dtype).eps * mean) ** 2, variance, torch.nan)
-
-
-class ActivationKurtosis:
-    """Running mean, over sequences, of the excess kurtosis of every module's output, without waiting for the device.
-
-    While it is entered (`with kurtosis: model(**batch)`) hooks on every submodule of `model` add up, on the model's own
-    device; only `result()` and `state()` wait for it. Outside, the model runs as if there were no hooks.
-    Where a module returns a tuple or a ModelOutput its first tensor counts.
-
-    Args:
-        model: the module to watch.
-
-    Attributes:
-        mask: (batch, tokens) or None; set it before a forward pass to count real tokens only. Modules whose output
-            is not (batch, tokens, ...), BERT's one row of positions for example, are then left out.
-        packed: a packed batch (packing.py) or None; set it before entering, for one forward pass. A sequence is then
-            its tokens in the row, and in the head those of them that are masked.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.mask: Tensor | None = None
-        self.packed: dict | None = None
-        self._model = model
-        self._handles: list = []
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor | int] = {}
-        self._last: tuple = (lambda: None, None)  # weak reference to the last activations, what we took of them
-        self._moments: dict[str, Tensor] = {}  # of the tokens of a packed batch
-
-    def __enter__(self) -> ActivationKurtosis:
-        self._handles = [
-            # First of all hooks: one of packing.py changes what the encoder hands to the head.
-            module.register_forward_hook(self._hook(name), prepend=True)
-            for name, module in self._model.named_modules()
-            if name
-        ]
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self.packed is not None:
-            self._merge_packed()
-
-    def _hook(self, name: str):
-        def add(module: nn.Module, inputs, output) -> None:
-            activations = output if isinstance(output, Tensor) else output[0]
-            if self.mask is not None and activations.shape[:2] != self.mask.shape:
-                return
-            # A module often returns the very tensor that its last child did (LayerNorm, then the block around it).
-            if activations is not self._last[0]():
-                with torch.no_grad():
-                    if self.packed is None:
-                        taken = sequence_excess_kurtosis(activations, self.mask)
-                    else:
-                        taken = Moments.of_rows(activations.detach()[0]).sums
-                self._last = (weakref.ref(activations), taken)
-            if self.packed is None:
-                self._add(name, with_float64(self._last[1]).sum(dtype=torch.float64), self._last[1].numel())
-            else:
-                self._moments[name] = self._last[1]
-
-        return add
-
-    @torch.no_grad()
-    def _merge_packed(self) -> None:
-        """Merge tokens into sequences, in a few operations for all modules together."""
-        bounds, positions = self.packed["cu_seq_lens_q"], self.packed["masked_positions"]
-        sequences = self.packed["sequences"]
-        tokens = torch.arange(self.packed["input_ids"].shape[1], device=positions.device)
-        # Sequence s holds the tokens from bounds[s] to bounds[s + 1]. What fills a row up comes behind the last one.
-        sequence = torch.searchsorted(bounds[1:], tokens, right=True).clamp_max(sequences)
-        masked = torch.where(self.packed["labels"][0] == IGNORED, sequences, sequence[positions])
-        groups = sequences + 1
-        for rows in (sequence, masked):
-            names = [name for name, moments in self._moments.items() if len(moments) == len(rows)]
-            if names:
-                tokens = Moments(torch.cat([self._moments[name] for name in names]))
-                group = torch.cat([module * groups + rows for module in range(len(names))])
-                kurtosis = tokens.merged(group, len(names) * groups).excess_kurtosis.view(-1, groups)[:, :-1]
-                present = torch.zeros(groups, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[:-1]
-                present = present.to(kurtosis.device)
-                for name, total in zip(names, kurtosis.where(present, 0).sum(1), strict=True):
-                    self._add(name, total, present.sum())
-        self._moments = {}
-
-    def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts[name] + count if name in self._counts else count
-
-    def result(self) -> dict[str, float]:
-        """Mean excess kurtosis by module name, over all processes. Modules that never ran are absent."""
-        return {name: total / count for name, (total, count) in self.state().items()}
-
-    def state(self) -> dict[str, list]:
-        """{module name: [sum, count]} over all processes, for a checkpoint. Every process has to call it."""
-        state = {name: [float(total), int(self._counts[name])] for name, total in self._sums.items()}
-        if not torch.distributed.is_initialized():
-            return state
-        states = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, state)
-        return {name: [sum(other[name][i] for other in states) for i in (0, 1)] for name in state}
-
-    def load_state(self, state: dict[str, list]) -> None:
-        """Go on from what `state()` gave; in one process of several, or it counts several times."""
-        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
-        self._counts = {name: count for name, (_, count) in state.items()}
-
-
-# -------------------------------------------------------------------------------------- moments that add up exactly
-
-
-class Moments:
-    """Count, mean and central power sums of groups of numbers: a (groups, 5) float64 tensor [n, mean, M2, M3, M4].
-
-    M_k = sum (x - mean)^k. On the device of the numbers where it has float64, else on the CPU. Two groups merge without
-    cancellation, however far their means lie from 0 (Pebay, "Formulas
-    for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments", 2008), so any
-    amount of text streams through.
-    """
-
-    def __init__(self, sums: Tensor):
-        self.sums = sums
-
-    @classmethod
-    def of_rows(cls, values: Tensor) -> Moments:
-        """One group a row of `values` (rows, entries). Deviations in float32 (float64 for float64), sums in float64."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        mean = values.mean(1, keepdim=True)
-        deviations = values - mean
-        squares = deviations.square()
-        # In place and in this order: what this costs is memory traffic.
-        sums = (
-            squares.sum(1),
-            deviations.mul_(squares).sum(1),
-            squares.square_().sum(1),
-        )
-        mean, *sums = (with_float64(total).double() for total in (mean[:, 0], *sums))
-        return cls(torch.stack([torch.full_like(mean, values.shape[1]), mean, *sums], 1))
-
-    def merged(self, group: Tensor, groups: int) -> Moments:
-        """Merge the rows into `groups` groups; `group` (rows,) says which goes where. Empty groups stay at n = 0."""
-        group = group.to(self.sums.device)
-        n, mean, m2, m3, m4 = self.sums.unbind(1)
-
-        def total(terms: Tensor) -> Tensor:
-            return terms.new_zeros(groups).index_add_(0, group, terms)
-
-        count = total(n)
-        centre = total(n * mean) / count.clamp_min(1)
-        d = mean - centre[group]
-        return Moments(
-            torch.stack(
-                [
-                    count,
-                    centre,
-                    total(m2 + n * d**2),
-                    total(m3 + 3 * d * m2 + n * d**3),
-                    total(m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4),
-                ],
-                1,
-            )
-        )
-
-    def __add__(self, other: Moments) -> Moments:
-        groups = torch.arange(len(self.sums), device=self.sums.device).repeat(2)
-        return Moments(torch.cat([self.sums, other.sums])).merged(groups, len(self.sums))
-
-    def pooled(self) -> Moments:
-        """All groups merged into one."""
-        return self.merged(torch.zeros(len(self.sums), dtype=torch.long, device=self.sums.device), 1)
-
-    @property
-    def excess_kurtosis(self) -> Tensor:
-        """(groups,) in float64; NaN where a group is empty or has no spread beyond float32 rounding of its mean."""
-        n, mean, m2, _, m4 = self.sums.unbind(1)
-        spread = m2 > n * (10 * torch.finfo(torch.float32).eps * mean) ** 2
-        return torch.where(spread, n * m4 / m2.square() - 3, torch.nan)
-
-
-# ---------------------------------------------------------------------------------------------------- kinds of tokens
+# --------------------------------------------------------------------------------------------------- classes of tokens
 
 # Outliers sit on the first token and on separators (Bondarenko et al. 2023, Kaul et al. 2025): they are kept apart.
 TOKEN_CLASSES = ("first", "separator", "punctuation", "other")
@@ -294,94 +60,108 @@ def token_classes(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
     return classes
 
 
-def _positions_only(mask: Tensor) -> Tensor:
-    classes = torch.full_like(mask, OTHER, dtype=torch.long)
-    classes[:, 0] = FIRST
-    return classes
+class BatchStatistics(Hooks):
+    """Hooks that add up a statistic of the real tokens of batches. Call `batch` before every forward pass."""
+
+    def batch(self, mask: Tensor, classes: Tensor, input_ids: Tensor | None = None) -> None:
+        """Say what the next forward pass holds.
+
+        Args:
+            mask: (B, T), non-zero where a token is real.
+            classes: (B, T), of `token_classes`.
+            input_ids: (B, T), which massive activations need.
+        """
+        self._mask = mask.bool()
+        self._classes = classes
 
 
 # --------------------------------------------------------------------------------------------------------- activations
 
-# Places of every layer: name behind `layer.<i>.`, and whether its input or its output counts. RoBERTa and BERT
-# normalise after adding (post-LN), so the residual stream is what enters a LayerNorm: a block's output plus its input.
+
+class Place(NamedTuple):
+    """A tensor of every layer: the input or the output of a module."""
+
+    module: str  # its name behind `layer.<i>.`
+    side: str  # "input" or "output"
+    label: str  # in pictures
+    same: tuple[str, ...] = ()  # other modules that have this output in eval mode; the published tables name these
+
+
+# RoBERTa and BERT normalise after adding (post-LN), so the residual stream is what enters a LayerNorm: a block's output
+# plus its input. In eval mode dropout is the identity.
 PLACES = {
-    "query": ("attention.self.query", "output"),
-    "key": ("attention.self.key", "output"),
-    "value": ("attention.self.value", "output"),
-    "context": ("attention.output.dense", "input"),
-    "attention_output": ("attention.output.dense", "output"),
-    "attention_residual": ("attention.output.LayerNorm", "input"),
-    "attention_layernorm": ("attention.output.LayerNorm", "output"),
-    "ffn_intermediate": ("intermediate", "output"),
-    "ffn_output": ("output.dense", "output"),
-    "ffn_residual": ("output.LayerNorm", "input"),
-    "ffn_layernorm": ("output.LayerNorm", "output"),
+    "query": Place("attention.self.query", "output", "query"),
+    "key": Place("attention.self.key", "output", "key"),
+    "value": Place("attention.self.value", "output", "value"),
+    "context": Place("attention.output.dense", "input", "attention context"),
+    "attention_output": Place(
+        "attention.output.dense", "output", "attention output (dense)", ("attention.output.dropout",)
+    ),
+    "attention_residual": Place("attention.output.LayerNorm", "input", "residual stream behind the attention"),
+    "attention_layernorm": Place("attention.output.LayerNorm", "output", "attention LayerNorm", ("attention.output",)),
+    "ffn_intermediate": Place("intermediate", "output", "FFN intermediate"),
+    "ffn_output": Place("output.dense", "output", "FFN output (dense)"),
+    "ffn_residual": Place("output.LayerNorm", "input", "residual stream"),
+    "ffn_layernorm": Place("output.LayerNorm", "output", "FFN LayerNorm", ("output",)),
 }
-# Once a model: what enters and what leaves the LayerNorm of the embeddings.
+FFN = PLACES["ffn_output"].module
+# Of the whole model: what enters and what leaves the LayerNorm of the embeddings.
 EMBEDDINGS = {"embeddings_sum": "input", "embeddings": "output"}
 LOGITS = "logits"
 
 OUTLIER = 6.0  # |x| at or above it counts as an outlier (Dettmers et al., "LLM.int8()", NeurIPS 2022)
 
+# What the FFN adds to the residual stream, the stream, and what leaves the layer: where outliers show.
+FFN_PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
 # Massive activations (Sun et al., "Massive Activations in Large Language Models", 2024): |x| over 100 and about 1,000
-# times the median |x| of the sequence or more. They look at what leaves a layer; so do we, and at what goes into it.
-MASSIVE_PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
+# times the median |x| of the sequence or more. They look at what leaves a layer; we look at all of FFN_PLACES.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
-TOP = 8  # of the largest |x| are kept with their token
+TOP = 8  # entries of largest |x| that are kept with their token
 
 
-class ActivationOutliers:
+class ActivationOutliers(BatchStatistics):
     """Streaming statistics of activations at the named places, real tokens only.
 
-    Hooks the places; before every forward pass call `batch`. Sums are float64 on the model's own device; nothing but
-    them is held. Use as a context manager or call `remove()`.
+    Sums are float64 on the model's own device; nothing else is kept.
 
     Args:
         model: a BERT-shaped encoder, with or without a head. Places it lacks are absent from the result.
         places: names out of PLACES (default: all).
         embeddings: watch the embeddings too.
+        massive: look for massive activations at FFN_PLACES; `batch` must then be given the input ids.
     """
 
-    def __init__(self, model: nn.Module, places: Iterable[str] = PLACES, embeddings: bool = True):
+    def __init__(
+        self, model: nn.Module, places: Iterable[str] = PLACES, embeddings: bool = True, massive: bool = False
+    ):
         self._sums: dict[str, _Place] = {}
-        self._mask: Tensor | None = None
-        self._sequence: Tensor | None = None
-        self._classes: Tensor | None = None
-        self._tokens: tuple[Tensor, Tensor] | None = None
-        self._handles = []
-        modules = dict(model.named_modules())
-        for name, module in modules.items():
+        self._massive = massive
+        hooks = []
+        for name, module in model.named_modules():
             if match := re.search(r"\blayer\.(\d+)\.(.+)$", name):
-                for place in places:
-                    suffix, side = PLACES[place]
-                    if match[2] == suffix:
-                        self._hook(module, side, f"layer.{match[1]}.{place}")
+                hooks += [
+                    (module, self._hook(f"layer.{match[1]}.{place}", PLACES[place].side))
+                    for place in places
+                    if PLACES[place].module == match[2]
+                ]
             elif embeddings and name.endswith("embeddings.LayerNorm"):
-                for place, side in EMBEDDINGS.items():
-                    self._hook(module, side, place)
+                hooks += [(module, self._hook(place, side)) for place, side in EMBEDDINGS.items()]
+        super().__init__(hooks)
 
-    def _hook(self, module: nn.Module, side: str, name: str) -> None:
+    def _hook(self, name: str, side: str) -> Callable:
         def add(module: nn.Module, inputs, output) -> None:
             values = inputs[0] if side == "input" else output
-            if self._mask is not None and values.shape[:2] == self._mask.shape:
-                tokens = self._tokens if name.rpartition(".")[2] in MASSIVE_PLACES else None
-                self.add(name, values[self._mask], self._sequence, self._classes, tokens)
+            if values.shape[:2] == self._mask.shape:
+                tokens = self._tokens if self._massive and name.rpartition(".")[2] in FFN_PLACES else None
+                self.add(name, values[self._mask], self._sequence, self._real_classes, tokens)
 
-        self._handles.append(module.register_forward_hook(add))
+        return add
 
-    def batch(self, mask: Tensor | None, classes: Tensor | None = None, input_ids: Tensor | None = None) -> None:
-        """What the next forward pass holds.
-
-        Args:
-            mask: (B, T), non-zero where a token is real; None switches the hooks off.
-            classes: (B, T), of `token_classes`; None knows the first token from the others only.
-            input_ids: (B, T), for the tokens of massive activations; None leaves these out.
-        """
-        self._mask = None if mask is None else mask.bool()
-        if mask is not None:
-            self._sequence, positions = self._mask.nonzero().unbind(1)
-            self._classes = (_positions_only(mask) if classes is None else classes)[self._mask]
-            self._tokens = None if input_ids is None else (input_ids[self._mask], positions)
+    def batch(self, mask: Tensor, classes: Tensor, input_ids: Tensor | None = None) -> None:
+        super().batch(mask, classes)
+        self._sequence, positions = self._mask.nonzero().unbind(1)
+        self._real_classes = classes[self._mask]
+        self._tokens = None if input_ids is None else (input_ids[self._mask], positions)
 
     @torch.no_grad()
     def add(
@@ -409,18 +189,6 @@ class ActivationOutliers:
     def result(self) -> dict[str, dict]:
         """Statistics by place, `layer.<i>.<place>` or `<place>`; DEFINITIONS.md explains the keys."""
         return {name: place.result() for name, place in self._sums.items()}
-
-    def remove(self) -> None:
-        """Take the hooks out of the model. The sums stay readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> ActivationOutliers:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.remove()
 
 
 class _Place:
@@ -579,6 +347,13 @@ def hides_attention(model: nn.Module) -> bool:
     return not getattr(model, "_supports_attention_backend", True)
 
 
+def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(`layer.<i>`, its self-attention module) of every layer; nothing of a model that `hides_attention`."""
+    for name, module in () if hides_attention(model) else model.named_modules():
+        if match := re.search(r"\b(layer\.\d+)\.attention\.self$", name):
+            yield match[1], module
+
+
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, `model` materialises its attention weights, whichever softmax_n it attends with.
@@ -597,11 +372,19 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-class AttentionSinks:
+def sinks_by_layer(model: nn.Module) -> dict[str, list[float]]:
+    """{"layer.<i>": log n of each head} of a model with learned sinks; empty for every other."""
+    found = {}
+    for name, log_n in learned_sinks(model).items():
+        if match := re.search(r"\b(layer\.\d+)\.", name):
+            found[match[1]] = log_n.tolist()
+    return found
+
+
+class AttentionSinks(BatchStatistics):
     """Streaming statistics of the attention weights of every head, real queries and keys only.
 
-    Hooks the self-attention modules, which must hand out their weights (see `eager_attention`); before every forward
-    pass call `batch`. Use as a context manager or call `remove()`.
+    The self-attention modules must return their weights (see `eager_attention`).
 
     Args:
         model: a BERT-shaped encoder. One that `hides_attention` has no layer in the result.
@@ -609,40 +392,27 @@ class AttentionSinks:
 
     def __init__(self, model: nn.Module):
         self._sums: dict[str, dict[str, Tensor]] = {}
-        self._mask: Tensor | None = None
-        self._classes: Tensor | None = None
-        self._handles = []
-        for name, module in () if hides_attention(model) else model.named_modules():
-            if match := re.search(r"\blayer\.(\d+)\.attention\.self$", name):
-                self._hook(module, f"layer.{match[1]}")
+        super().__init__((module, self._hook(layer)) for layer, module in self_attentions(model))
 
-    def _hook(self, module: nn.Module, name: str) -> None:
+    def _hook(self, layer: str) -> Callable:
         def add(module: nn.Module, inputs, output) -> None:
-            if self._mask is None:
-                return
             if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
                 raise ValueError(f"{type(module).__name__} hands out no attention weights: use eager_attention")
-            self.add(name, output[1])
+            self.add(layer, output[1])
 
-        self._handles.append(module.register_forward_hook(add))
-
-    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
-        """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
-        self._mask = None if mask is None else with_float64(mask).bool()
-        if mask is not None:
-            self._classes = with_float64(_positions_only(mask) if classes is None else classes)
+        return add
 
     @torch.no_grad()
     def add(self, name: str, weights: Tensor) -> None:
-        """Count in the weights (B, H, T, T) of one layer: rows are queries and sum to 1 minus the null mass."""
+        """Add the weights (B, H, T, T) of one layer: rows are queries and sum to 1 minus the null mass."""
         weights = with_float64(weights.detach()).float()
-        real = self._mask
+        real, classes = with_float64(self._mask), with_float64(self._classes)
         query = real[:, None, :].double()  # (B, 1, T)
-        ordinary = query * (self._classes == OTHER)[:, None, :]
+        ordinary = query * (classes == OTHER)[:, None, :]
         # A masked key has weight 0 already; the null mass of a softmax is rounding error.
         null = (1 - weights.sum(-1, dtype=torch.float64)).clamp_min(0)  # (B, H, T)
         to = {
-            kind: (weights * ((self._classes == i) & real)[:, None, None, :]).sum(-1, dtype=torch.float64)
+            kind: (weights * ((classes == i) & real)[:, None, None, :]).sum(-1, dtype=torch.float64)
             for i, kind in enumerate(TOKEN_CLASSES[:OTHER])
         }
         own = weights.diagonal(dim1=-2, dim2=-1).double()
@@ -695,21 +465,9 @@ class AttentionSinks:
                 found[layer][key] = (sums[key] / sequences).tolist()
         return found
 
-    def remove(self) -> None:
-        """Take the hooks out of the model. The sums stay readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> AttentionSinks:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.remove()
-
 
 def uniform_attention(
-    lengths: Iterable[int], n: float, attention_weights: Callable[[Tensor], Tensor] | None = None
+    lengths: Iterable[int], n: float | list[float], attention_weights: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float | int]:
     """What attention that tells no key from another gives on sequences of these lengths: every weight 1 / (n + T).
 
@@ -717,13 +475,17 @@ def uniform_attention(
 
     Args:
         lengths: tokens of each sequence, > 0.
-        n: of softmax_n, >= 0.
+        n: of softmax_n, >= 0; or that of every head, over which the mean is taken.
         attention_weights: of a model whose attention is not softmax_n: makes weights of scores (1, T).
 
     Returns:
         {"sequences", "sequences_short" (fewer than SHORT tokens), "null_mass" and every key of SINK_RATES}; NaN where
         there is no sequence of that length.
     """
+    if isinstance(n, list):
+        lengths = list(lengths)
+        heads = [uniform_attention(lengths, one) for one in n]
+        return {key: value if key.startswith("sequences") else _mean(heads, key) for key, value in heads[0].items()}
     length = torch.tensor(list(lengths), dtype=torch.float64)
     key = 1 / (n + length)
     if attention_weights is not None:
@@ -739,18 +501,21 @@ def uniform_attention(
     return found
 
 
+def _mean(heads: list[dict[str, float]], key: str) -> float:
+    return sum(head[key] for head in heads) / len(heads)
+
+
 # One number a layer: kurtosis of the context of heads that do something, of heads that attend, of queries that do.
 CONTEXTS = ("context_kurtosis_active", "context_kurtosis_attending_heads", "context_kurtosis_attending")
 NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
 
 
-class HeadVectors:
+class HeadVectors(BatchStatistics):
     """Streaming statistics of the query, key, value and context vectors of every head, real tokens only.
 
-    Hooks the self-attention modules and their projections, under `eager_attention`; before every forward pass call
-    `batch`. Holds the moments of the context of every sequence and head (40 bytes each), because only in the end it is
-    known which heads do nothing; and of every sequence those of the queries that attend (ATTENDING), in all heads.
-    Use as a context manager or call `remove()`.
+    The self-attention modules must return their weights (see `eager_attention`). Keeps the moments of the context of
+    every sequence and head (40 bytes each), because only in the end it is known which heads do nothing; and of every
+    sequence those of the queries that attend (ATTENDING), in all heads.
 
     Args:
         model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result, and
@@ -762,48 +527,38 @@ class HeadVectors:
         self._moments: dict[str, list[Tensor]] = {}  # by layer: (B, H, 5) of every batch
         self._attending: dict[str, list[Tensor]] = {}  # by layer: (B, 5) of every batch
         self._vectors: dict[str, Tensor] = {}
-        self._mask: Tensor | None = None
-        self._classes: Tensor | None = None
-        self._handles = []
-        for name, module in () if hides_attention(model) else model.named_modules():
-            parts = [getattr(module, part, None) for part in ("query", "key", "value")]
-            if (match := re.search(r"\blayer\.(\d+)\.attention\.self$", name)) and None not in parts:
-                for part, projection in zip(("query", "key", "value"), parts, strict=True):
-                    self._handles.append(projection.register_forward_hook(self._keep(part)))
-                self._handles.append(module.register_forward_hook(self._hook(f"layer.{match[1]}")))
+        hooks = []
+        for layer, module in self_attentions(model):
+            projections = {part: getattr(module, part, None) for part in ("query", "key", "value")}
+            if None not in projections.values():
+                hooks += [(projection, self._keep(part)) for part, projection in projections.items()]
+                hooks.append((module, self._hook(layer)))
+        super().__init__(hooks)
 
-    def _keep(self, part: str):
+    def _keep(self, part: str) -> Callable:
         def keep(module: nn.Module, inputs, output: Tensor) -> None:
-            if self._mask is not None:
-                self._vectors[part] = output
+            self._vectors[part] = output
 
         return keep
 
-    def _hook(self, name: str):
+    def _hook(self, layer: str) -> Callable:
         def add(module: nn.Module, inputs, output) -> None:
-            if self._mask is not None:
-                self.add(name, output[1], **self._vectors, context=output[0])
-                self._vectors = {}
+            self.add(layer, output[1], **self._vectors, context=output[0])
+            self._vectors = {}
 
         return add
 
-    def batch(self, mask: Tensor | None, classes: Tensor | None = None) -> None:
-        """What the next forward pass holds: `mask` and `classes` (B, T) as in ActivationOutliers."""
-        self._mask = None if mask is None else with_float64(mask).bool()
-        if mask is not None:
-            self._classes = with_float64(_positions_only(mask) if classes is None else classes)
-
     @torch.no_grad()
     def add(self, name: str, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
-        """Count in one layer: weights (B, H, T, T), the others (B, T, C) with the heads side by side in C."""
-        heads, real = weights.shape[1], self._mask
+        """Add one layer: weights (B, H, T, T), the others (B, T, C) with the heads side by side in C."""
+        heads, real, classes = weights.shape[1], with_float64(self._mask), with_float64(self._classes)
         weights = with_float64(weights)
         query, key, value, context = (
             with_float64(vectors.detach()).float().unflatten(-1, (heads, -1)).transpose(1, 2)
             for vectors in (query, key, value, context)
         )  # (B, H, T, E)
         queries = real[:, None].double()  # (B, 1, T)
-        kinds = nn.functional.one_hot(self._classes, len(TOKEN_CLASSES)).double() * real[..., None]  # (B, T, 4)
+        kinds = nn.functional.one_hot(classes, len(TOKEN_CLASSES)).double() * real[..., None]  # (B, T, 4)
         norms = {"key": key.norm(dim=-1).double(), "value": value.norm(dim=-1).double()}
         contributed = weights.double() @ (norms["value"][..., None] * kinds[:, None])  # (B, H, T, 4)
         logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
@@ -869,18 +624,6 @@ class HeadVectors:
             one["context_kurtosis_attending"] = attending.excess_kurtosis.nanmean().item()
         return found
 
-    def remove(self) -> None:
-        """Take the hooks out of the model. The sums stay readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> HeadVectors:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.remove()
-
 
 # ------------------------------------------------------------------------------------------- the whole model, on texts
 
@@ -891,15 +634,15 @@ def watched(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
-    *statistics: ActivationOutliers | AttentionSinks | HeadVectors,
+    *statistics: BatchStatistics,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
     """Each batch on the model's device with its mask and token classes, once `statistics` have been told of it."""
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         mask = batch["attention_mask"].bool()
         classes = token_classes(batch["input_ids"], tokenizer)
-        for one in statistics:
-            one.batch(mask, classes)
+        for statistic in statistics:
+            statistic.batch(mask, classes, batch["input_ids"])
         yield batch, mask, classes
 
 
@@ -915,18 +658,18 @@ def measure_model(
         tokenizer: the one that made them.
 
     Returns:
-        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}).
+        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}). Where
+        sinks are learned, the attention has "log_n" of every head too.
     """
     model.eval()
     seen = {"sequences": 0, "tokens": 0, "lengths": []}
     with (
         eager_attention(model),
-        ActivationOutliers(model) as outliers,
+        ActivationOutliers(model, massive=True) as outliers,
         AttentionSinks(model) as sinks,
         HeadVectors(model) as vectors,
     ):
         for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
-            outliers.batch(mask, classes, batch["input_ids"])
             sequence, position = mask.nonzero().unbind(1)
             # Counted over all batches, so that the choice does not depend on how the texts are batched.
             chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
@@ -945,6 +688,8 @@ def measure_model(
     masses = [{layer: one[key] for layer, one in attention.items()} for key in ("idle_mass", "null_mass")]
     for layer, found in vectors.result(*masses).items():
         attention[layer] |= found
+    for layer, log_n in sinks_by_layer(model).items():
+        attention[layer]["log_n"] = log_n
     return places, attention, seen
 
 
@@ -962,7 +707,6 @@ class Emergence:
         tokenizer: the one that made them.
     """
 
-    PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
     STATISTICS = ("kurtosis_sequence", "inf_norm", "outlier_share")
     ATTENTION = ("null_mass", "mass_first", "idle_mass", *SINK_RATES)
 
@@ -977,7 +721,7 @@ class Emergence:
         model.eval()
         with (
             eager_attention(model),
-            ActivationOutliers(model, self.PLACES, embeddings=False) as outliers,
+            ActivationOutliers(model, FFN_PLACES, embeddings=False) as outliers,
             AttentionSinks(model) as sinks,
         ):
             for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
@@ -991,4 +735,6 @@ class Emergence:
         for layer, values in sinks.result().items():
             for statistic in self.ATTENTION:
                 found[f"{layer}.attention.{statistic}"] = sum(values[statistic]) / len(values[statistic])
+        for layer, log_n in sinks_by_layer(model).items():
+            found[f"{layer}.attention.log_n"] = sum(log_n) / len(log_n)
         return found

@@ -10,19 +10,14 @@ import plots
 from answer import PRIMARY_ARM
 from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
-from outliers import SINK
+from outliers import PLACES, SINK
 from quantization import SCHEMES, bootstrap_difference
-from runs import BINS, Run, arms, by_layer
+from record import by_layer
+from runs import BINS, Run, arms
 from sets import BASELINE
 
-PANELS = {  # of kurtosis.png and norms.png
-    "context": "attention context",
-    "attention_output": "attention output (dense)",
-    "attention_layernorm": "attention LayerNorm",
-    "ffn_intermediate": "FFN intermediate",
-    "ffn_output": "FFN output (dense)",
-    "ffn_residual": "residual stream",
-}
+# Places with a panel in kurtosis.png and norms.png.
+PANELS = ("context", "attention_output", "attention_layernorm", "ffn_intermediate", "ffn_output", "ffn_residual")
 KURTOSIS = (plots.KURTOSIS, "symlog")  # label of the axis, its scale
 NORM = ("infinity norm", "log")
 EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis, its scale))
@@ -205,11 +200,11 @@ def by_place(
 ) -> Picture | None:
     """A statistic of the activations over the layers, a panel a place."""
     curves: dict[str, list[tuple]] = {}
-    for place, title in PANELS.items():
+    for place in PANELS:
         for run in runs:
             values = by_layer({name: one[statistic] for name, one in run.places.items()}, place)
             if len(values):
-                curves.setdefault(title, []).append((run.arm, values, range(len(values))))
+                curves.setdefault(PLACES[place].label, []).append((run.arm, values, range(len(values))))
     if not curves:
         return None
     title = f"{axis[0].capitalize()} of the activations"

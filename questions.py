@@ -42,7 +42,8 @@ from answer import (
 )
 from outliers import NEAR_ZERO, OUTLIER, SHORT, SINK
 from pairs import SIGN_TEST, Comparison, compare, compare_ratio, no_interval, percent
-from runs import Run, look_up
+from record import look_up
+from runs import Run
 from sets import BASELINE
 from tables import figure, number, spread
 
@@ -454,13 +455,8 @@ def seen(one: Comparison | None, them: Pairs) -> str:
 
 def scales(run: Run) -> dict[str, int | None]:
     """Parameters and real tokens seen, as training wrote them down; None where it did not."""
-    found = {}
-    for what, key in (("parameters", "model.parameters"), ("tokens a run", "training.tokens")):
-        try:
-            found[what] = look_up(run.results, key)
-        except KeyError:
-            found[what] = None
-    return found
+    keys = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
+    return {what: look_up(run.results, key, None) for what, key in keys.items()}
 
 
 def shorter(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: environment, versions, hashes, strict JSON."""
+"""What a run writes down about itself, and how it is read: environment, versions, hashes, strict JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # Of x86 processors; a matrix product in bfloat16 is several times as fast as in float32 with amx_bf16.
@@ -118,16 +119,16 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def weights_sha256(model: torch.nn.Module, leave_out: str | None = None) -> str:
+def weights_sha256(model: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     """Hex SHA-256 of a model's weights: the float32 bytes of its state_dict, tensors in the order of their names.
 
     Args:
         model: on any device.
-        leave_out: tensors with this in their name do not count.
+        leave_out: tensors with one of these in their name do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if leave_out is None or leave_out not in name:
+        if not any(part in name for part in leave_out):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -164,3 +165,22 @@ def _finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def look_up(results: dict | None, key: str, *default):
+    """The value at a dotted key of a results file, or the default where it is missing (KeyError without a default)."""
+    value = results
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            if default:
+                return default[0]
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def by_layer(values: dict[str, float | None], suffix: str) -> np.ndarray:
+    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer holds None."""
+    pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
+    layers = {int(match[1]): value for name, value in values.items() if (match := pattern.search(name))}
+    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN

@@ -113,7 +113,7 @@ else
 fi
 
 if [ "$mode" = tests ]; then
-    python -m pytest tests "$@"
+    python -m pytest tests -n 2 --dist loadfile "$@" # two files at a time; for --pdb, give -n 0 as well
     exit
 fi
 

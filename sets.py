@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runs import Run, arms, look_up
-
-BASELINE = "softmax0"
+from experiment import BASELINE
+from record import look_up
+from runs import Run, arms
 
 # What shapes the weights, besides n and the seed: key in the results file -> name.
 SHAPING = {
@@ -94,10 +94,7 @@ class ComparisonSet:
 
 def recorded(run: Run, key: str) -> str:
     """The value at a dotted key of the results, as text that agrees where the values do; a lacking key is a value."""
-    try:
-        value = look_up(run.results, key)
-    except KeyError:
-        return NOT_RECORDED
+    value = look_up(run.results, key, NOT_RECORDED)
     if key == "settings.data_seed" and value is None:
         value = run.results["seed"]  # which the batches then depend on
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -112,8 +109,8 @@ def shaping(run: Run) -> dict[str, str]:
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
     model = _dict(run.results.get("model"))
-    if model.get("gate_parameters"):  # which make the control what it is
-        found[SHAPING["model.parameters"]] = str(model["parameters"] - model["gate_parameters"])
+    if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):  # which make the arm
+        found[SHAPING["model.parameters"]] = str(model["parameters"] - own)
     found[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
     if run.diverged:
         found = {label: value for label, value in found.items() if label not in REACHED}

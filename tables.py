@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def shortest(n: float) -> str:
-    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001."""
-    return repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
+def shortest(n: float | str) -> str:
+    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001; a word as it is."""
+    return n if isinstance(n, str) else repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
 
 
 def figure(value: float | None) -> str:
@@ -29,6 +29,18 @@ def spread(mean: float, std: float | None) -> str:
 
 def number(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None or np.isnan(value) else unsigned_zero(f"{value:.{decimals}f}")
+
+
+def gap_cell(scheme: dict) -> str:
+    """The gap of a quantization scheme with its standard error; where it is smaller than its noise, only that it is."""
+    gap, floor, error = scheme["gap"], scheme["floor"], scheme.get("error", np.nan)
+    if not gap:
+        return "–"
+    if not np.isfinite(gap):
+        return "not finite"
+    if abs(gap) < floor:
+        return f"below its noise of {floor:.4f}"
+    return signed(gap) + (f" ± {error:.4f}" if np.isfinite(error) else "")
 
 
 def signed(value: float) -> str:

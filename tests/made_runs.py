@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 
+from experiment import arm_name
 from outliers import CONTEXTS, EMBEDDINGS, LOGITS, PLACES, SINK_RATES, TOKEN_CLASSES
 from runs import Run
-from tables import shortest
+from softmax1 import LEARNED
 
 RESULTS = {
     "test_pipeline": False,
@@ -54,6 +55,9 @@ RESULTS = {
 }
 
 
+CALIBRATION = {"part_floors": {}, "calibration_tokens": {"draws": [30, 32], "published": 65536}}
+
+
 def changed(results: dict, changes: dict) -> dict:
     """A copy with the values at dotted keys replaced; `...` takes a key away."""
     results = copy.deepcopy(results)
@@ -69,15 +73,15 @@ def changed(results: dict, changes: dict) -> dict:
     return results
 
 
-def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: float = 1.0, **changes) -> Run:
+def made(n: float | str, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: float = 1.0, **changes) -> Run:
     """A run whose static W8A8 loss is `loss` + `gap`; everything else that is measured is `size`.
 
     Keyword arguments change the results file: `settings__learning_rate=1e-4` is settings.learning_rate.
     """
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    results = changed({**RESULTS, "softmax_n": float(n), "seed": seed}, changes)
+    results = changed({**RESULTS, "softmax_n": n if n == LEARNED else float(n), "seed": seed}, changes)
     steps = results["training"]["steps"]
-    name = f"esperberto-softmax{shortest(n)}-seed{seed}" + ("" if steps == 3000 else f"-{steps}")
+    name = f"esperberto-{arm_name(n)}-seed{seed}" + ("" if steps == 3000 else f"-{steps}")
     if results.get("status") == "diverged":
         return Run(name, f"models/{name}", results)
     noise = {"error": 1e-6, "floor": 2e-6}
@@ -105,7 +109,7 @@ def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: 
         places=places | dict.fromkeys((*EMBEDDINGS, LOGITS), values),
         attention={f"layer.{layer}": heads for layer in range(2)},
         attention_uniform=dict.fromkeys(("null_mass", *SINK_RATES), size / 10),
-        damage={"schemes": schemes, "sequences": 4, "masked_tokens": 9, "parts": {}, "ranges": {}},
+        damage={"schemes": schemes, "sequences": 4, "masked_tokens": 9, "parts": {}, "ranges": {}} | CALIBRATION,
         tokens=40,
     )
 

@@ -17,7 +17,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import TEXTS, save_tokenizer
+from conftest import SMALL, TEXTS, save_tokenizer
 from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
@@ -30,30 +30,25 @@ from transformers import (
 )
 
 import analyze_kurtosis
-import arms
+import experiment
 import measurement
 from answer import GLANCE
+from arm_tables import entry_cell
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
-from outliers import measure_model, weight_excess_kurtosis
+from kurtosis import weight_excess_kurtosis
+from outliers import measure_model
 from packing import MaskedLMCollator
 from pictures import EMERGING, SEEDS
 from questions import LABELS
-from record import weights_sha256
-from report import entry_cell, gap_cell
-from runs import Run, by_layer
+from record import by_layer, weights_sha256
+from runs import Run
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
-from tables import duration, figure, plus_minus, table
+from tables import duration, figure, gap_cell, plus_minus, table
 
 SCRIPT = Path(analyze_kurtosis.__file__)
-ARCHITECTURE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 130,
-}
+ARCHITECTURE = {**SMALL, "max_position_embeddings": 130}
 
 
 def results_of(model, name, softmax_n):
@@ -292,10 +287,10 @@ def test_tables_of_sinks_heads_and_interventions_are_what_the_json_says(workplac
 
 def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch):
     """Only where its weights are those that training wrote down."""
-    monkeypatch.setattr(arms, "ARCHITECTURE", ARCHITECTURE)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", ARCHITECTURE)
     for n in (0.0, 1.0):
         tokenizer = save_tokenizer(tmp_path / "model")
-        first = arms.build_model(n, len(tokenizer), tokenizer, 43)
+        first = experiment.build_model(n, len(tokenizer), tokenizer, 43)
         results = {"seed": 43, "model": {"initial_weights": weights_sha256(first)}}
         before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
         with torch.no_grad():
@@ -359,7 +354,7 @@ def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
 
 def test_a_token_that_markdown_would_read_stays_a_token():
     one = {"value": -412.3, "ratio": 1830.0, "position": 0, "channel": 77}
-    cells = [entry_cell({**one, "token": token}, "layer.3") for token in ("<s>", " |", "`", "\ufffd", " ")]
+    cells = [entry_cell({**one, "token": token}, "layer 3") for token in ("<s>", " |", "`", "\ufffd", " ")]
     assert cells[0] == "-412 (1,830 medians): `<s>` at 0, channel 77, layer 3"
     assert [cell.split("`")[1] for cell in cells] == ["<s>", "¦", "'", "·", "_"] and "|" not in "".join(cells)
 
@@ -794,6 +789,10 @@ DAMAGE = {
     "no masked-LM head": (
         replace_model(RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300))),
         "not a complete masked language model",
+    ),
+    "fewer layers than the weights": (
+        lambda root: edit_config(root, lambda config: config.update(num_hidden_layers=1)),
+        "has fewer layers than the weights, which hold roberta.encoder.layer.1.",
     ),
     "config values of the wrong kind": (
         lambda root: edit_config(root, lambda config: config.update(hidden_size="wide")),

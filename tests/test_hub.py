@@ -31,8 +31,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import arms
 import build_dataset
+import cards
+import experiment
 import hub
 import softmax1
 import train_model
@@ -40,19 +41,22 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, RobertaS
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_SaluTonMondoSekreto123"
-NS = [0.0, 1.0, 0.5]
+NS = [0.0, 1.0, 0.5, "learned"]
 
 
 # ------------------------------------------------------------------------------------------------- models and a server
 
 
-def make_model(n: float, vocab_size: int = 1024, layers: int = 2):
+def make_model(n: float | str, vocab_size: int = 1024, layers: int = 2):
     settings = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
     settings |= {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "initializer_range": 0.1}
     torch.manual_seed(0)
     if n == 0:
         return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings)).eval()
-    return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=n, **settings)).eval()
+    model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=n, **settings)).eval()
+    for log_n in softmax1.learned_sinks(model).values():
+        log_n.data = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    return model
 
 
 def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
@@ -82,7 +86,7 @@ def folders(sample, tmp_path_factory):
     found = {}
     for n in NS:
         base = tmp_path_factory.mktemp("project")
-        run = f"esperberto-softmax{n:g}"
+        run = experiment.run_name(n, 42)
         folder = base / "models" / run
         make_model(n).save_pretrained(folder)
         AutoTokenizer.from_pretrained(sample / "tokenizer").save_pretrained(folder)
@@ -168,8 +172,8 @@ from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceC
 
 assert not any(name in sys.modules for name in ("softmax1", "hub"))
 found = {}
-for n in (0.0, 1.0, 0.5):
-    name = f"zamenhof/esperberto-softmax{n:g}"
+for n, arm in {0.0: "softmax0", 1.0: "softmax1", 0.5: "softmax0.5", "learned": "softmax_learned"}.items():
+    name = f"zamenhof/esperberto-{arm}"
     trust = {} if n == 0 else {"trust_remote_code": True}
     tokenizer = AutoTokenizer.from_pretrained(name)
     inputs = tokenizer(["La suno <mask>.", "Saluton, kara mondo kaj <mask>!"], padding=True, return_tensors="pt")
@@ -189,7 +193,7 @@ for n in (0.0, 1.0, 0.5):
         "types": [type(model).__name__ for model in classes],
         "answers": [answer["score"] for answer in answers],
     }
-    if n > 0:
+    if n:
         for call in (
             lambda: AutoModelForMaskedLM.from_pretrained(name),
             lambda: AutoModel.from_pretrained(name, trust_remote_code=False),
@@ -494,8 +498,8 @@ def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
 
 @pytest.mark.parametrize("n", NS)
 def test_model_card(n):
-    run = f"esperberto-softmax{n:g}"
-    text = hub.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
+    run = experiment.run_name(n, 42)
+    text = cards.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
     card = ModelCard(text)
     assert card.data.language == "eo" and card.data.license == "apache-2.0" and card.data.pipeline_tag == "fill-mask"
     assert card.data.datasets == ["zamenhof/esperanto"] and card.data.model_name == run
@@ -511,7 +515,8 @@ def test_model_card(n):
     assert "LayerNorm, activations" not in text  # not recorded here, and nothing else is taken for it
     for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
         assert figure in text
-    assert ("trust_remote_code=True" in text) == (n > 0)
+    assert ("trust_remote_code=True" in text) == (n != 0) and run.removeprefix("esperberto-") in card.data.tags
+    assert ("a learned attention sink" in text) == (n == "learned")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "card", "exec")
     assert "## Limits" in text and "A test run" not in text
@@ -529,7 +534,7 @@ def test_model_card_without_results_says_so(server, folders, tmp_path):
 
 def test_test_runs_say_so():
     results = make_results(1.0, "esperberto-softmax1", test_pipeline=True)
-    text = hub.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
+    text = cards.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
     assert "A test run" in text and "test-pipeline" in ModelCard(text).data.tags
 
 
@@ -538,7 +543,7 @@ def test_dataset_card(sample):
     splits = {
         name: build_dataset.Dataset.load_from_disk(str(sample / "data" / name)) for name in ("train", "validation")
     }
-    text = hub.dataset_card("zamenhof/esperanto", manifest, splits)
+    text = cards.dataset_card("zamenhof/esperanto", manifest, splits)
     data = huggingface_hub.DatasetCard(text).data
     assert data.language == ["eo"] and data.license == "cc0-1.0" and "test-pipeline" in data.tags
     source = manifest["sources"][0]
@@ -546,12 +551,12 @@ def test_dataset_card(sample):
         assert figure in text
     published = copy.deepcopy(manifest)
     published["sources"] = [{**source, "name": name} for name in build_dataset.EXPECTED_LINES]
-    text = hub.dataset_card("zamenhof/esperanto", published, splits)
+    text = cards.dataset_card("zamenhof/esperanto", published, splits)
     data = huggingface_hub.DatasetCard(text).data
     assert data.license == "other" and "test-pipeline" not in data.tags
     assert text.count("oscar-project.org") == 1 and text.count("Goldhahn") == 1 and "Common Crawl's terms" in text
     assert all(name in text for name in build_dataset.EXPECTED_LINES)
-    assert hub.terms_of("my.txt") == hub.OTHER_TERMS
+    assert cards.terms_of("my.txt") == cards.OTHER_TERMS
 
 
 # ----------------------------------------------------------------------------------------------------- train, build
@@ -562,7 +567,7 @@ SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
 
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
@@ -707,14 +712,14 @@ def errors(found: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
 
 
 # An export takes seconds; the machinery is the same for every n.
-EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0))]
+EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0, "learned"))]
 
 
 @pytest.mark.parametrize("n", EXPORTED_NS)
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_as_the_card_says(sample, tmp_path, monkeypatch, n):
     model = make_model(n, layers=1)
-    card = hub.model_card("zamenhof/x", model.config.to_dict(), None)
+    card = cards.model_card("zamenhof/x", model.config.to_dict(), None)
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1]
     monkeypatch.chdir(tmp_path)
     exec(code, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(sample / "tokenizer")})

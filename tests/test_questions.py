@@ -15,7 +15,7 @@ from made_runs import diverged, made, pairs
 import questions as module
 from answer import findings
 from questions import REMOVAL, explained, keeping, questions, rescued
-from report import arms_section, report
+from report import dose_section, report
 
 SEEDS = (42, 43, 44)
 
@@ -325,8 +325,8 @@ def test_all_arms_side_by_side():
     halves = [made(0.5, seed, gap, size=2.0) for seed, gap in zip(SEEDS, (1.0, 1.4, 1.2), strict=True)]
     gated = [made(0, seed, 0.4, settings__control="gated") for seed in SEEDS[:2]]
     runs = [*gated, *pairs([2.0, 2.2, 2.4], [1.0, 1.4, 1.2]), *halves, diverged(4, 42), made(4, 43)]
-    assert arms_section(findings(pairs([2.0, 2.1], [1.0, 1.2]))) == [] == arms_section([])
-    _, table, _ = arms_section(findings(runs))
+    assert dose_section(findings(pairs([2.0, 2.1], [1.0, 1.2]))) == [] == dose_section([])
+    _, table, _ = dose_section(findings(runs))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0] == ["", "softmax0", "softmax0.5", "softmax1", "softmax4", "gated"]
     cells = {first: rest for first, *rest in rows}

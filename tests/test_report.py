@@ -10,8 +10,8 @@ from made_runs import made, pairs
 
 from answer import findings
 from page import html_page
-from report import LEAD_PICTURE, PICTURED, gap_cell, report
-from tables import figure, number, plus_minus, signed, table
+from report import LEAD_PICTURE, PICTURED, report
+from tables import figure, gap_cell, number, plus_minus, signed, table
 
 NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]
 
@@ -74,6 +74,16 @@ def test_the_contents_of_the_page_lead_to_every_section():
     assert len(re.findall("^## ", text, re.MULTILINE)) == contents.count("<li>") > 10
     assert all(f'<h2 id="{target}">' in page for target in re.findall('href="#(.*?)"', contents))
     assert page.index("</h1>") < page.index("<nav") < page.index("Question.")
+
+
+def test_what_learned_sinks_became():
+    runs = pairs([2.0, 2.1], [1.0, 1.2], n="learned")
+    for run, (low, high) in zip(runs[1::2], ((-1.0, 0.0), (0.0, 2.0)), strict=True):
+        run.attention = {layer: {**one, "log_n": [low, high]} for layer, one in run.attention.items()}
+    text = whole(runs)
+    assert "| layer 1, softmax_learned |     0.37 |   1.00 |    7.39 |" in text and "Runs of an arm: 2." in text
+    assert "| softmax_n " in text and "learned" in text.partition("## Summary of the runs")[2].partition("##")[0]
+    assert "Learned sinks" not in whole(pairs([2.0, 2.1], [1.0, 1.2]))
 
 
 @pytest.mark.parametrize(

@@ -30,21 +30,21 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
-import arms
 import checkpoints
 import command
+import experiment
 import folder
 import measurement
 import record
 import train_model
-from arms import prepared
 from controls import CONTROLS
+from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
-from outliers import Emergence, measure_model
+from outliers import FFN_PLACES, Emergence, measure_model, sinks_by_layer
 from packing import MaskedLMCollator
 from runs import find_runs
 from sets import comparison_sets
-from softmax1 import RobertaSoftmaxNForMaskedLM
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -60,7 +60,7 @@ SMALL = {
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
     """train("--flag", ...) trains a small model below tmp_path and returns its results."""
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, steps=6, results="results"):
@@ -373,7 +373,7 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     data = {"input_ids": ids}
     torch.manual_seed(0)
     config = RobertaConfig(**SMALL, vocab_size=1024)
-    model = prepared(RobertaForMaskedLM(config)).train()
+    model = accept_packed_batches(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
     assert model.training
@@ -471,13 +471,13 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
     folder = f"results-models/esperberto-softmax{n}"
     trained, tokenizer = measurement.load(folder)
     batches = padded_batches(tokenizer, measurement.token_ids(tokenizer, texts), 7)
-    untrained = arms.build_model(n, 1024, tokenizer, 42)
+    untrained = experiment.build_model(n, 1024, tokenizer, 42)
     for model, entry in ((untrained, result["emergence"][0]), (trained, result["emergence"][-1])):
         places, attention, _ = measure_model(model, batches, tokenizer)
         assert len(entry) == 1 + 2 * (9 + len(Emergence.ATTENTION))
         for layer in ("layer.0", "layer.1"):
             for statistic in Emergence.STATISTICS:
-                for place in Emergence.PLACES:
+                for place in FFN_PLACES:
                     expected = places[f"{layer}.{place}"][statistic]
                     assert entry[f"{layer}.{place}.{statistic}"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
             for statistic in Emergence.ATTENTION:
@@ -496,17 +496,51 @@ def test_controls_are_arms_of_their_own_and_start_where_softmax0_does(train, con
     assert result["model"]["parameters"] == softmax0["model"]["parameters"] + beyond
     assert result["loss_history"] != softmax0["loss_history"] and result["status"] == "complete"
     runs = find_runs([], Path("results"), Path("results-models"))
-    assert [run.arm for run in runs] == sorted(["softmax0", control])
+    assert [run.arm for run in runs] == ["softmax0", control]
     [group] = comparison_sets(runs)
     assert list(group.pairs) == [control] and not group.refused
     model = AutoModelForMaskedLM.from_pretrained(f"results-models/esperberto-{control}")
     assert type(model) is CONTROLS[control][1]
 
 
+def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(train):
+    softmax0, softmax1 = train("--softmax_n", "0"), train("--softmax_n", "1")
+    result = train("--softmax_n", "learned", "--learning_rate", "1e-2", "--weight_decay", "0.5", "--overwrite")
+    assert result["run"] == "esperberto-softmax_learned" and result["softmax_n"] == "learned"
+    assert result["model"]["initial_weights"] == softmax0["model"]["initial_weights"]
+    assert result["model"]["sink_parameters"] == 2 * 4 and softmax0["model"]["sink_parameters"] == 0
+    assert result["model"]["parameters"] == softmax0["model"]["parameters"] + 2 * 4
+    assert result["loss_history"][0] == softmax1["loss_history"][0]  # n = 1
+    heads = result["log_n"]
+    assert {layer: len(log_n) for layer, log_n in heads.items()} == {"layer.0": 4, "layer.1": 4}
+    assert not any(0 in log_n for log_n in heads.values())
+    assert softmax0["log_n"] == softmax1["log_n"] == {}
+    assert result["weight_excess_kurtosis"].keys() == softmax0["weight_excess_kurtosis"].keys()
+    for layer, log_n in heads.items():  # as it grew: from n = 1 to what it became
+        grown = [entry[f"{layer}.attention.log_n"] for entry in result["emergence"]]
+        assert grown[0] == 0 and grown[-1] == pytest.approx(np.mean(log_n))
+    model, _ = measurement.load("results-models/esperberto-softmax_learned")
+    assert {name: list(log_n) for name, log_n in heads.items()} == sinks_by_layer(model)
+    result = train("--softmax_n", "learned", "--overwrite")  # like the others now
+    [group] = comparison_sets(find_runs([], Path("results"), Path("results-models")))
+    assert [run.arm for run in group.runs] == ["softmax0", "softmax1", "softmax_learned"] and not group.refused
+    assert list(group.pairs) == ["softmax1", "softmax_learned"]
+    assert measurement.untrained_model(model, result) is not None
+
+
+def test_sinks_are_not_decayed():
+    """Trainer itself would, not knowing the name: every n would be pulled to 1."""
+    config = RobertaSoftmaxNConfig(**SMALL, vocab_size=99, softmax_n="learned")
+    model, trainer = RobertaSoftmaxNForMaskedLM(config), train_model.ExperimentTrainer
+    decayed = trainer.get_decay_parameter_names(trainer.__new__(trainer), model)
+    others = super(trainer, trainer).get_decay_parameter_names(trainer.__new__(trainer), model)
+    assert set(others) - set(decayed) == set(learned_sinks(model)) and len(learned_sinks(model)) == 2
+
+
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
-    build = arms.build_model
+    build = train_model.build_model
 
     def watched(*args):
         model = build(*args)
@@ -516,7 +550,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
             )
         return model
 
-    monkeypatch.setattr(arms, "build_model", watched)
+    monkeypatch.setattr(train_model, "build_model", watched)
     result = train("--padded", "--statistics_steps", "1", steps=3)
     for name, found in seen.items():
         assert len(found) == 12
@@ -530,7 +564,7 @@ ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few r
 
 @pytest.mark.parametrize("n", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     packed = train("--softmax_n", n, "--learning_rate", "1e-3", steps=50)
     padded = train("--softmax_n", n, "--learning_rate", "1e-3", "--padded", steps=50, results="padded")
     assert len(packed["loss_history"]) == 50 and packed["loss_history"][-1][1] < packed["loss_history"][0][1] - 0.2
@@ -542,7 +576,7 @@ def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
 
 @pytest.mark.slow
 def test_compiled_run_has_the_same_trace(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     eager = train("--use_softmax1", "--learning_rate", "1e-3")
     compiled = train("--use_softmax1", "--learning_rate", "1e-3", "--torch_compile", results="compiled")
     np.testing.assert_allclose(compiled["loss_history"], eager["loss_history"], rtol=ROUNDING)
@@ -552,7 +586,7 @@ def test_compiled_run_has_the_same_trace(train, monkeypatch):
 
 
 def test_loss_is_the_same_with_every_backend_and_with_checkpointing(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     losses = [
         train("--use_softmax1", "--learning_rate", "1e-3", *flags, results=f"r{i}")["loss_history"]
         for i, flags in enumerate(
@@ -564,7 +598,7 @@ def test_loss_is_the_same_with_every_backend_and_with_checkpointing(train, monke
 
 
 def test_bfloat16_stays_near_float32(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     exact = train("--use_softmax1", "--learning_rate", "1e-3")
     rounded = train("--use_softmax1", "--learning_rate", "1e-3", "--bf16", "--use_cpu", results="rounded")
     assert rounded["dtype"] == "bfloat16" and rounded["loss_history"] != exact["loss_history"]
@@ -612,19 +646,19 @@ def test_the_loop_walks_over_the_model_once_a_step(train, monkeypatch):
 
 DRIVER = """
 import sys
-import arms
+import experiment
 import folder
 import train_model
-from arms import prepared
+from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss
-arms.ARCHITECTURE = {architecture}
+experiment.ARCHITECTURE = {architecture}
 train_model.main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--padded"], marks=pytest.mark.slow)])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
     flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
     one = train(*flags, "--per_device_train_batch_size", "64")

@@ -15,7 +15,8 @@ import plots
 from answer import PRIMARY_ARM
 from pairs import compare, compare_ratio, percent
 from questions import SECONDARY
-from runs import Run, by_layer, read_results
+from record import by_layer
+from runs import Run, read_results
 from sets import BASELINE, comparison_sets
 from tables import figure, number, spread, table
 

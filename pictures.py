@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import plots
-from answer import PRIMARY_ARM
+from answer import PRIMARY_ARM, mean_losses
 from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
 from outliers import PLACES, SINK
@@ -182,15 +182,10 @@ def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
 
     It is the difference to a model that the scheme leaves as it is.
     """
-    damages = [run.damage for run in runs]
-    known = all({"float32", scheme} <= set(one.get("texts", {})) and "masked" in one for one in damages)
-    if not known or any(one["masked"] != damages[0]["masked"] for one in damages):
+    harmed = mean_losses(runs, scheme)
+    if harmed is None:
         return None
-    plain, quantized = (
-        np.mean([np.array(one["texts"][key], dtype=float) for one in damages], axis=0) for key in ("float32", scheme)
-    )
-    masked = damages[0]["masked"]
-    unharmed, harmed = ({"masked": masked, "texts": {"float32": plain, scheme: one}} for one in (plain, quantized))
+    unharmed = {**harmed, "texts": dict.fromkeys(("float32", scheme), harmed["texts"]["float32"])}
     interval = bootstrap_difference(unharmed, harmed, scheme)
     return interval if np.isfinite(interval).all() else None
 

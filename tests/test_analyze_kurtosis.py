@@ -954,7 +954,7 @@ def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsy
     analyse(workplace, "--report_only")
     told = strict_json(results / "analysis.json")
     assert (
-        "Measured with different code (esperberto-softmax0 | esperberto-softmax1): compared all the same."
+        "Measured with different code (esperberto-softmax0 | esperberto-softmax1): compared nevertheless."
         in (told["notes"])
     )
     assert any(re.match("Measured from a modified tree.*softmax1", note) for note in told["notes"])

@@ -58,7 +58,7 @@ def trained_on(runs: list[Run]) -> str:
 def watched_in_training(runs: list[Run]) -> str:
     """What the training-time kurtosis of the runs is of: padded or packed batches, every step or some."""
     said = []
-    for settings in (run.results.get("settings", {}) for run in runs if run.results):
+    for settings in (run.results["settings"] for run in runs if run.results):
         steps = settings.get("statistics_steps", 1)
         said.append(
             ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")

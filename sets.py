@@ -218,10 +218,10 @@ def refuse_copies(runs: list[Run]) -> None:
 
 def notes(runs: list[Run], data_dir: Path) -> list[str]:
     """What a reader has to know before comparing the columns."""
-    return [*_of_the_sets(runs), *_of_the_circumstances(runs), *_of_the_models(runs, data_dir)]
+    return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
-def _of_the_sets(runs: list[Run]) -> list[str]:
+def _notes_on_sets(runs: list[Run]) -> list[str]:
     lines = []
     trained = [run for run in runs if run.results]
     sets = comparison_sets(runs)
@@ -232,18 +232,19 @@ def _of_the_sets(runs: list[Run]) -> list[str]:
             if real
             else f"These tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}."
         )
-    values = {run.name: shaping(run) for run in trained}
-    for label in dict.fromkeys(label for found in values.values() for label in found):
-        told = {name: shortened(found[label]) for name, found in values.items() if label in found}
-        if len({found[label] for found in values.values() if label in found}) > 1:
-            listed = ", ".join(f"{name}: {value}" for name, value in told.items())
+    shaped = {run.name: shaping(run) for run in trained}
+    for label in dict.fromkeys(label for values in shaped.values() for label in values):
+        told = {name: values[label] for name, values in shaped.items() if label in values}
+        if len(set(told.values())) > 1:
+            listed = ", ".join(f"{name}: {shortened(value)}" for name, value in told.items())
             lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
     lines += [line for group in sets for line in group.refused]
     for run in trained:
         if run.diverged:
             lines.append(f"{run.name} diverged at step {run.results['diverged']['step']:,}: it left no model.")
     pairs = sets[0].pairs if sets else {}
-    seeds = [{run.results["seed"] for run in found} for found in arms(sets[0].runs).values()] if sets else []
+    by_arm = arms(sets[0].runs) if sets else {}
+    seeds = [{run.results["seed"] for run in of_arm} for of_arm in by_arm.values()]
     if len(seeds) > 1 and (alone := set.union(*seeds) - set.intersection(*seeds)):
         listed = ", ".join(map(str, sorted(alone)))
         lines.append(f"Not every arm has seed {listed}: only seeds that two arms share are compared.")
@@ -259,7 +260,7 @@ def shortened(value: str) -> str:
     return value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-def _of_the_circumstances(runs: list[Run]) -> list[str]:
+def _notes_on_circumstances(runs: list[Run]) -> list[str]:
     """Differences inside a set that are not meant to matter."""
     lines = []
     for group in comparison_sets(runs):
@@ -292,7 +293,7 @@ def from_modified_tree(run: Run) -> bool:
     return run.results is not None and _dict(run.results.get("git")).get("dirty") is True
 
 
-def _of_the_models(runs: list[Run], data_dir: Path) -> list[str]:
+def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
     lines = []
     train_sha = train_text(data_dir)
     for run in (run for run in runs if run.results and not run.diverged):

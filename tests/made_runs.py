@@ -10,6 +10,8 @@ from tables import shortest
 
 RESULTS = {
     "test_pipeline": False,
+    "emergence": [],
+    "emergence_texts": 64,
     "effective_batch_size": 16,
     "dtype": "float32",
     "settings": {

@@ -33,6 +33,7 @@ import huggingface_hub
 import transformers
 
 from answer import PRIMARY, Finding, answer, findings
+from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from folder import refuse_unwritable
 from measurement import (
     CALIBRATION_SIZE,
@@ -53,16 +54,7 @@ from pictures import pictures
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
 from record import by_layer, git_state, one_line, versions, write_json
-from report import (
-    ACTIVATIONS,
-    PUBLISHED,
-    PUBLISHED_FFN,
-    WEIGHTS,
-    absent_notes,
-    models_report,
-    report,
-    self_check_notes,
-)
+from report import absent_notes, models_report, report, self_check_notes
 from runs import MEASURED_DIR, Run, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
 

@@ -232,6 +232,7 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
         f"first update and beside attention that gives every key 1 / (n + T) on the same {sequences:,} texts. Short: "
         f"texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
+        *learned_section(runs),
         "## Vectors of the heads",
         vectors_table(runs),
         "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
@@ -294,6 +295,25 @@ def sinks_table(runs: list[Run]) -> str:
 
     header = ["%, mean over layers and heads", "trained", "at step 0", "uniform attention"]
     return by_arm(header, runs, {"null mass": "null_mass", **{label: key for key, label in SINK_LABELS.items()}}, cells)
+
+
+def learned_section(runs: list[Run]) -> list[str]:
+    """What n became in the heads of every layer where it was trained; nothing of other runs."""
+    learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
+    if not learned:
+        return []
+
+    def cells(layer: str, of_arm: list[Run]) -> list[str]:
+        n = np.exp([log_n for run in of_arm for log_n in run.attention.get(layer, {}).get("log_n", ())])
+        return [figure(reduce(n)) if len(n) else "–" for reduce in (np.min, np.median, np.max)]
+
+    layers = {layer.replace(".", " "): layer for run in learned for layer in run.attention}
+    seeds = "/".join(sorted({str(len(of_arm)) for of_arm in arms(learned).values()}))
+    return [
+        "## Learned sinks: what n became",
+        by_arm(["n, over heads and runs", "smallest", "median", "largest"], learned, layers, cells),
+        f"*Runs of an arm: {seeds}. Every head began with n = 1; n has no weight decay.*",
+    ]
 
 
 def vectors_table(runs: list[Run]) -> str:

@@ -46,8 +46,17 @@ from tqdm import tqdm
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 import record
-from arms import build_model, prepared
 from corpus import load_data, load_tokenizer, tokenized
+from experiment import (
+    EFFECTIVE_BATCH_SIZE,
+    MAX_LENGTH,
+    MLM_PROBABILITY,
+    SEED,
+    STEPS,
+    VOCAB_SIZE,
+    accept_packed_batches,
+    build_model,
+)
 from folder import refuse_unwritable
 from kurtosis import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
@@ -57,10 +66,6 @@ from tables import table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BATCH_SIZE = 16  # published
-STEPS = 285_899  # published: one epoch
-VOCAB_SIZE = 52_032
-MAX_LENGTH = 512
 STATISTICS_STEPS = 10  # train_model.py's default: the activations' kurtosis is measured every tenth step
 BUCKET = 128  # train_model.py's, for compiled models
 LARGE_BATCH = 128  # what the published run asked for, and had no memory for
@@ -104,9 +109,9 @@ def published_step(
         fused: fused AdamW and no look at the loss; else, as published, Trainer looks for NaN at every step, which
             waits for the device.
     """
-    model = build_model(0, VOCAB_SIZE, tokenizer, seed=42).to(device).train()
+    model = build_model(0, VOCAB_SIZE, tokenizer, seed=SEED).to(device).train()
     model.set_attn_implementation(attention)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0, fused=fused)
     statistics = ActivationKurtosis(model)
 
@@ -135,8 +140,10 @@ def our_step(
     Args:
         masked_only: the head at the masked positions; else at all of them.
     """
-    model = prepared(build_model(softmax_n, VOCAB_SIZE, tokenizer, seed=42).to(device).train())
-    collator = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=42, packed=True, bucket=BUCKET if compiled else 1)
+    model = accept_packed_batches(build_model(softmax_n, VOCAB_SIZE, tokenizer, SEED).to(device).train())
+    collator = MaskedLMCollator(
+        tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED, packed=True, bucket=BUCKET if compiled else 1
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0, fused=True)
     statistics = ActivationKurtosis(model)
     fast = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None) if compiled else model
@@ -254,13 +261,13 @@ def benchmark_step(args: argparse.Namespace, device: torch.device) -> dict:
             {
                 "rung": rung.label,
                 **compared(seconds, baseline),
-                "samples_per_second": BATCH_SIZE * len(seconds) / sum(seconds),
+                "samples_per_second": EFFECTIVE_BATCH_SIZE * len(seconds) / sum(seconds),
                 "statistics_share": overhead,
                 "peak_bytes": bytes_taken[rung.label],
                 "seconds": seconds,
             }
         )
-    masking = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=42)
+    masking = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED)
     padded = [masking(batch) for batch in batches]
     lengths = [len(sample["input_ids"]) for batch in batches for sample in batch]
     text = {
@@ -282,14 +289,16 @@ def training_batches(args: argparse.Namespace) -> tuple[list[list[dict]], PreTra
     """One batch more than rounds, of samples drawn from the training text as they come, and the tokenizer."""
     data, _ = load_data(args.data_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, VOCAB_SIZE)
-    wanted = (args.rounds + 1) * BATCH_SIZE
+    wanted = (args.rounds + 1) * EFFECTIVE_BATCH_SIZE
     if len(data["train"]) < wanted:
         sys.exit(f"error: {args.rounds} rounds take {wanted} samples, {args.data_dir} has fewer: give fewer --rounds")
     data["train"] = data["train"].select(np.random.default_rng(0).permutation(len(data["train"]))[:wanted])
     with tempfile.TemporaryDirectory() as scratch:
         ids = tokenized(data, Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)["train"]["input_ids"]
         samples = [{"input_ids": list(sample)} for sample in ids]
-    return [samples[start : start + BATCH_SIZE] for start in range(0, wanted, BATCH_SIZE)], tokenizer
+    return [
+        samples[start : start + EFFECTIVE_BATCH_SIZE] for start in range(0, wanted, EFFECTIVE_BATCH_SIZE)
+    ], tokenizer
 
 
 # ------------------------------------------------------------------------------------- what the arithmetic itself takes
@@ -337,17 +346,17 @@ def memory(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[dict
     Weights, gradients and two moments, and what the forward pass keeps for the backward pass: counted, so that it holds
     on any device. The larger batch once of samples as they come, once of nothing but longest ones.
     """
-    model = prepared(build_model(1, VOCAB_SIZE, tokenizer, seed=42)).train()
+    model = accept_packed_batches(build_model(1, VOCAB_SIZE, tokenizer, SEED)).train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     fixed = 16 * sum(parameter.numel() for parameter in model.parameters())
-    collator = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=42, packed=True)
+    collator = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED, packed=True)
     longest = {"input_ids": [0, *[5 + i % 1000 for i in range(MAX_LENGTH - 2)], 2]}
     as_they_come = (samples * LARGE_BATCH)[:LARGE_BATCH]
     rows = []
     for label, chosen in (
-        ("samples as they come", as_they_come[:BATCH_SIZE]),
+        ("samples as they come", as_they_come[:EFFECTIVE_BATCH_SIZE]),
         ("samples as they come", as_they_come),
-        (f"{MAX_LENGTH} tokens each", [longest] * BATCH_SIZE),
+        (f"{MAX_LENGTH} tokens each", [longest] * EFFECTIVE_BATCH_SIZE),
     ):
         kept = {}
 
@@ -376,10 +385,10 @@ def memory(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[dict
 def projection(text: dict) -> list[dict]:
     """Time and cost of the published number of steps on other devices: roofline, and under the assumptions above."""
     rows = []
-    for tokens in (text["tokens_a_step"] / BATCH_SIZE, PUBLISHED_TOKENS):
+    for tokens in (text["tokens_a_step"] / EFFECTIVE_BATCH_SIZE, PUBLISHED_TOKENS):
         for device, (peak_flops, peak_bandwidth, usd_an_hour) in DEVICES.items():
-            total = tokens * BATCH_SIZE
-            flops, moved = step_work(total, 0.15 * total, text["attended_tokens"])
+            total = tokens * EFFECTIVE_BATCH_SIZE
+            flops, moved = step_work(total, MLM_PROBABILITY * total, text["attended_tokens"])
             roofline = flops / peak_flops + moved / peak_bandwidth
             reached = flops / (REACHED_FLOPS * peak_flops) + moved / (REACHED_BANDWIDTH * peak_bandwidth)
             row = {"device": device, "tokens_a_sample": tokens}
@@ -501,7 +510,8 @@ def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> dict:
         seconds = time.perf_counter() - start
         drawn = np.random.default_rng(0).permutation(len(result))
         order = [
-            drawn[start : start + BATCH_SIZE] for start in range(0, min(len(drawn), 1000 * BATCH_SIZE), BATCH_SIZE)
+            drawn[start : start + EFFECTIVE_BATCH_SIZE]
+            for start in range(0, min(len(drawn), 1000 * EFFECTIVE_BATCH_SIZE), EFFECTIVE_BATCH_SIZE)
         ]
         reading = timed(lambda: [result[batch] for batch in order], torch.device("cpu"))
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
@@ -562,7 +572,7 @@ def step_tables(result: dict) -> str:
     ]
     return "\n\n".join(
         [
-            f"A training step of {BATCH_SIZE} samples: on average {text['tokens_a_step']:.0f} tokens, padded "
+            f"A training step of {EFFECTIVE_BATCH_SIZE} samples: on average {text['tokens_a_step']:.0f} tokens, padded "
             f"{text['padded_tokens_a_step']:.0f}, masked {text['masked_tokens_a_step']:.0f}.",
             table(["rung", "ms", "samples/s", "x", "x, over rounds", "statistics", "peak MB"], rungs),
             f"Floor of our softmax1 step here: {bottom['flops_a_step'] / 1e9:,.0f} GFLOP at "
@@ -603,8 +613,8 @@ def tokenize_tables(result: dict) -> str:
     return (
         f"{result['lines']:,} lines in {result['seconds']:.0f} s: {result['lines_per_second']:,.0f} lines a second, "
         f"{result['file_bytes'] / 1e9:.2f} GB on disk; resident at most {result['peak_bytes'] / 1e9:.2f} GB "
-        f"({result['start_bytes'] / 1e9:.2f} GB before the first line). Reading a batch of {BATCH_SIZE} at random "
-        f"takes {1e3 * result['seconds_to_read_a_batch']:.2f} ms."
+        f"({result['start_bytes'] / 1e9:.2f} GB before the first line). Reading a batch of {EFFECTIVE_BATCH_SIZE} "
+        f"at random takes {1e3 * result['seconds_to_read_a_batch']:.2f} ms."
     )
 
 

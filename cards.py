@@ -18,6 +18,7 @@ DATASET = "esperanto"  # name of its repository
 # Every card of ours carries the first tag; cards of test runs and of the sample carry the second tag too. hub.py reads
 # the tags before it overwrites a repository.
 OUR_TAG, TEST_TAG = "esperberto", "test-pipeline"
+LEARNED = "learned"  # what softmax1.py calls a trained n for each head
 
 
 # -------------------------------------------------------------------------------------------------------- model cards
@@ -107,7 +108,7 @@ def model_card(repo: str, config: dict, results: dict | None) -> str:
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-def model_metadata(namespace: str, run: str, n: float, test: bool, results: dict | None) -> ModelCardData:
+def model_metadata(namespace: str, run: str, n: float | str, test: bool, results: dict | None) -> ModelCardData:
     metrics = {"loss": "Held-out masked-LM loss (nats)", "perplexity": "Held-out perplexity"}
     values = {metric: look_up(results, f"validation.{metric}", None) for metric in metrics}
     measured = [
@@ -129,7 +130,7 @@ def model_metadata(namespace: str, run: str, n: float, test: bool, results: dict
         library_name="transformers",
         pipeline_tag="fill-mask",
         mask_token="<mask>",
-        tags=[OUR_TAG, "roberta", f"softmax{shortest(n)}", "attention-is-off-by-one", *([TEST_TAG] if test else [])],
+        tags=[OUR_TAG, "roberta", tag_of(n), "attention-is-off-by-one", *([TEST_TAG] if test else [])],
         datasets=[f"{namespace}/{DATASET}"],
         widget=[{"text": text} for text in WIDGETS],
         model_name=run,
@@ -137,10 +138,21 @@ def model_metadata(namespace: str, run: str, n: float, test: bool, results: dict
     )
 
 
-def attention_of(n: float) -> str:
+def tag_of(n: float | str) -> str:
+    """The name of the arm, as experiment.arm_name has it; that module takes seconds to import."""
+    return "softmax_learned" if n == LEARNED else f"softmax{shortest(n)}"
+
+
+def attention_of(n: float | str) -> str:
     """The end of a sentence: which attention the model has."""
     if n == 0:
         return "with ordinary softmax attention: the control arm of the experiment. It is a plain RoBERTa."
+    if n == LEARNED:
+        return (
+            "whose attention is softmax_n, exp(x_i) / (n + sum_j exp(x_j)) in place of softmax, so that an attention "
+            "head may attend to nothing. Every head has an n of its own, trained with the weights from n = 1 on: log n "
+            "is a learned attention sink."
+        )
     name = "softmax1" if n == 1 else f"softmax_n, n = {shortest(n)}"
     return (
         f"whose attention is {name}, exp(x_i) / ({shortest(n)} + sum_j exp(x_j)) in place of softmax, so that an "
@@ -148,7 +160,7 @@ def attention_of(n: float) -> str:
     )
 
 
-def loading(repo: str, n: float) -> str:
+def loading(repo: str, n: float | str) -> str:
     trust = ", trust_remote_code=True" if n else ""
     code = f"""```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline

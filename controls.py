@@ -329,7 +329,8 @@ for _config, _model in CONTROLS.values():
 
 
 def build_control(kind: str, config_kwargs: dict) -> PreTrainedModel:
-    """RoBERTa with random weights and a published remedy; it takes padded and, `prepared`, packed batches.
+    """RoBERTa with random weights and a published remedy; it takes padded batches, and packed ones once
+    experiment.accept_packed_batches has prepared it.
 
     Args:
         kind: "clipped" or "gated".

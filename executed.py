@@ -264,7 +264,8 @@ def quantize(path: Path, output: Path, scheme: str, groups: list[Group]) -> None
     """
     with step("the quantization"):
         ordered = sorted(groups, key=lambda group: group.input_ids.size, reverse=True)
-        kinds = sorted((set(QDQRegistry) | set(QLinearOpsRegistry)) - {"Softmax", "Pad"})
+        # What puts the null logit beside the scores: Pad of a number n, Concat of learned ones.
+        kinds = sorted((set(QDQRegistry) | set(QLinearOpsRegistry)) - {"Softmax", "Pad", "Concat", "Expand"})
         quantize_static(
             path,
             output,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hooks import Hooks
 from packing import IGNORED
+from softmax1 import learned_sinks
 
 
 def with_float64(values: Tensor) -> Tensor:
@@ -30,9 +31,15 @@ def excess_kurtosis(values: Tensor) -> Tensor:
     return sequence_excess_kurtosis(with_float64(values.detach()).double().reshape(1, -1))[0]
 
 
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters but learned sinks, which are no weights: a number a head, that may be -inf, never quantized."""
+    sinks = learned_sinks(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in sinks}
+
+
 def weight_excess_kurtosis(model: nn.Module) -> dict[str, float]:
-    """Excess kurtosis over all entries of every parameter, by parameter name (float64 arithmetic)."""
-    return {name: excess_kurtosis(parameter).item() for name, parameter in model.named_parameters()}
+    """Excess kurtosis over all entries of every weight, by parameter name (float64 arithmetic)."""
+    return {name: excess_kurtosis(parameter).item() for name, parameter in weights_of(model).items()}
 
 
 def sequence_excess_kurtosis(activations: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
-from controls import GATE, self_check  # which registers the controls' classes too
+from controls import self_check  # which registers the controls' classes too
+from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
 from held_out import (
     HELD_OUT_SEED,
     evenly_spread,
@@ -43,16 +44,15 @@ from held_out import (
 )
 from hooks import Hooks
 from interventions import interventions
+from kurtosis import weights_of
 from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
 from record import git_state, one_line, versions, weights_sha256
 from runs import BINS, Run, refuse_missing, unused_layer
 
-MAX_LENGTH = 512  # tokens at which texts are cut, where neither the model nor its training is shorter
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
-MLM_PROBABILITY = 0.15  # of the held-out masks, as in training
 HISTOGRAM_TEXTS = 32  # whose FFN outputs are held in memory at once, for the histograms
 INTERVENTION_TEXTS = 100  # evenly spread over those that are scored under each quantization
 MAPPED_TEXTS = 2
@@ -226,8 +226,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
         NotFinite: the weights hold NaN or infinities; nothing was filled in.
     """
     model, tokenizer = load(run.model)
+    sinks = softmax1.learned_sinks(model)
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        softmax_heads = (parameter == -math.inf) if name in sinks else False
+        if not (parameter.isfinite() | softmax_heads).all():
             raise NotFinite(f"{run.name} was not measured: its weights hold NaN or infinities, the first in {name}.")
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
@@ -246,7 +248,9 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
     run.places, run.attention, seen = measure_model(model, batches, tokenizer)
     run.tokens = seen["tokens"]
-    run.attention_uniform = uniform_attention(seen["lengths"], n, getattr(model.config, "attention_weights", None))
+    of_heads = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
+    own_weights = getattr(model.config, "attention_weights", None)
+    run.attention_uniform = uniform_attention(seen["lengths"], of_heads or n, own_weights)
     if (before := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
         run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
@@ -328,15 +332,15 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
         return None
     transformers.set_seed(results["seed"])
     before = type(model)(copy.deepcopy(model.config))
-    return before.eval().to(model.device) if weights_sha256(before, leave_out=GATE) == expected else None
+    return before.eval().to(model.device) if weights_sha256(before, leave_out=OWN_PARAMETERS) == expected else None
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """{parameter: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
+    """{weight: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
     statistics = weight_errors(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
-        for name, parameter in model.named_parameters():
+        for name, parameter in weights_of(model).items():
             values = parameter.detach().numpy().ravel().astype(np.float64)
             statistics[name] = {
                 "kurtosis": float(scipy.stats.kurtosis(values)),

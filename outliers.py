@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from held_out import kept_positions
 from hooks import Hooks
 from kurtosis import Moments, with_float64
+from softmax1 import learned_sinks
 
 # --------------------------------------------------------------------------------------------------- classes of tokens
 
@@ -371,6 +372,15 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def sinks_by_layer(model: nn.Module) -> dict[str, list[float]]:
+    """{"layer.<i>": log n of each head} of a model with learned sinks; empty for every other."""
+    found = {}
+    for name, log_n in learned_sinks(model).items():
+        if match := re.search(r"\b(layer\.\d+)\.", name):
+            found[match[1]] = log_n.tolist()
+    return found
+
+
 class AttentionSinks(BatchStatistics):
     """Streaming statistics of the attention weights of every head, real queries and keys only.
 
@@ -457,7 +467,7 @@ class AttentionSinks(BatchStatistics):
 
 
 def uniform_attention(
-    lengths: Iterable[int], n: float, attention_weights: Callable[[Tensor], Tensor] | None = None
+    lengths: Iterable[int], n: float | list[float], attention_weights: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float | int]:
     """What attention that tells no key from another gives on sequences of these lengths: every weight 1 / (n + T).
 
@@ -465,13 +475,17 @@ def uniform_attention(
 
     Args:
         lengths: tokens of each sequence, > 0.
-        n: of softmax_n, >= 0.
+        n: of softmax_n, >= 0; or that of every head, over which the mean is taken.
         attention_weights: of a model whose attention is not softmax_n: makes weights of scores (1, T).
 
     Returns:
         {"sequences", "sequences_short" (fewer than SHORT tokens), "null_mass" and every key of SINK_RATES}; NaN where
         there is no sequence of that length.
     """
+    if isinstance(n, list):
+        lengths = list(lengths)
+        heads = [uniform_attention(lengths, one) for one in n]
+        return {key: value if key.startswith("sequences") else _mean(heads, key) for key, value in heads[0].items()}
     length = torch.tensor(list(lengths), dtype=torch.float64)
     key = 1 / (n + length)
     if attention_weights is not None:
@@ -485,6 +499,10 @@ def uniform_attention(
         for kind, mean in {**rates, "any_or_null": torch.maximum(key, null)}.items():
             found[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
     return found
+
+
+def _mean(heads: list[dict[str, float]], key: str) -> float:
+    return sum(head[key] for head in heads) / len(heads)
 
 
 # One number a layer: kurtosis of the context of heads that do something, of heads that attend, of queries that do.
@@ -640,7 +658,8 @@ def measure_model(
         tokenizer: the one that made them.
 
     Returns:
-        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}).
+        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}). Where
+        sinks are learned, the attention has "log_n" of every head too.
     """
     model.eval()
     seen = {"sequences": 0, "tokens": 0, "lengths": []}
@@ -669,6 +688,8 @@ def measure_model(
     masses = [{layer: one[key] for layer, one in attention.items()} for key in ("idle_mass", "null_mass")]
     for layer, found in vectors.result(*masses).items():
         attention[layer] |= found
+    for layer, log_n in sinks_by_layer(model).items():
+        attention[layer]["log_n"] = log_n
     return places, attention, seen
 
 
@@ -714,4 +735,6 @@ class Emergence:
         for layer, values in sinks.result().items():
             for statistic in self.ATTENTION:
                 found[f"{layer}.attention.{statistic}"] = sum(values[statistic]) / len(values[statistic])
+        for layer, log_n in sinks_by_layer(model).items():
+            found[f"{layer}.attention.log_n"] = sum(log_n) / len(log_n)
         return found

@@ -163,7 +163,8 @@ def on_device(batch: dict, device: torch.device) -> dict:
 def summed_loss(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the masked tokens of a batch, summed, and how many they are; scalars on the device.
 
-    `model` is RobertaForMaskedLM or what Trainer has wrapped around it, `prepared` if the batch is packed.
+    `model` is RobertaForMaskedLM or what Trainer has wrapped around it; packed batches need one that
+    experiment.accept_packed_batches has prepared.
     """
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     labels = inputs.pop("labels").flatten()

@@ -50,8 +50,9 @@ from transformers.masking_utils import sdpa_mask
 
 import softmax1
 from held_out import per_text_loss, perplexity
+from kurtosis import weights_of
 from outliers import hides_attention
-from softmax1 import apply_softmax_n
+from softmax1 import apply_softmax_n, log_n_of
 
 CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
 MOMENTUM = 0.9
@@ -300,14 +301,14 @@ def _measured_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention as every scheme computes it; scores and weights are quantized where `module.quantizers` says so.
 
-    The weights are softmax_n with the n of the config (softmax where it has none), or what the config's own method
-    attention_weights(scores) makes of the scores. Scores and weights are float32, as in torch's kernels, and the
-    weights are rounded to the dtype of the values. The softmax is taken over one more logit, log n, for n = 0 too: so
-    two models that compute the same function are rounded alike.
+    The weights are softmax_n with the n of the config (softmax where it has none) or with the learned one of each head,
+    or what the config's own method attention_weights(scores) makes of the scores. Scores and weights are float32, as in
+    torch's kernels, and the weights are rounded to the dtype of the values. The softmax is taken over one more logit,
+    log n, for n = 0 too: so two models that compute the same function are rounded alike.
 
     Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
     """
-    n = getattr(module.config, "softmax_n", 0.0)
+    log_n = log_n_of(module)
     own = getattr(module.config, "attention_weights", None)
     on_scores, on_weights = getattr(module, "quantizers", None) or (lambda values, chosen: values,) * 2
     real = module.real_tokens() if hasattr(module, "real_tokens") else None
@@ -321,7 +322,12 @@ def _measured_attention(
     if own:
         weights = own(scores)
     else:
-        weights = torch.softmax(F.pad(scores, (0, 1), value=math.log(n) if n > 0 else -math.inf), -1)[..., :-1]
+        if isinstance(log_n, Tensor):
+            null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, null], -1)
+        else:
+            scores = F.pad(scores, (0, 1), value=log_n)
+        weights = torch.softmax(scores, -1)[..., :-1]
     weights = on_weights(weights, pairs).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -598,9 +604,9 @@ def _with_weights(model: PreTrainedModel, rounded) -> PreTrainedModel:
 
 
 def weight_errors(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Relative rounding error of every parameter: {name: {"int8_error", and for matrices "int4_error"}}."""
+    """Relative rounding error of every weight: {parameter: {"int8_error", and for matrices "int4_error"}}."""
     errors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights_of(model).items():
         errors[name] = {"int8_error": relative_error(parameter, int8_weight(parameter))}
         if parameter.dim() == 2:
             errors[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))

@@ -119,16 +119,16 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def weights_sha256(model: torch.nn.Module, leave_out: str | None = None) -> str:
+def weights_sha256(model: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     """Hex SHA-256 of a model's weights: the float32 bytes of its state_dict, tensors in the order of their names.
 
     Args:
         model: on any device.
-        leave_out: tensors with this in their name do not count.
+        leave_out: tensors with one of these in their name do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if leave_out is None or leave_out not in name:
+        if not any(part in name for part in leave_out):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -7,37 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from answer import GAPS, GLANCE, METRICS, PRIMARY, PRIMARY_ARM, Finding, answer, metrics, noise
+from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from arm_tables import arm_sections
 from controls import CHECKS
+from experiment import ACTIVATIONS, BASELINE, PRIMARY_ARM, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
 from outliers import FFN, SHORT, SINK
 from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from record import by_layer, look_up
 from runs import OPTIONAL, Run, arms, has
-from sets import BASELINE, NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
+from sets import NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, gap_cell, machine, number, plus_minus, shortest, signed, table
-
-# The published experiment (EsperBERTo, 2023): mean ± population standard deviation over its 6 layers; activations in
-# train mode with padding. (label, name behind `layer.<i>.`, published softmax0, published softmax1)
-PUBLISHED = ["published softmax0", "published softmax1"]
-WEIGHTS = [
-    ("dense weight", "attention.output.dense.weight", "0.031 ± 0.021", "0.040 ± 0.027"),
-    ("dense bias", "attention.output.dense.bias", "0.6 ± 1.1", "1.4 ± 1.4"),
-    ("LayerNorm weight", "attention.output.LayerNorm.weight", "6.8 ± 3.9", "4.4 ± 2.9"),
-    ("LayerNorm bias", "attention.output.LayerNorm.bias", "0.5 ± 0.8", "1.9 ± 2.3"),
-]
-ACTIVATIONS = [
-    ("dense", "attention.output.dense", "0.74 ± 0.29", "1.96 ± 1.58"),
-    ("dropout", "attention.output.dropout", "1.15 ± 0.32", "2.51 ± 1.76"),
-    ("output (LayerNorm)", "attention.output", "0.77 ± 1.35", "0.90 ± 1.31"),
-]
-# The FFN output layer by layer, then mean ± deviation: the published table leaves it out, its result files hold it.
-PUBLISHED_FFN = [
-    ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"],
-    ["26.0", "10.7", "11.4", "7.3", "0.3", "0.7", "9.4 ± 8.6"],
-]
 
 
 def trained_on(runs: list[Run]) -> str:
@@ -93,7 +74,7 @@ def summary(runs: list[Run]) -> list[list[str]]:
         *extra,
         ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
         ["seed", "42", "42", *ours("seed", str)],
-        ["steps", "285,899", "285,899", *ours("training.steps", "{:,}".format)],
+        ["steps", f"{STEPS:,}", f"{STEPS:,}", *ours("training.steps", "{:,}".format)],
         ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,}".format)],
         ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
         # Published: the mean of the last 1,000 steps.
@@ -313,8 +294,7 @@ def dose_section(findings: list[Finding]) -> list[str]:
     by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
-    controls = {arm for arm, of_arm in by_arm.items() if of_arm[0].results.get("settings", {}).get("control")}
-    order = sorted(by_arm, key=lambda arm: (arm in controls, by_arm[arm][0].results["softmax_n"], arm))
+    order = sorted(by_arm, key=lambda arm: by_arm[arm][0].arm_order)
     measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
     values = {arm: [metrics(run) for run in of_arm] for arm, of_arm in measured.items()}
     lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
@@ -348,7 +328,7 @@ def summary_section(runs: list[Run]) -> list[str]:
         table(["", *PUBLISHED, *(run.title for run in runs)], summary(runs)),
         f"*n = 1 run a column. Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged one is the "
         "mean over the last logging window; the held-out loss has the same masks in every run. Published: EsperBERTo "
-        "(2023), one seed, 285,899 steps of 16 sentences of OSCAR and Leipzig text.*",
+        f"(2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
     ]
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from arms import arm_name
+from experiment import arm_name, arm_order
 from outliers import PLACES
 from record import look_up
+from softmax1 import LEARNED
 
 COUNT, AMOUNT, NUMBER = "a whole number from 0 on", "a number from 0 on", "a number or null"
+ARM = f"a number from 0 on, or {LEARNED!r}"
 RESULTS = {  # what we read of a results file: dotted key -> kind
-    "softmax_n": AMOUNT,
+    "softmax_n": ARM,
     "seed": COUNT,
     "effective_batch_size": COUNT,
     "hardware.count": COUNT,
@@ -51,6 +53,7 @@ OPTIONAL = {
     "status": str,
     "diverged": dict,
     "diverged.step": COUNT,
+    "log_n": dict,
 }
 STATUS = ("complete", "diverged")
 BINS = np.linspace(-20, 20, 161)  # of the histograms, in standard deviations; what lies beyond is in the outermost ones
@@ -83,9 +86,16 @@ class Run:
     @property
     def arm(self) -> str:
         """softmax0, softmax1, ..., clipped, gated; a model without results file is an arm by itself."""
-        if not self.results:
-            return self.name
-        return arm_name(self.results["softmax_n"], self.results.get("settings", {}).get("control"))
+        return arm_name(*self._design) if self.results else self.name
+
+    @property
+    def arm_order(self) -> tuple:
+        """What the arms of runs with results are sorted by."""
+        return arm_order(*self._design)
+
+    @property
+    def _design(self) -> tuple:
+        return self.results["softmax_n"], self.results.get("settings", {}).get("control")
 
     @property
     def diverged(self) -> bool:
@@ -169,6 +179,8 @@ def has(results, key: str) -> bool:
 
 def _is(kind: str, value) -> bool:
     """Whether a value of a results file is of that kind. A bool is an int in Python, but no number here."""
+    if kind == ARM and value == LEARNED:
+        return True
     if value is None:
         return kind == NUMBER
     if isinstance(value, bool) or not isinstance(value, int if kind == COUNT else (int, float)):
@@ -185,6 +197,8 @@ def _numbers(key: str, value: list | dict) -> bool:
         return all(isinstance(pair, list) and len(pair) == 2 and all(_is(NUMBER, x) for x in pair) for pair in value)
     if key.endswith("_kurtosis"):
         return all(_is(NUMBER, number) for number in value.values())
+    if key == "log_n":
+        return all(isinstance(heads, list) and all(_is(NUMBER, x) for x in heads) for heads in value.values())
     if key == "emergence":
         return all(
             isinstance(entry, dict) and _is(COUNT, entry.get("step")) and all(_is(NUMBER, x) for x in entry.values())
@@ -227,7 +241,7 @@ def labelled(models: list[str]) -> list[str]:
 
 
 def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Run]:
-    """The models named, or else every results file with its model folder, ordered by n and seed.
+    """The models named, or else every results file with its model folder, ordered by arm and seed.
 
     A run that diverged has no model folder; of one that was measured before, its figures are enough.
     """
@@ -246,4 +260,4 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
         measured = results_dir / MEASURED_DIR / f"{run.name}.json"
         if not run.diverged and not Path(run.model).is_dir() and not measured.is_file():
             sys.exit(f"error: {run.file} has no model folder {run.model}: set --models_dir, or move the file away")
-    return sorted(runs, key=lambda run: (run.results["softmax_n"], run.arm, run.results["seed"]))
+    return sorted(runs, key=lambda run: (*run.arm_order, run.results["seed"]))

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from experiment import BASELINE
 from record import look_up
 from runs import Run, arms
-
-BASELINE = "softmax0"
 
 # What shapes the weights, besides n and the seed: key in the results file -> name.
 SHAPING = {
@@ -110,8 +109,8 @@ def shaping(run: Run) -> dict[str, str]:
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
     model = _dict(run.results.get("model"))
-    if model.get("gate_parameters"):  # which make the control what it is
-        values[SHAPING["model.parameters"]] = str(model["parameters"] - model["gate_parameters"])
+    if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):  # which make the arm
+        values[SHAPING["model.parameters"]] = str(model["parameters"] - own)
     values[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
     if run.diverged:
         values = {label: value for label, value in values.items() if label not in REACHED}

@@ -806,7 +806,7 @@ def softmax_n_attention_forward(
     elif s_aux is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks of its own: take them, apply_softmax_n(model)")
     else:
-        log_n = module.log_n if n == LEARNED else _log(n, None)
+        log_n = log_n_of(module)
     if indices is not None:
         chosen = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         chosen = chosen.scatter(-1, indices.long()[:, None], True)
@@ -850,7 +850,21 @@ def softmax_n_attention_forward(
             query, key, value, attention_mask, dropout, is_causal, scaling, log_n=log_n, enable_gqa=bool(groups > 1)
         )
         weights = None
-    return output.transpose(1, 2).contiguous(), weights
+    output = output.transpose(1, 2)
+    if torch.compiler.is_exporting():  # a copy in the graph: what ONNX makes of the attention has other strides
+        return output.clone(memory_format=torch.contiguous_format), weights
+    return output.contiguous(), weights
+
+
+def log_n_of(module: nn.Module) -> float | Tensor:
+    """log n of an attention module: of its config's softmax_n, a float (-inf is softmax), or its learned sinks (H,)."""
+    n = getattr(module.config, "softmax_n", 0.0)
+    return module.log_n if n == LEARNED else _log(n, None)
+
+
+def learned_sinks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: log n of its heads (H,)} of the learned sinks that apply_softmax_n or a config put into the model."""
+    return {name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "log_n"}
 
 
 # Without its own mask function an attention gets no mask at all, and padding would leak.
@@ -876,7 +890,8 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     Args:
         model: a PreTrainedModel, or a module around one.
         n: finite real number >= 0, 0 being softmax; "learned" for a parameter `log_n` (H,) in each attention module,
-            which starts at 0 (n = 1); None for a model that has learned attention sinks of its own, such as gpt-oss.
+            which starts at 0 (n = 1) where there is none yet; None for a model that has learned attention sinks of its
+            own, such as gpt-oss.
 
     Returns:
         The same model.
@@ -905,34 +920,40 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
             copied = copy.deepcopy(config, copies)
             copied.__class__ = vars(type(copied)).get("stock", type(copied))
             setattr(module, name, copied)
-        heads = [_put_in(root, n) for root in roots]
+        put_in = [_put_in(root, n) for root in roots]
     except BaseException:
         for module, name, config in places:
             setattr(module, name, config)
         raise
-    for root, heads_of_root in zip(roots, heads, strict=True):
-        if heads_of_root is not None:
-            _change_class(root, n, heads_of_root)
+    for root, class_changes in zip(roots, put_in, strict=True):
+        _add_sinks(root, root.config.softmax_n_heads if n == LEARNED else {})
+        if class_changes:
+            _change_class(root, n)
     return model
 
 
-def _put_in(model: PreTrainedModel, n: float | str | None) -> dict[str, int] | None:
-    """Set the configs of the model, which is tested first. Returns the classes of its attention, with their heads; or
-    None for a model that sees to its attention itself."""
+def _put_in(model: PreTrainedModel, n: float | str | None) -> bool:
+    """Set the configs of the model, which is tested first; with learned sinks, `softmax_n_heads` in them names the
+    classes of its attention, with their heads. Returns whether the model's class has to change: not where it sees to
+    its attention itself."""
     configs = {id(config): config for module in model.modules() for config in vars(module).values()}
     configs = [config for config in configs.values() if isinstance(config, PretrainedConfig)]
     refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
 
-    def choose(attention: str, amount: float | str) -> None:
+    def choose(attention: str, amount: float | str, heads: dict[str, int] | None = None) -> None:
         for config in configs:
             config.softmax_n, config._attn_implementation_internal = amount, attention
+            vars(config).pop("softmax_n_heads", None)
+            if heads:
+                config.softmax_n_heads = heads
 
     choose("eager", 0.0)
     if model.config._attn_implementation != "eager":
-        if not isinstance(n, float):
+        heads = {"RobertaSelfAttention": model.config.num_attention_heads} if n == LEARNED else None
+        if n is None or (heads and not isinstance(model, _SoftmaxNModel)):
             raise ValueError(f"{type(model).__name__} takes a number n, got {n!r}")
-        choose(ATTENTION, n)
-        return None
+        choose(ATTENTION, n, heads)
+        return False
     inputs, expected = _first_run(model)
     if inputs is None and not (model._supports_attention_backend and isinstance(n, float)):
         raise ValueError(f"{refused}, or it could not be tried: {expected}")
@@ -959,17 +980,13 @@ def _put_in(model: PreTrainedModel, n: float | str | None) -> dict[str, int] | N
     heads = {type(module).__name__: count for module, count in watch.ours.items()}
     if n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
         raise ValueError(f"{type(model).__name__} has attention of several numbers of heads: {heads}")
-    for config in configs:
-        vars(config).pop("softmax_n_heads", None)
-        if n == LEARNED:
-            config.softmax_n_heads = heads
-    choose(attention, OWN if n is None else n)
+    choose(attention, OWN if n is None else n, heads if n == LEARNED else None)
     for part in model.modules():  # such as the tower of images, which was given none
         if isinstance(part, PreTrainedModel) and watch.seen.isdisjoint(part.modules()):
             part._softmax_n_watch = _Watch()
             part.register_forward_pre_hook(_start_watching)
             part.register_forward_hook(_stop_watching, always_call=True)
-    return heads
+    return True
 
 
 def _start_watching(module: nn.Module, args: tuple) -> None:
@@ -1199,11 +1216,12 @@ class _SoftmaxNModel:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def _add_sinks(model: nn.Module, heads: dict[str, int] | None) -> None:
-    """A parameter `log_n` (H,) of zeros in every module of the classes in `heads`; None takes all out again."""
+def _add_sinks(model: nn.Module, heads: dict[str, int]) -> None:
+    """A parameter `log_n` (H,) of zeros in each module of the classes in `heads` that has none; others lose theirs."""
     for module in model.modules():
-        module._parameters.pop("log_n", None)
-        if type(module).__name__ in (heads or {}):
+        if type(module).__name__ not in heads:
+            module._parameters.pop("log_n", None)
+        elif "log_n" not in module._parameters:
             like = next(module.parameters())
             module.log_n = nn.Parameter(like.new_zeros(heads[type(module).__name__]))
 
@@ -1227,9 +1245,8 @@ class _Twin(_SoftmaxNModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _change_class(model: PreTrainedModel, n: float | str | None, heads: dict[str, int]) -> None:
+def _change_class(model: PreTrainedModel, n: float | str | None) -> None:
     """Make the model one of a class that is saved with its n, or, for softmax and a model's own sinks, a stock one."""
-    _add_sinks(model, heads if n == LEARNED else None)
     model._buffers.pop("softmax_n", None)
     model.__class__ = vars(type(model)).get("stock", type(model))
     if n is not None and n != 0:

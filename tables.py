@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def shortest(n: float) -> str:
-    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001."""
-    return repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
+def shortest(n: float | str) -> str:
+    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001; a word as it is."""
+    return n if isinstance(n, str) else repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
 
 
 def figure(value: float | None) -> str:

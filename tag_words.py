@@ -44,6 +44,7 @@ from transformers import (
 )
 
 import softmax1  # noqa: F401  (registers RoBERTa with softmax_n, so that from_pretrained below knows it)
+from experiment import MAX_LENGTH
 from folder import refuse_unwritable
 from held_out import longest_text
 from pairs import CONFIDENCE, TEST, compare, no_interval
@@ -59,7 +60,6 @@ EPOCHS = 20
 BATCH_SIZE = 16
 WARMUP = 0.1
 IGNORED = -100  # label of what has no tag: cross-entropy skips it
-MAX_LENGTH = 512  # tokens
 
 
 @dataclass

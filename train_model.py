@@ -3,6 +3,7 @@
     python train_model.py                       softmax, the published settings
     python train_model.py --use_softmax1        softmax1, the same batches, masks and initial weights
     python train_model.py --softmax_n 0.5 --seed 43
+    python train_model.py --softmax_n learned   an n for each head, which starts at 1 and is trained
     python train_model.py --config_overrides num_hidden_layers=4,hidden_size=256,num_attention_heads=4
     python train_model.py --test_pipeline       the whole path in a minute or two, on the embedded sample, in scratch/
     python train_model.py --push_to_hub         and push model, tokenizer and card in the end (see hub.py)
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoModelForMaskedLM,
@@ -53,13 +55,25 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-import arms
 import hub
 import record
-from arms import prepared
 from checkpoints import checkpoint_to_go_on_from, delete_checkpoints, read_progress, seal
-from controls import CONTROLS, GATE
+from controls import GATE
 from corpus import load_data, load_tokenizer, tokenized
+from experiment import (
+    EFFECTIVE_BATCH_SIZE,
+    MAX_LENGTH,
+    MLM_PROBABILITY,
+    OWN_PARAMETERS,
+    REMEDIES,
+    VOCAB_SIZE,
+    accept_packed_batches,
+    build_model,
+    config_overrides,
+    longest_text,
+    read_softmax_n,
+    run_name,
+)
 from folder import locked, refuse_unwritable, sole
 from held_out import (
     HELD_OUT_SEED,
@@ -71,13 +85,18 @@ from held_out import (
     perplexity,
 )
 from kurtosis import ActivationKurtosis, weight_excess_kurtosis
-from outliers import Emergence
+from outliers import Emergence, sinks_by_layer
 from packing import MaskedLMCollator, NothingToMask, on_device, summed_loss
 from runs import read_results
-from softmax1 import BACKENDS, attention_backend, checked_softmax_n, softmax_n_attention_varlen
+from softmax1 import (
+    BACKENDS,
+    LEARNED,
+    attention_backend,
+    checked_softmax_n,
+    learned_sinks,
+    softmax_n_attention_varlen,
+)
 from tables import duration
-
-EFFECTIVE_BATCH_SIZE = 16  # of the published run, whatever the number of processes
 
 # Tokens to a multiple of which a packed batch is filled up for a compiled model: each new shape costs a compilation.
 BUCKET = 128
@@ -250,11 +269,14 @@ TEST_PIPELINE = {
 class ExperimentArguments:
     """What the experiment varies, and where its files are."""
 
-    softmax_n: float | None = field(default=None, metadata={"help": "n of the attention, >= 0 (0: softmax)"})
+    softmax_n: str | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "n of the attention, >= 0 (0: softmax), or learned: one a head, trained"},
+    )
     use_softmax1: bool = field(default=False, metadata={"help": "short for --softmax_n 1"})
     control: str | None = field(
         default=None,
-        metadata={"choices": list(CONTROLS), "help": "a published remedy in place of softmax_n (see controls.py)"},
+        metadata={"choices": list(REMEDIES), "help": "a published remedy in place of softmax_n (see controls.py)"},
     )
     test_pipeline: bool = field(default=False, metadata={"help": "tiny numbers, embedded sample, files in scratch/"})
     data_dir: str = field(default="data", metadata={"help": "dataset of build_dataset.py"})
@@ -274,9 +296,11 @@ class ExperimentArguments:
     statistics_steps: int = field(
         default=10, metadata={"help": "steps between measurements of the activations' kurtosis; published: 1"}
     )
-    max_length: int = field(default=512, metadata={"help": "tokens of a sample at most; the rest is cut off"})
-    mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that are masked, 80/10/10"})
-    vocab_size: int = field(default=52_032, metadata={"help": "rows of the embedding; >= the tokenizer's entries"})
+    max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens of a sample at most; the rest is cut off"})
+    mlm_probability: float = field(
+        default=MLM_PROBABILITY, metadata={"help": "share of the tokens that are masked, 80/10/10"}
+    )
+    vocab_size: int = field(default=VOCAB_SIZE, metadata={"help": "rows of the embedding; >= the tokenizer's entries"})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "so many held-out samples, evenly spread (all)"}
     )
@@ -288,16 +312,18 @@ class ExperimentArguments:
     )
 
     def __post_init__(self):
-        if self.use_softmax1 and self.softmax_n not in (None, 1):
-            raise ValueError(f"--use_softmax1 means --softmax_n 1, which contradicts --softmax_n {self.softmax_n:g}")
-        self.softmax_n = checked_softmax_n(1.0 if self.use_softmax1 else self.softmax_n or 0.0)
+        n = None if self.softmax_n is None else read_softmax_n(self.softmax_n)
+        if self.use_softmax1 and n not in (None, 1):
+            raise ValueError(f"--use_softmax1 means --softmax_n 1, which contradicts --softmax_n {self.softmax_n}")
+        n = 1.0 if self.use_softmax1 else n or 0.0
+        self.softmax_n = n if n == LEARNED else checked_softmax_n(n)
         if self.control and self.softmax_n:
             raise ValueError(f"--control {self.control} has an attention of its own, without --softmax_n")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability:g}")
-        overrides = arms.config_overrides(self.config_overrides)
+        overrides = config_overrides(self.config_overrides)
         self.config_overrides = ",".join(f"{key}={value}" for key, value in overrides.items())  # one way to write it
-        positions = (arms.ARCHITECTURE | overrides)["max_position_embeddings"] - 2
+        positions = longest_text(overrides)
         if not 3 <= self.max_length <= positions:
             raise ValueError(f"--max_length must lie between 3 and the model's {positions} positions")
         if self.statistics_steps < 1:
@@ -443,6 +469,10 @@ class ExperimentTrainer(Trainer):
         if math.isfinite(logs.get("loss", math.nan)):
             logs |= self.bookkeeping.watch()
         super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        sinks = learned_sinks(model)  # decay would pull every n to 1
+        return [name for name in super().get_decay_parameter_names(model) if name not in sinks]
 
     def create_optimizer(self, *args, **kwargs):
         with refused(f"--optim {self.args.optim.value}"):
@@ -729,7 +759,7 @@ def readable(action: argparse.Action, words: str) -> argparse.Action:
     if action.nargs == "?":  # "--padded" and "--padded True" are one
         shown.nargs = 0
     elif action.choices is None or len(action.choices) > 6:
-        shown.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+        shown.metavar = action.metavar or {int: "N", float: "X"}.get(action.type, "TEXT")
     what = words or " ".join((action.help or "").split()).partition(". ")[0].rstrip(".")
     default = action.default
     if isinstance(default, (list, dict)) or default in (None, "", False, argparse.SUPPRESS):
@@ -869,7 +899,7 @@ def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: Exp
     Exits with one line where the saved model is not the trained one.
     """
     args, trained = trainer.args, trainer.model.state_dict()
-    reloaded = prepared(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
+    reloaded = accept_packed_batches(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
     if (
         type(reloaded) is not type(trainer.model)
         or reloaded.config.softmax_n != experiment.softmax_n
@@ -908,7 +938,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     datasets.logging.set_verbosity_warning()
     if args.disable_tqdm:
         transformers.logging.disable_progress_bar()  # that of writing and reading the weights
-    run = arms.run_name(experiment.softmax_n, args.seed, experiment.control)
+    run = run_name(experiment.softmax_n, args.seed, experiment.control)
     args.output_dir = args.output_dir.replace("<run>", run)
     args.run_name = run
     results_path = Path(experiment.results_dir) / f"{run}.json"
@@ -959,10 +989,10 @@ def train_alone(
             "training samples, so --dataloader_drop_last leaves none: choose a smaller batch"
         )
 
-    overrides = arms.config_overrides(experiment.config_overrides)
+    overrides = config_overrides(experiment.config_overrides)
     design = (experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control)
     with torch.device("meta"):  # without memory, to see first whether there is room
-        parameters = sum(parameter.numel() for parameter in arms.build_model(*design).parameters())
+        parameters = sum(parameter.numel() for parameter in build_model(*design).parameters())
     # A checkpoint holds the weights and two moments; the old one goes only when the new one is whole. Then the model.
     needed = parameters * 4 * (3 + 3 + 1)
     if shutil.disk_usage(args.output_dir).free < needed:
@@ -970,11 +1000,12 @@ def train_alone(
             f"error: {args.output_dir} needs {needed / 1e9:.1f} GB for checkpoints and model, but the disk has less"
         )
     try:
-        model = arms.build_model(*design)
+        model = build_model(*design)
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"error: no memory for {parameters:,} parameters ({record.one_line(error)}): choose a smaller model")
-    # Says that both arms of a pair started from the same point; a control's gates are what it has beyond the other.
-    initial_weights = record.weights_sha256(model, leave_out=GATE)
+    # Says that both arms of a pair started from the same point; gates and sinks are what an arm has beyond the other.
+    initial_weights = record.weights_sha256(model, leave_out=OWN_PARAMETERS)
+    sinks = sum(parameter.numel() for parameter in learned_sinks(model).values())
     gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
     refuse_unwritable(experiment.results_dir)
 
@@ -1005,7 +1036,7 @@ def train_alone(
     model.accepts_loss_kwargs = False
     with refused("transformers' Trainer"):
         trainer = ExperimentTrainer(
-            model=prepared(model),
+            model=accept_packed_batches(model),
             args=args,
             train_dataset=data["train"],
             eval_dataset=validation,
@@ -1057,7 +1088,7 @@ def train_alone(
     unigram, context_free = losses_without_context(data["train"], held_out, tokenizer, experiment.vocab_size)
     without_context = {"unigram_loss": unigram, "context_free_loss": context_free, "samples": len(validation)}
     measured = {"validation": {"loss": None, "perplexity": None, "masked_tokens": 0, **without_context}}
-    measured |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}}
+    measured |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}, "log_n": {}}
     counts = trainer.counts()
     if diverged is None:
         trainer.save_model()  # first of all: nothing below may cost the trained model
@@ -1074,6 +1105,7 @@ def train_alone(
             },
             "weight_excess_kurtosis": weight_excess_kurtosis(model),
             "activation_excess_kurtosis": trainer.statistics.result(),
+            "log_n": sinks_by_layer(model),
         }
     if torch.distributed.is_initialized():  # nothing is exchanged from here on; leaving it open can abort an exit
         torch.distributed.barrier()
@@ -1116,6 +1148,7 @@ def train_alone(
             "path": args.output_dir,
             "parameters": parameters,
             "gate_parameters": gates,
+            "sink_parameters": sinks,
             "initial_weights": initial_weights,
         },
         "training": {
@@ -1145,6 +1178,32 @@ def train_alone(
         hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
 
 
+def remedy(error: Exception, args: TrainingArguments) -> str | None:
+    """What is wrong and what to do, of errors that come from the machine; None of others.
+
+    PyTorch has a plain RuntimeError for most of them.
+    """
+    said = record.one_line(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|t allocate memory", said):
+        size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if size == 1:
+            return f"out of memory with one sample at a time ({said}): choose a smaller model or --max_length"
+        parts = next(parts for parts in range(2, size + 1) if size % parts == 0)
+        return (
+            f"out of memory with {size} samples at a time ({said}): --per_device_train_batch_size {size // parts} "
+            f"--gradient_accumulation_steps {steps * parts} keeps the effective batch (with checkpoints there, add "
+            "--overwrite)"
+        )
+    if "DataLoader worker" in said:
+        return (
+            f"a process that makes batches has ended ({said}), often for lack of memory: give the same command again, "
+            "it goes on from the last checkpoint; with a smaller --dataloader_num_workers, if it happens again"
+        )
+    if isinstance(error, SafetensorError) or re.search("PytorchStreamWriter|inline_container|iostream", said):
+        return f"{args.output_dir} cannot be written ({said}): make room, and give the same command again"
+    return None
+
+
 def main(argv: list[str] | None = None) -> None:
     experiment, args = parse(argv)
     try:
@@ -1152,6 +1211,10 @@ def main(argv: list[str] | None = None) -> None:
             train(experiment, args, record.command_line() if argv is None else ["train_model.py", *argv])
     except NothingToMask as error:
         sys.exit(f"error: {record.one_line(error)}")
+    except (RuntimeError, MemoryError, SafetensorError) as error:
+        if (what := remedy(error, args)) is None:
+            raise
+        sys.exit(f"error: {what}")
 
 
 if __name__ == "__main__":

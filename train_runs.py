@@ -31,9 +31,8 @@ if __name__ == "__main__":
     command.begin()
 
 import train_model
-from arms import run_name
 from checkpoints import checkpoints, delete_checkpoints
-from controls import CONTROLS
+from experiment import REMEDIES, read_softmax_n, run_name
 from folder import locked, refuse_unwritable
 from hub import diverged
 from tables import duration
@@ -183,8 +182,10 @@ class Push:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--softmax_n", type=float, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)")
-    parser.add_argument("--controls", nargs="+", default=[], choices=list(CONTROLS), help="controls to train too")
+    parser.add_argument(
+        "--softmax_n", type=read_softmax_n, nargs="+", default=[0.0, 1.0], metavar="N", help="arms (0 1)"
+    )
+    parser.add_argument("--controls", nargs="+", default=[], choices=list(REMEDIES), help="controls to train too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="seeds (42)")
     parser.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (1)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="where <run>.json goes (results)")
@@ -209,7 +210,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     places = ["--results_dir", str(args.results_dir), "--output_dir", args.output_dir]
     jobs = []
     for seed in args.seeds:
-        arms = [(run_name(n, seed), ["--softmax_n", repr(n)]) for n in args.softmax_n]
+        arms = [(run_name(n, seed), ["--softmax_n", str(n)]) for n in args.softmax_n]
         arms += [(run_name(0.0, seed, control), ["--control", control]) for control in args.controls]
         for name, arm in arms:
             jobs.append(

@@ -30,12 +30,11 @@ from transformers import RobertaTokenizer
 import folder
 import record
 from corpus import load_data
+from experiment import MAX_LENGTH, VOCAB_SIZE
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
-VOCAB_SIZE = 52_032  # a multiple of 64, for the matrix units of GPUs
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that no text is unknown
 LARGEST = 1 << 24  # entries, and frequency of a pair: more is a slip of the finger, and memory runs out
-MAX_LENGTH = 512
 BATCH_TEXTS = 1_000
 
 # Texts that must come back exactly. (The special tokens' own names in a text cannot: they are read as such.)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 
+from experiment import arm_name
 from outliers import CONTEXTS, EMBEDDINGS, LOGITS, PLACES, SINK_RATES, TOKEN_CLASSES
 from runs import Run
-from tables import shortest
+from softmax1 import LEARNED
 
 RESULTS = {
     "test_pipeline": False,
@@ -74,15 +75,15 @@ def changed(results: dict, changes: dict) -> dict:
     return results
 
 
-def made(n: float, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: float = 1.0, **changes) -> Run:
+def made(n: float | str, seed: int, gap: float | None = 0.5, loss: float = 3.0, size: float = 1.0, **changes) -> Run:
     """A run whose static W8A8 loss is `loss` + `gap`; everything else that is measured is `size`.
 
     Keyword arguments change the results file: `settings__learning_rate=1e-4` is settings.learning_rate.
     """
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    results = changed({**RESULTS, "softmax_n": float(n), "seed": seed}, changes)
+    results = changed({**RESULTS, "softmax_n": n if n == LEARNED else float(n), "seed": seed}, changes)
     steps = results["training"]["steps"]
-    name = f"esperberto-softmax{shortest(n)}-seed{seed}" + ("" if steps == 3000 else f"-{steps}")
+    name = f"esperberto-{arm_name(n)}-seed{seed}" + ("" if steps == 3000 else f"-{steps}")
     if results.get("status") == "diverged":
         return Run(name, f"models/{name}", results)
     noise = {"error": 1e-6, "floor": 2e-6}

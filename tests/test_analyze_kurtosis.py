@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import analyze_kurtosis
-import arms
+import experiment
 import measurement
 from answer import GLANCE
 from arm_tables import entry_cell
@@ -287,10 +287,10 @@ def test_tables_of_sinks_heads_and_interventions_are_what_the_json_says(workplac
 
 def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch):
     """Only where its weights are those that training wrote down."""
-    monkeypatch.setattr(arms, "ARCHITECTURE", ARCHITECTURE)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", ARCHITECTURE)
     for n in (0.0, 1.0):
         tokenizer = save_tokenizer(tmp_path / "model")
-        first = arms.build_model(n, len(tokenizer), tokenizer, 43)
+        first = experiment.build_model(n, len(tokenizer), tokenizer, 43)
         results = {"seed": 43, "model": {"initial_weights": weights_sha256(first)}}
         before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
         with torch.no_grad():

@@ -129,7 +129,8 @@ TRAIN = [
     ("--output_dir loop", 1, "nothing can be written to loop (it is a link that leads to no folder)"),
     ("--push_to_hub", 1, "HUGGINGFACE_TOKEN is not set"),
     # the arm and the model
-    ("--softmax_n abc", 2, "argument --softmax_n/--softmax-n: invalid float value: 'abc'"),
+    ("--softmax_n abc", 1, "softmax_n needs a number n >= 0, or learned, got 'abc'"),
+    ("--use_softmax1 --softmax_n learned", 1, "contradicts --softmax_n learned"),
     ("--softmax_n -1", 1, "n >= 0"),
     ("--softmax_n nan", 1, "n >= 0"),
     ("--use_softmax1 --softmax_n 2", 1, "contradicts --softmax_n 2"),
@@ -204,6 +205,7 @@ RUNS = [
     ("-- --learning_rate 1e-4", 1, f"{RUN}.json is there, of a run with learning_rate = 5e-05, not 0.0001: move"),
     ("--seeds -1", 1, "--seed must be a number from 0"),
     ("--softmax_n nan", 1, "n >= 0"),
+    ("--softmax_n 0 lerned", 2, "softmax_n needs a number n >= 0, or learned, got 'lerned'"),
     ("--softmax_n 0.5 --results_dir file", 1, "nothing can be written to file (it is a file)"),
     ("-- --learning_rat 1", 1, "unknown argument: --learning_rat "),
     ("-- --label_smoothing_factor 0.1", 1, "--label_smoothing_factor is not for this script"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import arms
 import benchmark
+import experiment
 from corpus import load_tokenizer
 from packing import MaskedLMCollator, summed_loss
 
@@ -25,7 +25,7 @@ SMALL = {
 @pytest.fixture
 def run(sample, tmp_path, monkeypatch):
     """run("step", "--flag", ...) measures a small model below tmp_path and returns what was written."""
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.setattr(benchmark, "VOCAB_SIZE", 1024)
     monkeypatch.chdir(tmp_path)
     places = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer")]
@@ -82,8 +82,8 @@ def test_tokenize(run, sample):
 def test_counted_flops_are_torch_s(sample):
     """The full model's step: torch's own counter, which knows matrix products and attention kernels."""
     tokenizer = load_tokenizer(sample / "tokenizer", 52_032)
-    model = arms.prepared(
-        arms.build_model(0, benchmark.VOCAB_SIZE, tokenizer, 0)
+    model = experiment.accept_packed_batches(
+        experiment.build_model(0, benchmark.VOCAB_SIZE, tokenizer, 0)
     ).eval()  # no dropout: a counted kernel
     samples = [{"input_ids": [0, *range(5, 5 + length), 2]} for length in (30, 6, 2)]
     batch = MaskedLMCollator(tokenizer, mlm_probability=0.5, seed=1, packed=True)(samples)

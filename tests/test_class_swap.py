@@ -1,7 +1,7 @@
 """The instrument must not know which arm it measures: swapping the class and keeping the function changes no figure.
 
-n = 1e-30 stands for 0: the class of softmax_n models then computes softmax, to rounding. Whatever treats the arms
-differently for another reason than their function shows here.
+n = 1e-30 stands for 0: the class of softmax_n models then computes softmax, to rounding. So do learned sinks where
+every head's n is 1e-30 or 0. Whatever treats the arms differently for another reason than their function shows here.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 import analyze_kurtosis
 import tag_words
-from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ZERO = 1e-30  # as n: exp(0) + ZERO is exp(0) in every format
 
@@ -43,9 +43,10 @@ def test_training_and_all_that_it_records(train):  # noqa: F811
 
 
 def both_classes(folder, scale=1.0):
-    """Folders stock/ and swapped/: the same weights, those of the attention's query and key times `scale`."""
+    """Folders stock/, swapped/ and learned/: the same weights, those of the attention's query and key times `scale`."""
     tokenizer = save_tokenizer(folder / "stock")
     save_tokenizer(folder / "swapped")
+    save_tokenizer(folder / "learned")
     settings = {**ARCHITECTURE, "vocab_size": len(tokenizer), "num_hidden_layers": 2}
     torch.manual_seed(0)
     stock = RobertaForMaskedLM(RobertaConfig(**settings, softmax_n=0.0))
@@ -55,8 +56,12 @@ def both_classes(folder, scale=1.0):
                 part.weight *= scale
     swapped = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**settings, softmax_n=ZERO))
     swapped.load_state_dict(stock.state_dict())
-    stock.save_pretrained(folder / "stock")
-    swapped.save_pretrained(folder / "swapped")
+    learned = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**settings, softmax_n="learned"))
+    learned.load_state_dict(stock.state_dict(), strict=False)
+    for layer, log_n in zip(learned.roberta.encoder.layer, (math.log(ZERO), -math.inf), strict=True):
+        torch.nn.init.constant_(layer.attention.self.log_n, log_n)
+    for name, model in (("stock", stock), ("swapped", swapped), ("learned", learned)):
+        model.save_pretrained(folder / name)
 
 
 def differences(ours, theirs, place=""):
@@ -74,21 +79,50 @@ def differences(ours, theirs, place=""):
     return [] if same else [f"{place}: {ours} and {theirs}"]
 
 
+def analysed(folder, *names):
+    """What analyze_kurtosis.py says of the models in these folders: {name: what it writes into analysis.json}."""
+    texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
+    datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(folder / "data"))
+    places = ["--data_dir", str(folder / "data"), "--output_dir", str(folder / "results")]
+    analyze_kurtosis.main([str(folder / name) for name in names] + places)
+    return json.loads((folder / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
+
+
 def test_everything_that_an_analysis_writes(tmp_path):
     """Every figure of analysis.json, in models whose attention is far from uniform."""
     both_classes(tmp_path, scale=20.0)
-    texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
-    datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(tmp_path / "data"))
-    folders = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results")]
-    analyze_kurtosis.main([str(tmp_path / "stock"), str(tmp_path / "swapped"), *folders])
-    found = json.loads((tmp_path / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
-    stock, swapped = found["stock"], found["swapped"]
-    check = [run["quantization"].pop("self_check") for run in (stock, swapped)]  # says which class it is
+    found = analysed(tmp_path, "stock", "swapped", "learned")
+    stock, swapped, learned = found["stock"], found["swapped"], found["learned"]
+    check = [run["quantization"].pop("self_check") for run in found.values()]  # says which class it is
     assert all(one["class_swap"]["passed"] for one in check)
-    for run in (stock, swapped):
+    sinks = [layer.pop("log_n") for layer in learned["attention"].values()]
+    assert sinks == [[pytest.approx(math.log(ZERO))] * 2, [None] * 2]  # JSON has no infinity
+    assert learned.pop("weights_sha256") != stock["weights_sha256"]
+    for run in found.values():
         assert run.pop("model") and run.pop("arm")
     assert len(stock["quantization"]["ranges"]) == len(swapped["quantization"]["ranges"]) > 40
     assert differences(stock, swapped) == []
+    del stock["weights_sha256"]
+    assert differences(stock, learned) == []
+
+
+def test_learned_sinks_of_one_value_are_measured_as_that_number(tmp_path):
+    """n = 2 for every head and n = 2 for all: whatever ignores the sinks, or takes them for 1, shows here."""
+    both_classes(tmp_path, scale=20.0)
+    for name, n in (("swapped", 2.0), ("learned", math.log(2))):
+        model = RobertaSoftmaxNForMaskedLM.from_pretrained(tmp_path / name)
+        if name == "swapped":
+            model.config.softmax_n = n
+        for parameter in learned_sinks(model).values():
+            torch.nn.init.constant_(parameter, n)
+        model.save_pretrained(tmp_path / name)
+    number, learned = analysed(tmp_path, "swapped", "learned").values()
+    for run in (number, learned):
+        assert run.pop("model") and run.pop("arm") and run.pop("weights_sha256")
+        assert all(check["passed"] is not False for check in [run["quantization"].pop("self_check")])
+    assert [layer.pop("log_n") for layer in learned["attention"].values()] == [[pytest.approx(math.log(2))] * 2] * 2
+    assert number["attention"]["layer.0"]["null_mass"][0] > 0.01
+    assert differences(number, learned) == []
 
 
 def test_fine_tuning_on_tagged_words(tmp_path, monkeypatch):

@@ -98,6 +98,15 @@ def test_the_other_class_computes_the_same_function(trained):
     assert other_class(model_of("bert")) is None
 
 
+def test_the_other_class_has_the_same_learned_sinks():
+    model = model_of("learned")
+    other = other_class(model)
+    assert type(other).__name__ == "SoftmaxNRobertaForMaskedLM"
+    ours, theirs = (held_out_loss(one, batches(1, seed=2))[0] for one in (model, other))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert abs(held_out_loss(apply_softmax_n(model, 1.0), batches(1, seed=2))[0] - ours) > 1e-4
+
+
 def no_scores(monkeypatch):
     """The attention's quantizers pass everything through."""
     attach = StaticW8A8._attach

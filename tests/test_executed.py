@@ -91,7 +91,8 @@ def test_long_texts_run_in_smaller_groups(monkeypatch):
 
 
 # An export takes seconds; softmax1's is looked at closely further down.
-KINDS = ["softmax0", "clipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("softmax1", "bert", "gated"))]
+SLOW = ("softmax1", "learned", "bert", "gated")
+KINDS = ["softmax0", "clipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +281,8 @@ def test_missing_packages_are_one_line(monkeypatch):
 def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
     """The same function in the other class has the same figures, and both reach the JSON file and the report."""
     both_classes(tmp_path, scale=20.0)
-    for name in ("stock", "swapped"):  # ONNX Runtime takes no two LayerNorms with the same bias, as before training
+    names = ("stock", "swapped", "learned")
+    for name in names:  # ONNX Runtime takes no two LayerNorms with the same bias, as before training
         weights = load_file(tmp_path / name / "model.safetensors")
         generator = torch.Generator().manual_seed(0)
         for key in sorted(weights):
@@ -290,13 +292,16 @@ def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
     texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(tmp_path / "data"))
     folders = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results")]
-    analyze_kurtosis.main([str(tmp_path / "stock"), str(tmp_path / "swapped"), *folders, "--onnxruntime"])
+    analyze_kurtosis.main([str(tmp_path / name) for name in names] + [*folders, "--onnxruntime"])
     runs = json.loads((tmp_path / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
-    found = [runs[name]["quantization"]["executed"] for name in ("stock", "swapped")]
+    found = [runs[name]["quantization"]["executed"] for name in names]
     assert all(found[0]["schemes"][name]["gap"] for name in FORMATS)
     for one in found:
         assert one.pop("latency")
-    assert differences(*found) == []
+    assert differences(*found[:2]) == []
+    for one in found:
+        assert all(scheme.pop("bytes") for scheme in one["schemes"].values())  # the sinks are in the file
+    assert differences(found[0], found[2]) == []
     text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert "## INT8 that is executed" in text and "INT8, executed, MinMax ranges, swapped" in text
     assert "Collecting" not in capsys.readouterr().out

@@ -31,9 +31,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import arms
 import build_dataset
 import cards
+import experiment
 import hub
 import softmax1
 import train_model
@@ -41,19 +41,22 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, RobertaS
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_SaluTonMondoSekreto123"
-NS = [0.0, 1.0, 0.5]
+NS = [0.0, 1.0, 0.5, "learned"]
 
 
 # ------------------------------------------------------------------------------------------------- models and a server
 
 
-def make_model(n: float, vocab_size: int = 1024, layers: int = 2):
+def make_model(n: float | str, vocab_size: int = 1024, layers: int = 2):
     settings = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
     settings |= {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "initializer_range": 0.1}
     torch.manual_seed(0)
     if n == 0:
         return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings)).eval()
-    return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=n, **settings)).eval()
+    model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=n, **settings)).eval()
+    for log_n in softmax1.learned_sinks(model).values():
+        log_n.data = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    return model
 
 
 def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
@@ -83,7 +86,7 @@ def folders(sample, tmp_path_factory):
     found = {}
     for n in NS:
         base = tmp_path_factory.mktemp("project")
-        run = f"esperberto-softmax{n:g}"
+        run = experiment.run_name(n, 42)
         folder = base / "models" / run
         make_model(n).save_pretrained(folder)
         AutoTokenizer.from_pretrained(sample / "tokenizer").save_pretrained(folder)
@@ -169,8 +172,8 @@ from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceC
 
 assert not any(name in sys.modules for name in ("softmax1", "hub"))
 found = {}
-for n in (0.0, 1.0, 0.5):
-    name = f"zamenhof/esperberto-softmax{n:g}"
+for n, arm in {0.0: "softmax0", 1.0: "softmax1", 0.5: "softmax0.5", "learned": "softmax_learned"}.items():
+    name = f"zamenhof/esperberto-{arm}"
     trust = {} if n == 0 else {"trust_remote_code": True}
     tokenizer = AutoTokenizer.from_pretrained(name)
     inputs = tokenizer(["La suno <mask>.", "Saluton, kara mondo kaj <mask>!"], padding=True, return_tensors="pt")
@@ -190,7 +193,7 @@ for n in (0.0, 1.0, 0.5):
         "types": [type(model).__name__ for model in classes],
         "answers": [answer["score"] for answer in answers],
     }
-    if n > 0:
+    if n:
         for call in (
             lambda: AutoModelForMaskedLM.from_pretrained(name),
             lambda: AutoModel.from_pretrained(name, trust_remote_code=False),
@@ -495,7 +498,7 @@ def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
 
 @pytest.mark.parametrize("n", NS)
 def test_model_card(n):
-    run = f"esperberto-softmax{n:g}"
+    run = experiment.run_name(n, 42)
     text = cards.model_card(f"zamenhof/{run}", make_model(n).config.to_dict(), make_results(n, run))
     card = ModelCard(text)
     assert card.data.language == "eo" and card.data.license == "apache-2.0" and card.data.pipeline_tag == "fill-mask"
@@ -512,7 +515,8 @@ def test_model_card(n):
     assert "LayerNorm, activations" not in text  # not recorded here, and nothing else is taken for it
     for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
         assert figure in text
-    assert ("trust_remote_code=True" in text) == (n > 0)
+    assert ("trust_remote_code=True" in text) == (n != 0) and run.removeprefix("esperberto-") in card.data.tags
+    assert ("a learned attention sink" in text) == (n == "learned")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "card", "exec")
     assert "## Limits" in text and "A test run" not in text
@@ -563,7 +567,7 @@ SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
 
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
@@ -708,7 +712,7 @@ def errors(found: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
 
 
 # An export takes seconds; the machinery is the same for every n.
-EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0))]
+EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0, "learned"))]
 
 
 @pytest.mark.parametrize("n", EXPORTED_NS)

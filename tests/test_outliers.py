@@ -390,6 +390,16 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
     assert uniform["null_mass"] == pytest.approx(sum(t * n / (n + t) for t in lengths) / 60)
 
 
+def test_uniform_attention_with_an_n_for_each_head():
+    lengths, heads = [20, 16, 3, 2], [0.0, 1.0, 7.5]
+    found = outliers.uniform_attention(iter(lengths), heads)
+    alone = [outliers.uniform_attention(lengths, n) for n in heads]
+    assert found["sequences"] == found["sequences_short"] == 2
+    for key in ("null_mass", *SINK_RATES):
+        assert found[key] == pytest.approx(np.mean([one[key] for one in alone])), key
+    assert found["sink_rate_first_short"] == pytest.approx(0.5) and 0.1 < found["null_mass"] < 0.2
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_vectors_of_heads_by_hand(n):
     """Each from the weights of the model, one unpadded sequence and one head at a time."""
@@ -517,9 +527,12 @@ def test_the_class_of_the_model_makes_no_difference():
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4, nan_ok=True)
 
 
-@pytest.mark.parametrize("n", [0, 0.5, 1])
+@pytest.mark.parametrize("n", [0, 0.5, 1, "learned"])
 def test_null_mass_is_n_over_the_denominator(n):
     model = model_with(n)
+    if n == "learned":
+        n = torch.tensor([[3.0], [0.2]])
+        model.roberta.encoder.layer[0].attention.self.log_n.data = n.log().flatten()
     batch = batch_of([9], 9)
     _, attention, _ = measure_model(model, [batch], Tokenizer())
     self = model.roberta.encoder.layer[0].attention.self

@@ -37,7 +37,7 @@ from quantization import (
     weight_errors,
     weight_only_w4,
 )
-from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n, learned_sinks
 
 VOCABULARY = 60
 SMALL = {
@@ -84,6 +84,11 @@ def model_of(kind):
         return BertForMaskedLM(BertConfig(**SMALL))
     if kind == "softmax1":
         return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1.0))
+    if kind == "learned":  # n from 0.1 to 55
+        model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n="learned"))
+        for log_n in learned_sinks(model).values():
+            torch.nn.init.uniform_(log_n, -2.3, 4.0)
+        return model
     return RobertaForMaskedLM(RobertaConfig(**SMALL))
 
 

@@ -110,7 +110,7 @@ dataset=(--validation_fraction 0.1)
 tokenizer=(--vocab_size 2048)
 training=(--max_steps 9)
 analysis=(--max_samples 8)
-softmax_n="0 1 0.25"
+softmax_n="0 1 learned"
 controls="gated"
 first_seed=43
 seeds=2
@@ -145,7 +145,7 @@ def test_a_recipe_names_the_arms_the_seeds_and_the_flags_of_every_stage(runner, 
     assert status == 0 and calls == [
         "build_dataset.py --keep --output_dir elsewhere/data --validation_fraction 0.1 --from_files my texts/*.gz",
         "train_tokenizer.py --keep --data_dir elsewhere/data --output_dir elsewhere/tokenizer --vocab_size 2048",
-        "train_runs.py --softmax_n 0 1 0.25 --controls gated --seeds 43 44 --parallel 1 "
+        "train_runs.py --softmax_n 0 1 learned --controls gated --seeds 43 44 --parallel 1 "
         "--results_dir elsewhere/results --output_dir elsewhere/models/<run> -- --data_dir elsewhere/data "
         "--tokenizer_dir elsewhere/tokenizer --max_steps 9",
         "analyze_kurtosis.py --models_dir elsewhere/models --results_dir elsewhere/results --data_dir elsewhere/data "

@@ -5,7 +5,7 @@ import json
 import pytest
 from made_runs import RESULTS, changed, diverged
 
-from arms import arm_name, run_name
+from experiment import arm_name, run_name
 from runs import find_runs, read_results
 from sets import refuse_duplicates
 

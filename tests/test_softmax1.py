@@ -422,7 +422,7 @@ def test_softmax_n_roberta_cannot_be_turned_into_softmax():
 def test_the_one_file_can_be_installed(tmp_path):
     """What `pip install .` installs is softmax1.py, and nothing else of this project."""
     root = Path(__file__).parent.parent
-    for name in ("pyproject.toml", "softmax1.py", "README.md", "LICENSE", "arms.py"):
+    for name in ("pyproject.toml", "softmax1.py", "README.md", "LICENSE", "experiment.py"):
         shutil.copy(root / name, tmp_path / name)
     build = [sys.executable, "-c", "import setuptools.build_meta as build; print(build.build_wheel('dist'))"]
     done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)

@@ -191,6 +191,12 @@ def roberta():
     return RobertaForMaskedLM(RobertaConfig(**SMALL, max_position_embeddings=66, type_vocab_size=1)).eval()
 
 
+def softmax_n_roberta(n):
+    torch.manual_seed(0)
+    config = softmax1.RobertaSoftmaxNConfig(**SMALL, softmax_n=n, max_position_embeddings=66, type_vocab_size=1)
+    return softmax1.RobertaSoftmaxNForMaskedLM(config).eval()
+
+
 def test_learned_sinks_start_at_softmax1_and_learn():
     model, softmax1_model = apply_softmax_n(llama(), "learned"), apply_softmax_n(llama(), 1.0)
     assert_close(logits(model), logits(softmax1_model))
@@ -238,6 +244,21 @@ def test_comes_back_with_its_n_or_not_at_all(tmp_path, build, n):
     apply_softmax_n(model, 0)
     assert type(model) is type(stock)
     assert_close(logits(model), logits(stock))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [bert, roberta, lambda: softmax_n_roberta(1.0)], ids=["bert", "roberta", "ours"])
+def test_trained_sinks_are_kept_or_taken_out_but_not_reset(build):
+    model = apply_softmax_n(build(), "learned")
+    for parameter in softmax1.learned_sinks(model).values():
+        nn.init.normal_(parameter, std=2.0)
+    expected, kind = logits(model), type(model)
+    assert torch.equal(logits(apply_softmax_n(model, "learned")), expected) and type(model) is kind
+    apply_softmax_n(model, 2.0)
+    assert not softmax1.learned_sinks(model) and not hasattr(model.config, "softmax_n_heads")
+    assert torch.equal(logits(model), logits(apply_softmax_n(build(), 2.0)))
+    apply_softmax_n(model, "learned")
+    assert torch.equal(logits(model), logits(apply_softmax_n(build(), "learned")))  # n = 1 again
 
 
 def test_softmax_stays_a_stock_model(tmp_path):

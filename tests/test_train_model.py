@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,23 +19,32 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_from_disk
 from scipy import stats
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    TrainerState,
+)
 from transformers.trainer_callback import TrainerCallback
 
-import arms
 import checkpoints
+import command
+import experiment
 import folder
 import measurement
 import record
 import train_model
-from arms import prepared
 from controls import CONTROLS
+from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
-from outliers import FFN_PLACES, Emergence, measure_model
+from outliers import FFN_PLACES, Emergence, measure_model, sinks_by_layer
 from packing import MaskedLMCollator
 from runs import find_runs
 from sets import comparison_sets
-from softmax1 import RobertaSoftmaxNForMaskedLM
+from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -49,7 +60,7 @@ SMALL = {
 @pytest.fixture
 def train(sample, tmp_path, monkeypatch):
     """train("--flag", ...) trains a small model below tmp_path and returns its results."""
-    monkeypatch.setattr(arms, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, steps=6, results="results"):
@@ -362,7 +373,7 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     data = {"input_ids": ids}
     torch.manual_seed(0)
     config = RobertaConfig(**SMALL, vocab_size=1024)
-    model = prepared(RobertaForMaskedLM(config)).train()
+    model = accept_packed_batches(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
     assert model.training
@@ -460,7 +471,7 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
     folder = f"results-models/esperberto-softmax{n}"
     trained, tokenizer = measurement.load(folder)
     batches = padded_batches(tokenizer, measurement.token_ids(tokenizer, texts), 7)
-    untrained = arms.build_model(n, 1024, tokenizer, 42)
+    untrained = experiment.build_model(n, 1024, tokenizer, 42)
     for model, entry in ((untrained, result["emergence"][0]), (trained, result["emergence"][-1])):
         places, attention, _ = measure_model(model, batches, tokenizer)
         assert len(entry) == 1 + 2 * (9 + len(Emergence.ATTENTION))
@@ -485,17 +496,51 @@ def test_controls_are_arms_of_their_own_and_start_where_softmax0_does(train, con
     assert result["model"]["parameters"] == softmax0["model"]["parameters"] + beyond
     assert result["loss_history"] != softmax0["loss_history"] and result["status"] == "complete"
     runs = find_runs([], Path("results"), Path("results-models"))
-    assert [run.arm for run in runs] == sorted(["softmax0", control])
+    assert [run.arm for run in runs] == ["softmax0", control]
     [group] = comparison_sets(runs)
     assert list(group.pairs) == [control] and not group.refused
     model = AutoModelForMaskedLM.from_pretrained(f"results-models/esperberto-{control}")
     assert type(model) is CONTROLS[control][1]
 
 
+def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(train):
+    softmax0, softmax1 = train("--softmax_n", "0"), train("--softmax_n", "1")
+    result = train("--softmax_n", "learned", "--learning_rate", "1e-2", "--weight_decay", "0.5", "--overwrite")
+    assert result["run"] == "esperberto-softmax_learned" and result["softmax_n"] == "learned"
+    assert result["model"]["initial_weights"] == softmax0["model"]["initial_weights"]
+    assert result["model"]["sink_parameters"] == 2 * 4 and softmax0["model"]["sink_parameters"] == 0
+    assert result["model"]["parameters"] == softmax0["model"]["parameters"] + 2 * 4
+    assert result["loss_history"][0] == softmax1["loss_history"][0]  # n = 1
+    heads = result["log_n"]
+    assert {layer: len(log_n) for layer, log_n in heads.items()} == {"layer.0": 4, "layer.1": 4}
+    assert not any(0 in log_n for log_n in heads.values())
+    assert softmax0["log_n"] == softmax1["log_n"] == {}
+    assert result["weight_excess_kurtosis"].keys() == softmax0["weight_excess_kurtosis"].keys()
+    for layer, log_n in heads.items():  # as it grew: from n = 1 to what it became
+        grown = [entry[f"{layer}.attention.log_n"] for entry in result["emergence"]]
+        assert grown[0] == 0 and grown[-1] == pytest.approx(np.mean(log_n))
+    model, _ = measurement.load("results-models/esperberto-softmax_learned")
+    assert {name: list(log_n) for name, log_n in heads.items()} == sinks_by_layer(model)
+    result = train("--softmax_n", "learned", "--overwrite")  # like the others now
+    [group] = comparison_sets(find_runs([], Path("results"), Path("results-models")))
+    assert [run.arm for run in group.runs] == ["softmax0", "softmax1", "softmax_learned"] and not group.refused
+    assert list(group.pairs) == ["softmax1", "softmax_learned"]
+    assert measurement.untrained_model(model, result) is not None
+
+
+def test_sinks_are_not_decayed():
+    """Trainer itself would, not knowing the name: every n would be pulled to 1."""
+    config = RobertaSoftmaxNConfig(**SMALL, vocab_size=99, softmax_n="learned")
+    model, trainer = RobertaSoftmaxNForMaskedLM(config), train_model.ExperimentTrainer
+    decayed = trainer.get_decay_parameter_names(trainer.__new__(trainer), model)
+    others = super(trainer, trainer).get_decay_parameter_names(trainer.__new__(trainer), model)
+    assert set(others) - set(decayed) == set(learned_sinks(model)) and len(learned_sinks(model)) == 2
+
+
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
     """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
-    build = arms.build_model
+    build = train_model.build_model
 
     def watched(*args):
         model = build(*args)
@@ -505,7 +550,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
             )
         return model
 
-    monkeypatch.setattr(arms, "build_model", watched)
+    monkeypatch.setattr(train_model, "build_model", watched)
     result = train("--padded", "--statistics_steps", "1", steps=3)
     for name, found in seen.items():
         assert len(found) == 12
@@ -519,7 +564,7 @@ ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few r
 
 @pytest.mark.parametrize("n", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     packed = train("--softmax_n", n, "--learning_rate", "1e-3", steps=50)
     padded = train("--softmax_n", n, "--learning_rate", "1e-3", "--padded", steps=50, results="padded")
     assert len(packed["loss_history"]) == 50 and packed["loss_history"][-1][1] < packed["loss_history"][0][1] - 0.2
@@ -531,7 +576,7 @@ def test_packed_and_padded_runs_have_the_same_trace(train, monkeypatch, n):
 
 @pytest.mark.slow
 def test_compiled_run_has_the_same_trace(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     eager = train("--use_softmax1", "--learning_rate", "1e-3")
     compiled = train("--use_softmax1", "--learning_rate", "1e-3", "--torch_compile", results="compiled")
     np.testing.assert_allclose(compiled["loss_history"], eager["loss_history"], rtol=ROUNDING)
@@ -541,7 +586,7 @@ def test_compiled_run_has_the_same_trace(train, monkeypatch):
 
 
 def test_loss_is_the_same_with_every_backend_and_with_checkpointing(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     losses = [
         train("--use_softmax1", "--learning_rate", "1e-3", *flags, results=f"r{i}")["loss_history"]
         for i, flags in enumerate(
@@ -553,7 +598,7 @@ def test_loss_is_the_same_with_every_backend_and_with_checkpointing(train, monke
 
 
 def test_bfloat16_stays_near_float32(train, monkeypatch):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     exact = train("--use_softmax1", "--learning_rate", "1e-3")
     rounded = train("--use_softmax1", "--learning_rate", "1e-3", "--bf16", "--use_cpu", results="rounded")
     assert rounded["dtype"] == "bfloat16" and rounded["loss_history"] != exact["loss_history"]
@@ -601,19 +646,19 @@ def test_the_loop_walks_over_the_model_once_a_step(train, monkeypatch):
 
 DRIVER = """
 import sys
-import arms
+import experiment
 import folder
 import train_model
-from arms import prepared
+from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss
-arms.ARCHITECTURE = {architecture}
+experiment.ARCHITECTURE = {architecture}
 train_model.main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--padded"], marks=pytest.mark.slow)])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
-    monkeypatch.setattr(arms, "ARCHITECTURE", WITHOUT_DROPOUT)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
     flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
     one = train(*flags, "--per_device_train_batch_size", "64")
@@ -827,6 +872,100 @@ def test_a_complete_run_is_trained_again_where_that_is_asked(train):
 def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):
     monkeypatch.setattr(train_model.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     exits_with(capsys, "the disk has less", train)
+
+
+def written_with(limit: int, call) -> None:
+    """`call`, while no file may become larger than `limit` bytes: to the program it is a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (train_model, "seal")]
+WRITES += [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerBase, "save_pretrained")]
+
+
+@pytest.mark.parametrize(
+    "which", [2, 14, *(pytest.param(i, marks=pytest.mark.slow) for i in (*range(2), *range(3, 14)))]
+)
+def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_work(train, monkeypatch, capsys, which):
+    """Two checkpoints, the model and the results are written, in 19 calls; the disk is full during one of them."""
+    expected = train("--use_softmax1", results="whole")
+    calls = []
+
+    def full(write):
+        def limited(*args, **kwargs):
+            calls.append(write)
+            if len(calls) - 1 == which:
+                written_with(64, lambda: write(*args, **kwargs))
+            else:
+                write(*args, **kwargs)
+
+        return limited
+
+    with monkeypatch.context() as patch:
+        for owner, name in WRITES:
+            patch.setattr(owner, name, full(getattr(owner, name)))
+        with pytest.raises(SystemExit) as end:
+            command.run(lambda: train("--use_softmax1"))
+    assert re.fullmatch(r"error: .*", end.value.code), end.value.code
+    assert len(calls) == which + 1
+    resumed = train("--use_softmax1")
+    for name in ("loss_history", "validation", "emergence", "activation_excess_kurtosis"):
+        assert resumed[name] == expected[name]
+    before, after = (Path(f"{name}-models/esperberto-softmax1") for name in ("whole", "results"))
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == {
+        path.name: path.read_bytes() for path in after.iterdir()
+    }
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError(), "can't allocate memory"])
+def test_a_batch_that_is_too_large_says_how_to_make_it_smaller(train, monkeypatch, capsys, error):
+    step = train_model.ExperimentTrainer.training_step
+
+    def too_large(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise RuntimeError(f"DefaultCPUAllocator: {error}") if isinstance(error, str) else error
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", too_large)
+    advice = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 keeps the effective batch"
+    exits_with(capsys, advice, train)
+    assert [path.name for path in Path("results-models").glob("*/checkpoint-*")] == ["checkpoint-3"]
+    exits_with(capsys, "with one sample at a time", lambda: train("--per_device_train_batch_size", "1", "--overwrite"))
+
+
+def test_a_worker_that_is_killed_ends_the_training_in_one_line_and_costs_no_work(train, monkeypatch, capsys):
+    expected = train("--dataloader_num_workers", "1", results="whole")
+    step = train_model.ExperimentTrainer.training_step
+
+    def killing(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.ExperimentTrainer, "training_step", killing)
+        exits_with(capsys, "a process that makes batches has ended", lambda: train("--dataloader_num_workers", "1"))
+    resumed = train("--dataloader_num_workers", "1")
+    assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def test_a_loss_that_is_no_number_in_some_step_ends_the_run_there(train, monkeypatch, capsys):
+    loss = train_model.ExperimentTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        return loss(self, *args, **kwargs) * (math.nan if self.state.global_step == 3 else 1)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "compute_loss", broken)
+    exits_with(capsys, "esperberto-softmax0 diverged, loss is nan at step 4", train)
+    result = json.loads(Path("results/esperberto-softmax0.json").read_text())
+    assert result["diverged"]["step"] == 4 and [step for step, _ in result["loss_history"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("steps", "found"), [(6, "loss is nan"), (1, "the held-out loss is nan")])

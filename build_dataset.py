@@ -156,7 +156,12 @@ def file_sources(patterns: list[str]) -> list[Source]:
 
 def download(url: str, path: Path) -> None:
     """Download to path.partial, going on where an earlier attempt stopped, and rename it when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with folder.locked(path):  # of several builds that start together, one downloads
+        if not path.exists():
+            download_alone(url, path)
+
+
+def download_alone(url: str, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     for pause in (*RETRY_SECONDS, None):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ def locked(path: str | Path) -> Iterator[None]:
     """Let one process at a time into the block that makes `path`; says so when it has to wait for another.
 
     The lock is a file beside `path`, which holds the process id of its holder. The system releases it when that process
-    ends, however it ends.
+    ends, however it ends; then the file may stay.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,7 +34,7 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        _release(lock)
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def sole(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        _release(lock)
 
 
 def _acquire(path: str | Path, seconds: float = 0) -> FileLock:
@@ -61,6 +62,12 @@ def _acquire(path: str | Path, seconds: float = 0) -> FileLock:
     lock.acquire(timeout=seconds)
     Path(lock.lock_file).write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock
+
+
+def _release(lock: FileLock) -> None:
+    """Delete the file and release the lock. One who waits for it sees that the file has gone, and makes a new one."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _holder(path: str | Path) -> str:
@@ -110,19 +117,21 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
         sys.exit(f"error: {path} is a link that leads to no folder: choose another --output_dir")
     if target.exists() and not target.is_dir():
         sys.exit(f"error: {path} is a file: choose another --output_dir")
-    entries = [entry.name for entry in target.iterdir()] if target.exists() else []
-    foreign = [name for name in sorted(entries) if not any(fnmatch(name, pattern) for pattern in ours)]
-    if foreign or (entries and "manifest.json" not in entries):
-        found = foreign[0] if foreign else "no manifest.json"
-        sys.exit(f"error: {path} is not an earlier result of this script (it has {found}): choose another --output_dir")
-    if entries and not overwrite:
-        sys.exit(f"error: {path} exists and is complete: add --overwrite to replace it")
-    if target.is_mount():
-        sys.exit(f"error: {path} is a mount point and cannot be replaced: choose a folder inside it")
-
     refuse_unwritable(target.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
+    with scratch(target) as beside:
+        entries = [entry.name for entry in target.iterdir()] if target.exists() else []
+        foreign = [name for name in sorted(entries) if not any(fnmatch(name, pattern) for pattern in ours)]
+        if foreign or (entries and "manifest.json" not in entries):
+            found = foreign[0] if foreign else "no manifest.json"
+            sys.exit(
+                f"error: {path} is not an earlier result of this script (it has {found}): choose another --output_dir"
+            )
+        if entries and not overwrite:
+            sys.exit(f"error: {path} exists and is complete: add --overwrite to replace it")
+        if target.is_mount():
+            sys.exit(f"error: {path} is a mount point and cannot be replaced: choose a folder inside it")
+
+        new, old = beside / "new", beside / "old"
         new.mkdir()
         yield new
         if entries:
@@ -133,6 +142,27 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
             if entries:
                 old.rename(target)
             raise
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, on the same disk, that disappears when the block ends.
+
+    One process at a time has such a folder. What others left that were killed is deleted; and where one was killed
+    while it replaced `path`, what had been there returns.
+
+    Raises:
+        SystemExit: another process works there.
+        OSError: the disk does not allow it.
+    """
+    prefix = f"{path.name}.partial-"
+    with sole(path):
+        for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+            if (left / "old").exists() and not path.exists():  # between the two renames of `replacing`
+                (left / "old").rename(path)
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as made:
+            yield Path(made)
 
 
 def kept(path: str | Path, wanted: dict, made: Callable[[dict], dict] = dict) -> bool:

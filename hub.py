@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from tqdm import tqdm
 
 import record
 from cards import DATASET, OUR_TAG, TEST_TAG, dataset_card, model_card
+from folder import scratch
 
 UNSET = 3  # exit status of `check --optional`, which runner.sh reads
 ENV_FILE = Path(__file__).parent / ".env"
@@ -304,8 +304,7 @@ def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Da
     """One commit of Parquet files and card; at most one batch of rows is in memory. `what` is of `read_dataset`."""
     manifest, splits = what
     repo = f"{hub.namespace}/{DATASET}"
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.absolute().parent) as scratch:
-        stage = Path(scratch)
+    with scratch(folder.absolute()) as stage:
         (stage / "data").mkdir()
         for split, dataset in splits.items():
             shards = math.ceil(dataset.data.nbytes / SHARD_BYTES)

@@ -5,47 +5,20 @@ Everything in it comes from runs that were measured (runs.py) and from compariso
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
+from arm_tables import arm_sections
 from controls import CHECKS
 from experiment import ACTIVATIONS, BASELINE, PRIMARY_ARM, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
-from interventions import DRAWS as RANDOM_DRAWS
-from interventions import INTERVENTIONS
-from outliers import (
-    ATTENDING,
-    EMBEDDINGS,
-    FFN,
-    FFN_PLACES,
-    IDLE,
-    LOGITS,
-    MASSIVE,
-    MASSIVE_RATIO,
-    NEAR_ZERO,
-    OUTLIER,
-    PLACES,
-    SHORT,
-    SINK,
-    SINK_RATES,
-    TOKEN_CLASSES,
-)
+from outliers import FFN, SHORT, SINK
 from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from record import by_layer, look_up
 from runs import OPTIONAL, Run, arms, has
 from sets import NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
-from tables import duration, figure, machine, number, plus_minus, shortest, signed, spread, table
-
-# "sink rate, first token, renormalised, short" for sink_rate_first_renormalised_short
-SINKS = {
-    key: ("sink rate, " + key.removeprefix("sink_rate_").replace("any_or_null", "any or nowhere").replace("_", ", "))
-    for key in SINK_RATES
-}
+from tables import duration, figure, gap_cell, machine, number, plus_minus, shortest, signed, table
 
 
 def trained_on(runs: list[Run]) -> str:
@@ -148,36 +121,22 @@ def ratio_cell(one: Comparison) -> str:
     return "" if one.ratio_low is None else f" (× {figure(one.ratio_low)} to {figure(one.ratio_high)})"
 
 
-def gap_cell(one: dict) -> str:
-    """A gap with its standard error; where it is below twice that, only that it is."""
-    if not one["gap"]:
-        return "–"
-    if not np.isfinite(one["gap"]):
-        return "not finite"
-    if abs(one["gap"]) < one["floor"]:
-        return f"below its noise of {one['floor']:.4f}"
-    return signed(one["gap"]) + (f" ± {one['error']:.4f}" if np.isfinite(one["error"]) else "")
-
-
-def part_cell(damage: dict, part: str) -> str:
-    gap, floor = damage["parts"].get(part), damage.get("part_floors", {}).get(part, 0.0)
-    if gap is None:
-        return "–"
-    return f"below its noise of {floor:.4f}" if abs(gap) < floor else signed(gap)
-
-
 def damage_table(runs: list[Run]) -> str:
     rows = []
     for scheme, label in SCHEMES.items():
         row = [label]
         for run in runs:
-            one = run.damage["schemes"].get(scheme)
-            row.append("–" if one is None else f"{one['loss']:.4f} / {figure(one['perplexity'])} / {gap_cell(one)}")
+            of_run = run.damage["schemes"].get(scheme)
+            loss = of_run and f"{of_run['loss']:.4f} / {figure(of_run['perplexity'])} / {gap_cell(of_run)}"
+            row.append(loss or "–")
         rows.append(row)
-    parts = list(dict.fromkeys(part for run in runs for part in run.damage["parts"]))
-    for part in parts:
+    for part in dict.fromkeys(part for run in runs for part in run.damage["parts"]):
         rows.append([f"W8A8 static in {part} alone", *(part_cell(run.damage, part) for run in runs)])
     return table(["loss / perplexity / gap", *(run.name for run in runs)], rows)
+
+
+def part_cell(damage: dict, part: str) -> str:
+    return gap_cell({"gap": damage["parts"].get(part), "floor": damage["part_floors"].get(part)})
 
 
 VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
@@ -202,269 +161,6 @@ def self_check_notes(runs: list[Run]) -> list[str]:
         for run in runs
         if run.damage.get("self_check", {}).get("passed", True) is False
     ]
-
-
-def mean_of(runs: list[Run], place: str, statistic: str, pick=np.mean) -> float:
-    """Of an arm: mean over its runs of the mean (or what `pick` does) over the layers; NaN where a place is lacking."""
-    found = []
-    for run in runs:
-        layers = [values[statistic] for name, values in run.places.items() if name.rpartition(".")[2] == place]
-        found.append(pick(layers) if layers else np.nan)
-    return float(np.mean(found))
-
-
-def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: Callable) -> str:
-    """A table with a row for every subject and arm.
-
-    Args:
-        subjects: {label of the row: what it is of}.
-        cells: what the row holds, a function of the subject and the runs of an arm.
-    """
-    rows = [
-        [f"{label}, {arm}", *cells(subject, found)]
-        for label, subject in subjects.items()
-        for arm, found in arms(runs).items()
-    ]
-    return table(header, rows)
-
-
-def places_table(runs: list[Run]) -> str:
-    statistics = {
-        "kurtosis, sequence": ("kurtosis_sequence", np.mean, 1),
-        "kurtosis, token": ("kurtosis_token", np.mean, 1),
-        "kurtosis, pooled": ("kurtosis_pooled", np.mean, 1),
-        "infinity norm": ("inf_norm", np.max, 1),
-        f"% beyond ±{OUTLIER:g}": ("outlier_share", np.mean, 100),
-        "% in largest channel": ("largest_channel_share", np.max, 100),
-        "largest / median": ("top1_to_median", np.mean, 1),
-    }
-
-    def cells(place: str, found: list[Run]) -> list[str]:
-        return [figure(factor * mean_of(found, place, name, pick)) for name, pick, factor in statistics.values()]
-
-    return by_arm(["", *statistics], runs, {place: place for place in (*EMBEDDINGS, *PLACES, LOGITS)}, cells)
-
-
-def classes_table(runs: list[Run]) -> str:
-    def cells(place: str, found: list[Run]) -> list[str]:
-        shown = []
-        for kind in TOKEN_CLASSES:
-            values = [
-                (one["classes"][kind]["kurtosis_token"], one["classes"][kind]["max_abs"])
-                for run in found
-                for name, one in run.places.items()
-                if name.endswith(f".{place}") and kind in one["classes"]
-            ]
-            shown.append(f"{figure(np.mean(values, 0)[0])} / {figure(np.max(values, 0)[1])}" if values else "–")
-        return shown
-
-    places = {place: place for place in FFN_PLACES}
-    return by_arm(["kurtosis of a token / largest magnitude", *TOKEN_CLASSES], runs, places, cells)
-
-
-def massive_table(runs: list[Run]) -> str:
-    """Sun et al.'s massive activations: how many there are in all layers, and the largest of every arm."""
-
-    def cells(place: str, found: list[Run]) -> list[str]:
-        layers = [
-            (name.partition(f".{place}")[0], one["massive"])
-            for run in found
-            for name, one in run.places.items()
-            if name.endswith(f".{place}")
-        ]
-        counts = [
-            figure(sum(one[key] for _, one in layers) / len(found))
-            for key in ("count", "above_100", "above_1000_medians")
-        ]
-        top = [(one, layer) for layer, massive in layers for one in massive["top"]]
-        top.sort(key=lambda entry: -abs(entry[0]["value"]))
-        entries = [entry_cell(*entry) for entry in top[:3]]
-        return [*counts, *entries, *["–"] * (3 - len(entries))]
-
-    header = ["", "massive", "over 100", "over 1,000 medians", "largest", "second", "third"]
-    return by_arm(header, runs, {place: place for place in FFN_PLACES}, cells)
-
-
-def entry_cell(one: dict, layer: str) -> str:
-    # In Markdown a token may be a tag, emphasis or the border of a cell.
-    token = one["token"].strip().replace("`", "'").replace("|", "¦").replace("\ufffd", "·") or "_"
-    return (
-        f"{figure(one['value'])} ({figure(one['ratio'])} medians): `{token}` at {one['position']}, "
-        f"channel {one['channel']}, {layer.replace('.', ' ')}"
-    )
-
-
-def layers_table(runs: list[Run], statistics: dict[str, tuple]) -> str:
-    """Attention by layer; `statistics` is {label: (name, what to do over the heads of a layer, factor)}."""
-    depth = max(len(run.attention) for run in runs)
-
-    def cells(statistic: tuple, found: list[Run]) -> list[str]:
-        name, pick, factor = statistic
-        of_layers = [[run.attention.get(f"layer.{i}", {}).get(name, [np.nan]) for run in found] for i in range(depth)]
-        return [figure(factor * float(np.mean([pick(heads) for heads in of_runs]))) for of_runs in of_layers]
-
-    return by_arm(["mean over heads", *(f"layer {i}" for i in range(depth))], runs, statistics, cells)
-
-
-def attention_table(runs: list[Run]) -> str:
-    def heads_beyond(bound: float) -> Callable:
-        return lambda masses: np.nan if np.isnan(masses).any() else sum(mass > bound for mass in masses)
-
-    return layers_table(
-        runs,
-        {
-            "% on the first token": ("mass_first", np.mean, 100),
-            "% on separators": ("mass_separator", np.mean, 100),
-            "% on punctuation": ("mass_punctuation", np.mean, 100),
-            "% on itself": ("mass_self", np.mean, 100),
-            "% null": ("null_mass", np.mean, 100),
-            "% idle (of other tokens)": ("idle_mass", np.mean, 100),
-            **{f"{label}, %": (key, np.mean, 100) for key, label in SINKS.items() if not key.endswith("_short")},
-            "entropy, nats": ("entropy", np.mean, 1),
-            **{f"heads with idle mass > {bound:.0%}": ("idle_mass", heads_beyond(bound), 1) for bound in IDLE},
-        },
-    )
-
-
-def sinks_table(runs: list[Run]) -> str:
-    """Sink rates and null mass beside what they were before training and what uniform attention gives."""
-
-    def cells(key: str, found: list[Run]) -> list[str]:
-        columns = []
-        for attentions in ([run.attention for run in found], [run.untrained.get("attention") for run in found]):
-            known = [np.mean([layer[key] for layer in one.values()]) for one in attentions if one]
-            columns.append(float(np.mean(known)) if len(known) == len(found) else np.nan)
-        columns.append(float(np.mean([run.attention_uniform[key] for run in found])))
-        return [figure(100 * value) for value in columns]
-
-    header = ["%, mean over layers and heads", "trained", "at step 0", "uniform attention"]
-    return by_arm(header, runs, {"null mass": "null_mass", **{label: key for key, label in SINKS.items()}}, cells)
-
-
-def learned_section(runs: list[Run]) -> list[str]:
-    """What n became in the heads of every layer where it was trained; nothing of other runs."""
-    learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
-    if not learned:
-        return []
-
-    def cells(layer: str, found: list[Run]) -> list[str]:
-        n = np.exp([log_n for run in found for log_n in run.attention.get(layer, {}).get("log_n", ())])
-        return [figure(pick(n)) if len(n) else "–" for pick in (np.min, np.median, np.max)]
-
-    layers = {layer.replace(".", " "): layer for run in learned for layer in run.attention}
-    seeds = "/".join(sorted({str(len(found)) for found in arms(learned).values()}))
-    return [
-        "## Learned sinks: what n became",
-        by_arm(["n, over heads and runs", "smallest", "median", "largest"], learned, layers, cells),
-        f"*Runs of an arm: {seeds}. Every head began with n = 1; n has no weight decay.*",
-    ]
-
-
-def vectors_table(runs: list[Run]) -> str:
-    norms = {
-        f"{part} norm, {kind}": (f"{part}_norm_{kind}", np.mean, 1)
-        for part in ("value", "key")
-        for kind in TOKEN_CLASSES
-    }
-    return layers_table(
-        runs,
-        {
-            **norms,
-            "from the first token into the context": ("contribution_first", np.mean, 1),
-            "logit range": ("logit_range", np.mean, 1),
-            "largest logit": ("logit_max", np.max, 1),
-            "% of context near zero": ("context_near_zero", np.mean, 100),
-            "context kurtosis of a head": ("context_kurtosis", np.mean, 1),
-            "context kurtosis, active heads": ("context_kurtosis_active", np.mean, 1),
-            "% of queries that attend": ("attending_share", np.mean, 100),
-            "context kurtosis, attending queries": ("context_kurtosis_attending", np.mean, 1),
-            "context kurtosis, attending heads": ("context_kurtosis_attending_heads", np.mean, 1),
-        },
-    )
-
-
-def interventions_table(runs: list[Run]) -> str:
-    columns = {
-        "loss": ("loss", "{:.4f}".format),
-        "FFN output kurtosis": ("ffn_output_kurtosis", figure),
-        "residual infinity norm": ("residual_inf_norm", figure),
-        "sink rate, first, %": ("sink_rate_first", lambda share: figure(100 * share)),
-        "null mass, %": ("null_mass", lambda share: figure(100 * share)),
-        "heads set to zero": ("heads", figure),
-    }
-
-    def cells(name: str, found: list[Run]) -> list[str]:
-        if any(name not in run.interventions for run in found):
-            return ["–"] * len(columns)
-        return [show(float(np.mean([run.interventions[name][key] for run in found]))) for key, show in columns.values()]
-
-    return by_arm(["", *columns], runs, {label: name for name, label in INTERVENTIONS.items()}, cells)
-
-
-def weights_table(runs: list[Run]) -> str:
-    kinds = {
-        "attention query, key, value": r"attention\.self\.(query|key|value)\.weight$",
-        "attention output": r"attention\.output\.dense\.weight$",
-        "FFN, first": r"intermediate\.dense\.weight$",
-        "FFN, second": r"\d\.output\.dense\.weight$",
-        "LayerNorm": r"layer\.\d+\..*LayerNorm\.weight$",
-        "word embeddings": r"word_embeddings\.weight$",
-    }
-    columns = (("kurtosis", np.mean), ("inf_norm", np.max), ("int8_error", np.max), ("int4_error", np.max))
-
-    def cells(pattern: str, found: list[Run]) -> list[str]:
-        measured = [run for run in found if not run.diverged]
-        if not measured:
-            return ["diverged"] * len(columns)
-        shown = []
-        for key, pick in columns:
-            values = [
-                [one[key] for name, one in run.weights.items() if re.search(pattern, name) and key in one]
-                for run in measured
-            ]
-            scale = 100 if key.endswith("error") else 1
-            shown.append(figure(float(np.mean([pick(one) for one in values])) * scale if all(values) else None))
-        return shown
-
-    header = ["", "kurtosis, mean", "largest magnitude", "8-bit error, %", "4-bit error, %"]
-    return by_arm(header, runs, kinds, cells)
-
-
-# Full kurtosis (Gaussian = 3), BERT-base on English text: Bondarenko et al. 2023, clipped softmax with gamma = -0.03.
-# ± as they give it: over two trained models, each quantized three times.
-QUALCOMM = {
-    "BERT-base, softmax (published)": ("4.49 ± 0.01", "735 ± 55", "3,076 ± 262", "1,294 ± 1,046"),
-    "BERT-base, clipped softmax (published)": ("4.41 ± 0.01", "20 ± 1", "80 ± 6", "4.55 ± 0.01"),
-}
-
-
-def qualcomm_table(runs: list[Run]) -> str:
-    def over_runs(values: list[float]) -> str:
-        if not np.isfinite(values).all():
-            return f"not finite in {int((~np.isfinite(values)).sum())} of {len(values)}"
-        return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
-
-    def perplexities(found: list[Run], name: str) -> str:
-        values = [run.damage["schemes"][name]["perplexity"] for run in found if name in run.damage["schemes"]]
-        return over_runs(values) if values else "–"
-
-    def places(found: list[Run], names: tuple[str, ...], statistic: str, pick=np.mean, shift: float = 0.0) -> str:
-        values = [np.mean([mean_of([run], place, statistic, pick) for place in names]) + shift for run in found]
-        return "–" if np.isnan(values).all() else over_runs(values)
-
-    rows = [[name, *cells, "–"] for name, cells in QUALCOMM.items()]
-    for arm, found in arms(runs).items():
-        measured = [run for run in found if not run.diverged]
-        cells = [
-            perplexities(measured, "float32"),
-            places(measured, ("ffn_output",), "inf_norm", np.max),
-            places(measured, ("ffn_output", "ffn_layernorm"), "kurtosis_sequence", shift=3.0),
-            perplexities(measured, "w8a8_published"),
-            perplexities(measured, "w8a8_static"),
-        ]
-        rows.append([arm, *(cells if measured else ["diverged"] * 5)])
-    header = ["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity", "W8A8 perplexity, our setting"]
-    return table(header, rows)
 
 
 # ----------------------------------------------------------------------------------------------- sections of the report
@@ -579,7 +275,7 @@ def primary_section(runs: list[Run], found: list[Finding], asked: dict[str, Answ
     return ["## INT8, the primary question: all that is concluded", answer(runs, found)] if asked else []
 
 
-def arms_section(found: list[Finding]) -> list[str]:
+def dose_section(found: list[Finding]) -> list[str]:
     """Every arm of the headline's set beside the others, n by n; nothing of a set of two arms."""
     by_arm = arms(in_a_pair(found[0].group)) if found else {}
     if len(by_arm) < 3:
@@ -639,17 +335,14 @@ def comparisons_section(found: list[Finding]) -> list[str]:
 
 
 def calibrated_said(runs: list[Run]) -> str:
-    """How much training text the static ranges of the runs come from."""
-    said = []
-    for draws in (run.damage.get("calibration_tokens", {}).get("draws", []) for run in runs):
-        tokens = f"{min(draws):,} to {max(draws):,}" if draws else "unknown numbers of"
-        said.append(f"mean of {len(draws)} draws of {tokens} real tokens")
+    """How much calibration text the static ranges of the runs come from."""
+    of_runs = [run.damage["calibration_tokens"]["draws"] for run in runs]
+    said = [f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs]
     return " / ".join(dict.fromkeys(said))
 
 
 def published_said(runs: list[Run]) -> str:
-    tokens = [run.damage.get("calibration_tokens", {}).get("published") for run in runs]
-    return " / ".join(dict.fromkeys("an unknown number of" if one is None else f"{one:,}" for one in tokens))
+    return " / ".join(dict.fromkeys(f"{run.damage['calibration_tokens']['published']:,}" for run in runs))
 
 
 def damage_section(runs: list[Run]) -> list[str]:
@@ -659,9 +352,10 @@ def damage_section(runs: list[Run]) -> list[str]:
         "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
         f"{scored_said(runs)}. A gap stands with its standard error over texts (and draws of calibration texts); below "
         "twice that it is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
-        f"beforehand on training text (running minimum and maximum, momentum {MOMENTUM}, {calibrated_said(runs)}), "
-        "arithmetic simulated. Percentile, least squares: other ranges from the first draw. As published: the setting "
-        f"of Bondarenko et al. 2023, calibrated on {published_said(runs)} tokens of held-out text (there 65,536). "
+        f"beforehand on text that is not scored (running minimum and maximum, momentum {MOMENTUM}, "
+        f"{calibrated_said(runs)}), arithmetic simulated. Percentile, least squares: other ranges from the first draw. "
+        "As published: the setting of Bondarenko et al. 2023, calibrated on "
+        f"{published_said(runs)} tokens of held-out text (there 65,536). "
         f"Dynamic: a scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. "
         "The last rows quantize one part alone, on some of the texts.*",
     ]
@@ -732,74 +426,6 @@ def executed_said(covered: list[str], shapes: list[str]) -> str:
         f"times in one turn. Kernels that run: {' / '.join(dict.fromkeys(covered))}. DEFINITIONS.md has what each "
         "covers.*"
     )
-
-
-def arms_sections(runs: list[Run], sequences: int) -> list[str]:
-    """The tables of arms, made of one set of runs that agree; a run that diverged was not measured."""
-    measured = [run for run in runs if not run.diverged]
-    return [
-        "## Beside others' figures",
-        qualcomm_table(runs),
-        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
-        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
-        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
-        "column does (Bondarenko et al., NeurIPS 2023; their ±: two models, each quantized three times). Ours: mean ± "
-        "sample standard deviation over the runs of an arm.*",
-        *(activation_sections(measured) if measured else []),
-        *(attention_sections(measured, sequences) if measured else []),
-        "## Weights",
-        weights_table(runs),
-        "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
-        "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
-    ]
-
-
-def activation_sections(runs: list[Run]) -> list[str]:
-    return [
-        "## Activations by place",
-        places_table(runs),
-        "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
-        "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
-        "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
-        "## First token, separators, punctuation",
-        classes_table(runs),
-        "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; mean "
-        "and maximum over the runs of an arm.*",
-        "## Massive activations",
-        massive_table(runs),
-        f"*Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times the median |x| of its "
-        "text. Numbers of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
-    ]
-
-
-def attention_sections(runs: list[Run], sequences: int) -> list[str]:
-    return [
-        "## Attention",
-        attention_table(runs),
-        f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
-        f"attention (Gu et al. 2025), in texts of at least {SHORT} tokens; renormalised: every query's weights divided "
-        "by their sum; idle: what goes to the first token, separators, punctuation or nowhere.*",
-        "## Sinks and null mass, beside step 0 and uniform attention",
-        sinks_table(runs),
-        "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
-        f"first update and beside attention that gives every key 1 / (n + T) on the same {sequences:,} texts. Short: "
-        f"texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
-        *learned_section(runs),
-        "## Vectors of the heads",
-        vectors_table(runs),
-        "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
-        "norm of the value; largest minus smallest logit of a query; share of a head's context entries of at most "
-        f"{NEAR_ZERO:.0%} of the layer's root mean square; excess kurtosis of the context of one head, and of heads "
-        f"with an idle mass of at most {IDLE[0]:.0%} (active); of the queries whose attention goes nowhere by at most "
-        f"{ATTENDING:.0%} (attending), head by head and of heads whose mean query is one. Mean over heads and runs; "
-        "largest logit: of all heads.*",
-        "## Interventions",
-        interventions_table(runs),
-        "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "
-        f"{SINK:.0%} of the texts one token, or nowhere, gets more than {SINK:.0%} of the attention; its context is "
-        f"set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. Absent without such a head or with "
-        "too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
-    ]
 
 
 def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
@@ -879,12 +505,12 @@ def report(
         *shown([LEAD_PICTURE], pictures),
         *(f"**Note.** {line}" for line in warned),
         *primary_section(runs, found, asked),
-        *arms_section(found),
+        *dose_section(found),
         *summary_section(runs),
         *comparisons_section(found),
         *(damage_section(measured) + self_check_section(measured) if measured else []),
         *executed_section(measured),
-        *arms_sections(headline(runs), sequences),
+        *arm_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
     ]
@@ -957,9 +583,11 @@ def models_report(
     """
     names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} models"
     text = f"every other line of {source}" if source.is_file() else f"the validation split of {source}"
+    calibration = "the lines between" if source.is_file() else "the training split"
     tokens = "/".join(f"{run.tokens:,}" for run in runs)
     cut = "/".join(sorted({str(run.max_length) for run in runs}))
-    columns = "" if len(arms(runs)) == len(runs) else " Runs of one arm are averaged here."
+    one_each = len(arms(runs)) == len(runs)
+    rows = "Further down, " + ("every model is an arm by itself." if one_each else "the runs that share n are an arm.")
     parts = [
         f"# Outliers, attention sinks and quantization damage: {names}",
         *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
@@ -968,50 +596,14 @@ def models_report(
         "padding left out. Infinity norm: largest magnitude of a text, mean over the texts. Excess kurtosis: 0 for a "
         f"Gaussian. A sink is a token that gets more than {SINK:.0%} of the mean query's attention: % of heads and "
         f"texts of at least {SHORT} tokens. Losses in nats per masked token, of {scored_said(runs)}; a loss over "
-        "float32 stands with its standard error. A dash: the model lacks it, or it cannot be reached. DEFINITIONS.md "
-        "defines every row.*",
+        f"float32 stands with its standard error. Static quantization is calibrated on {calibration}. A dash: the "
+        f"model lacks it, or it cannot be reached. DEFINITIONS.md defines every row. {rows}*",
         *(f"**Note.** {line}" for line in warned),
         *shown([LEAD_PICTURE], pictures),
         *(summary_section(runs) if any(run.results for run in runs) else []),
-        "## Quantization damage",
-        damage_table(runs),
-        "*Held-out loss, perplexity exp(loss), and the gap to float32. Static: one range a tensor, fixed beforehand on "
-        f"other lines or the training split ({calibrated_said(runs)}). As published: the setting of Bondarenko et al. "
-        f"2023, calibrated on {published_said(runs)} tokens of the text that is scored. The last rows quantize one "
-        "part alone, on some of the texts.*",
-        "## Self-check of the instrument",
-        self_check_table(runs),
-        "*Outliers that are compensated, so that the function stays and static quantization breaks, in a layer that is "
-        "known; and the same function in another class. Undecided where a model has learnt too little to lose.*",
+        *damage_section(runs),
+        *self_check_section(runs),
         *executed_section(runs),
-        "## Beside others' figures",
-        qualcomm_table(runs),
-        "*Full kurtosis here, Gaussian = 3: mean over layers, FFN output and output LayerNorm; infinity norm: largest "
-        f"layer of the FFN output. Other models, languages and texts: perplexities do not compare across rows.{columns}"
-        "*",
-        "## Activations by place",
-        places_table(runs),
-        "## First token, separators, punctuation",
-        classes_table(runs),
-        "## Massive activations",
-        massive_table(runs),
-        f"*Excess kurtosis (Gaussian = 0), mean over layers; norms and channels: largest layer. The residual stream is "
-        f"what enters a LayerNorm. Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times "
-        f"the median |x| of its text.{columns}*",
+        *arm_sections(runs, sequences),
     ]
-    if any(run.attention for run in runs):
-        parts += [
-            "## Attention",
-            attention_table(runs),
-            "## Sinks and null mass, beside uniform attention",
-            sinks_table(runs),
-            *learned_section(runs),
-            "## Vectors of the heads",
-            vectors_table(runs),
-            "## Interventions",
-            interventions_table(runs),
-            "*Mean over real queries, then over heads; idle: what goes to the first token, separators, punctuation or "
-            "nowhere. Interventions: on the same masked text; a sink head has its context set to zero.*",
-        ]
-    parts += ["## Weights", weights_table(runs)]
     return "\n\n".join(illustrated(parts, pictures)) + "\n"

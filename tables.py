@@ -31,6 +31,18 @@ def number(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None or np.isnan(value) else unsigned_zero(f"{value:.{decimals}f}")
 
 
+def gap_cell(scheme: dict) -> str:
+    """The gap of a quantization scheme with its standard error; where it is smaller than its noise, only that it is."""
+    gap, floor, error = scheme["gap"], scheme["floor"], scheme.get("error", np.nan)
+    if not gap:
+        return "–"
+    if not np.isfinite(gap):
+        return "not finite"
+    if abs(gap) < floor:
+        return f"below its noise of {floor:.4f}"
+    return signed(gap) + (f" ± {error:.4f}" if np.isfinite(error) else "")
+
+
 def signed(value: float) -> str:
     """A difference with its sign and four decimals; one that rounds to 0 has no sign."""
     return unsigned_zero(f"{value:+.4f}")

@@ -924,7 +924,7 @@ def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
         ("build_dataset.py", data_dir, ["--sample", "--validation_fraction", "0.1"]),
         ("train_tokenizer.py", tokenizer_dir, ["--data_dir", data_dir, "--vocab_size", "2048"]),
     ):
-        with locked(folder):  # of several runs that start together, one builds it
+        with locked(f"{folder}-sample"):  # of several runs that start together, one builds it
             if not Path(folder).exists():
                 command = [sys.executable, str(here / script), "--output_dir", folder, *flags]
                 if (status := subprocess.run(command).returncode) != 0:

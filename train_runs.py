@@ -31,8 +31,10 @@ if __name__ == "__main__":
     command.begin()
 
 import train_model
+from checkpoints import checkpoints, delete_checkpoints
 from experiment import REMEDIES, read_softmax_n, run_name
-from folder import refuse_unwritable
+from folder import locked, refuse_unwritable
+from hub import diverged
 from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
@@ -233,6 +235,9 @@ def main(argv: list[str] | None = None) -> None:
         if job.results.is_file():
             train_model.refuse_other_settings(job.results, *settings)
             print(f"{job.results}: found and kept, not trained again", flush=True)
+            if checkpoints(job.model) and not diverged(job.results):  # left by a kill behind the results file
+                with locked(job.model):
+                    delete_checkpoints(job.model)
             push(job)
         else:
             missing.append(job)

@@ -55,6 +55,9 @@ RESULTS = {
 }
 
 
+CALIBRATION = {"part_floors": {}, "calibration_tokens": {"draws": [30, 32], "published": 65536}}
+
+
 def changed(results: dict, changes: dict) -> dict:
     """A copy with the values at dotted keys replaced; `...` takes a key away."""
     results = copy.deepcopy(results)
@@ -106,7 +109,7 @@ def made(n: float | str, seed: int, gap: float | None = 0.5, loss: float = 3.0, 
         places=places | dict.fromkeys((*EMBEDDINGS, LOGITS), values),
         attention={f"layer.{layer}": heads for layer in range(2)},
         attention_uniform=dict.fromkeys(("null_mass", *SINK_RATES), size / 10),
-        damage={"schemes": schemes, "sequences": 4, "masked_tokens": 9, "parts": {}, "ranges": {}},
+        damage={"schemes": schemes, "sequences": 4, "masked_tokens": 9, "parts": {}, "ranges": {}} | CALIBRATION,
         tokens=40,
     )
 

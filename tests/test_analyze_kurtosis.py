@@ -33,6 +33,7 @@ import analyze_kurtosis
 import experiment
 import measurement
 from answer import GLANCE
+from arm_tables import entry_cell
 from controls import CHECKS
 from held_out import HELD_OUT_SEED, held_out_batches, held_out_loss, padded_batches
 from kurtosis import weight_excess_kurtosis
@@ -41,11 +42,10 @@ from packing import MaskedLMCollator
 from pictures import EMERGING, SEEDS
 from questions import LABELS
 from record import by_layer, weights_sha256
-from report import entry_cell, gap_cell
 from runs import Run
 from sets import notes
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
-from tables import duration, figure, plus_minus, table
+from tables import duration, figure, gap_cell, plus_minus, table
 
 SCRIPT = Path(analyze_kurtosis.__file__)
 ARCHITECTURE = {
@@ -360,7 +360,7 @@ def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
 
 def test_a_token_that_markdown_would_read_stays_a_token():
     one = {"value": -412.3, "ratio": 1830.0, "position": 0, "channel": 77}
-    cells = [entry_cell({**one, "token": token}, "layer.3") for token in ("<s>", " |", "`", "\ufffd", " ")]
+    cells = [entry_cell({**one, "token": token}, "layer 3") for token in ("<s>", " |", "`", "\ufffd", " ")]
     assert cells[0] == "-412 (1,830 medians): `<s>` at 0, channel 77, layer 3"
     assert [cell.split("`")[1] for cell in cells] == ["<s>", "¦", "'", "·", "_"] and "|" not in "".join(cells)
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import zstandard
 from datasets import load_from_disk
 
 import build_dataset
+import folder
 
 SCRIPT = Path(build_dataset.__file__)
 NAME = "epo_literature_2011_300K"
@@ -495,6 +497,35 @@ def test_link_to_another_disk_stays_a_link():
     Path("data").symlink_to("disk")
     build("--sample")
     assert Path("data").is_symlink() and Path("disk/manifest.json").exists()
+
+
+def test_what_a_killed_build_left_is_cleared_away(capsys):
+    write("a.txt", TEXTS)
+    Path("data.partial-x/new").mkdir(parents=True)
+    write("data.partial-x/new/half.arrow", TEXTS)
+    first = build("--from_files", "a.txt")
+    assert sorted(path.name for path in Path().iterdir()) == ["a.txt", "data"]
+
+    # Killed between the two renames with which one dataset takes another's place: the other returns.
+    Path("data.partial-y/new").mkdir(parents=True)
+    Path("data").rename("data.partial-y/old")
+    with pytest.raises(SystemExit, match=r"^error: data exists and is complete"):
+        build("--sample")
+    assert manifest() == first and sorted(Path().glob("data*")) == [Path("data")]
+
+
+def test_two_builds_of_one_dataset_do_not_meet(server):
+    with folder.sole("data"):
+        assert f"process {os.getpid()} is at work on" in refused("--sample")
+    got = []
+    with folder.locked("downloads/oscar.eo.txt"):
+        other = threading.Thread(target=lambda: got.append(build(*server.flags("oscar"))))
+        other.start()
+        other.join(1)
+        assert not server.requests  # it waits for whoever downloads the same file
+        Path("downloads/oscar.eo.txt").write_bytes(b"".join(LINES))
+    other.join(60)
+    assert not server.requests and got[0]["sources"][0]["lines_read"] == len(LINES)
 
 
 # Flags and the command line

@@ -10,8 +10,8 @@ from made_runs import made, pairs
 
 from answer import findings
 from page import html_page
-from report import LEAD_PICTURE, PICTURED, gap_cell, report
-from tables import figure, number, plus_minus, signed, table
+from report import LEAD_PICTURE, PICTURED, report
+from tables import figure, gap_cell, number, plus_minus, signed, table
 
 NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_runs import RESULTS, diverged, made, pairs
 
+import arm_tables
 import report
 from answer import PRIMARY, findings
 from runs import RESULTS as REQUIRED
@@ -152,7 +153,7 @@ def test_tables_of_arms_are_made_of_pairs_alone(tmp_path):
     model = made(1, 42)
     model.results = None
     assert headline([*full, *alone, model]) == [*full, model]
-    assert report.places_table(full + halves) in report.arms_sections(headline(runs), 9)
+    assert arm_tables.places_table(full + halves) in arm_tables.arm_sections(headline(runs), 9)
 
 
 def test_only_hashes_are_cut_in_notes(tmp_path):
@@ -208,11 +209,11 @@ def test_duplicates_and_copies_end_in_one_line():
 
 
 TABLES = {
-    "places": report.places_table,
-    "classes": report.classes_table,
-    "attention": report.attention_table,
-    "weights": report.weights_table,
-    "qualcomm": report.qualcomm_table,
+    "places": arm_tables.places_table,
+    "classes": arm_tables.classes_table,
+    "attention": arm_tables.attention_table,
+    "weights": arm_tables.weights_table,
+    "qualcomm": arm_tables.qualcomm_table,
 }
 
 
@@ -220,7 +221,7 @@ TABLES = {
 def test_a_short_run_changes_no_table_of_arms(name):
     full = pairs([1.0], [2.0])
     short = [made(0, 42, size=5.0, training__steps=600), made(0.5, 7, size=5.0, training__steps=600)]
-    written = report.arms_sections(headline(full + short), 9)
+    written = arm_tables.arm_sections(headline(full + short), 9)
     assert TABLES[name](full) in written and TABLES[name](full) != TABLES[name](full + short[:1])
     text = whole(full + short)
     assert TABLES[name](full) in text
@@ -271,7 +272,9 @@ def test_published_figures_have_their_own_spread_and_ours_too():
     runs = [made(0, 42, size=1.0), made(0, 43, size=3.0), made(1, 42, size=1.0)]
     for run, size in zip(runs, (1.0, 3.0, 1.0), strict=True):
         run.damage["schemes"]["w8a8_published"] = {"perplexity": 40 * size}
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.qualcomm_table(runs).splitlines()]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in arm_tables.qualcomm_table(runs).splitlines()
+    ]
     cells = {first: rest for first, *rest in lines}
     assert cells["BERT-base, softmax (published)"] == ["4.49 ± 0.01", "735 ± 55", "3,076 ± 262", "1,294 ± 1,046", "–"]
     # By hand: sizes 1 and 3; perplexities are 20, 40 and 30 times as large, full kurtosis is 3 more. What they publish

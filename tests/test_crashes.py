@@ -1,0 +1,28 @@
+"""Kills at drawn moments; what the experiment then leaves is what it leaves undisturbed (see crash_harness.py)."""
+
+from pathlib import Path
+
+import crash_harness
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds its processes by Linux's /proc")
+
+
+def test_an_experiment_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
+    """Short, for every day: two trainings at a time, killed in three stages."""
+    with crash_harness.experiment(import_each_time=False) as made:
+        fell, _, files = crash_harness.survive(made, kills=3, seed=48, keep=tmp_path)
+    assert fell.total() == 3 and files > 50
+
+
+@pytest.mark.slow
+def test_no_stage_escapes(tmp_path):
+    with crash_harness.experiment(import_each_time=False) as made:
+        fell, _, _ = crash_harness.survive(made, kills=40, seed=1, keep=tmp_path)
+    assert set(crash_harness.STAGES) <= set(fell)
+
+
+@pytest.mark.slow
+def test_nor_does_it_matter_how_the_scripts_start(tmp_path):
+    with crash_harness.experiment(import_each_time=True) as made:
+        crash_harness.survive(made, kills=3, seed=2, keep=tmp_path)

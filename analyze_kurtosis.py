@@ -135,12 +135,6 @@ def write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
@@ -163,17 +157,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="where the report goes (default: --results_dir, and a folder in it for models named: their names)",
     )
-    parser.add_argument("--max_samples", type=positive, default=500, help="held-out texts, evenly spread (%(default)s)")
+    parser.add_argument(
+        "--max_samples", type=command.positive, default=500, help="held-out texts, evenly spread (%(default)s)"
+    )
     parser.add_argument(
         "--max_scored",
-        type=positive,
+        type=command.positive,
         default=500,
         help="of these, those that are scored under each quantization: a CPU is slow in bfloat16 (%(default)s)",
     )
-    parser.add_argument("--batch_size", type=positive, default=16, help="texts at a time (%(default)s)")
+    parser.add_argument("--batch_size", type=command.positive, default=16, help="texts at a time (%(default)s)")
     parser.add_argument(
         "--calibration_batches",
-        type=positive,
+        type=command.positive,
         default=CALIBRATION_BATCHES,
         help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws "
         "(%(default)s)",

@@ -303,12 +303,12 @@ def learned_section(runs: list[Run]) -> list[str]:
     if not learned:
         return []
 
-    def cells(layer: str, found: list[Run]) -> list[str]:
-        n = np.exp([log_n for run in found for log_n in run.attention.get(layer, {}).get("log_n", ())])
-        return [figure(pick(n)) if len(n) else "–" for pick in (np.min, np.median, np.max)]
+    def cells(layer: str, of_arm: list[Run]) -> list[str]:
+        n = np.exp([log_n for run in of_arm for log_n in run.attention.get(layer, {}).get("log_n", ())])
+        return [figure(reduce(n)) if len(n) else "–" for reduce in (np.min, np.median, np.max)]
 
     layers = {layer.replace(".", " "): layer for run in learned for layer in run.attention}
-    seeds = "/".join(sorted({str(len(found)) for found in arms(learned).values()}))
+    seeds = "/".join(sorted({str(len(of_arm)) for of_arm in arms(learned).values()}))
     return [
         "## Learned sinks: what n became",
         by_arm(["n, over heads and runs", "smallest", "median", "largest"], learned, layers, cells),

@@ -663,12 +663,6 @@ BENCHMARKS = {
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = command.Parser(description=__doc__)
@@ -676,11 +670,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
     parser.add_argument("--tokenizer_dir", default="tokenizer", help="tokenizer of train_tokenizer.py (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark"), help="where results go (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=50 if cuda else 5, help="repetitions (%(default)s)")
+    parser.add_argument("--rounds", type=command.positive, default=50 if cuda else 5, help="repetitions (%(default)s)")
     parser.add_argument(
-        "--max_length", type=positive, default=8192 if cuda else 2048, help="attention: longest sequence (%(default)s)"
+        "--max_length",
+        type=command.positive,
+        default=8192 if cuda else 2048,
+        help="attention: longest sequence (%(default)s)",
     )
-    parser.add_argument("--lines", type=positive, default=4_600_000, help="tokenize: lines (%(default)s)")
+    parser.add_argument("--lines", type=command.positive, default=4_600_000, help="tokenize: lines (%(default)s)")
     args = parser.parse_args(argv)
     if args.what == "attention" and args.max_length < 64:
         parser.error("--max_length must be at least 64")

@@ -1,4 +1,4 @@
-"""What the scripts share as commands: how they begin and end, and how they refuse a flag.
+"""What the scripts share as commands: how they begin and end, and how they read and refuse a flag.
 
 A script imports this before what takes seconds to import:
 
@@ -40,6 +40,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def positive(text: str) -> int:
+    """A flag's whole number above 0, as `type` of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -33,6 +33,7 @@ from held_out import held_out_loss
 from outliers import hides_attention
 from quantization import StaticW8A8, UnsetRange, measured_copy, part_gaps
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
+from tables import number
 
 # ------------------------------------------------------------------------------------------------- the self-check
 
@@ -161,7 +162,8 @@ def check_class(model: PreTrainedModel, gap: float, scored: list[dict], calibrat
     swapped = held_out_loss(StaticW8A8(other, calibration).model, scored)[0]
     swapped -= held_out_loss(measured_copy(other), scored)[0]
     agree = abs(swapped - gap) < UNCHANGED if math.isfinite(gap) else None
-    return {"passed": agree, "said": f"gap {gap:.4f} and {swapped:.4f} nats", "gap": gap, "swapped_gap": swapped}
+    said = f"gap {number(gap, 4)} and {number(swapped, 4)} nats"
+    return {"passed": agree, "said": said, "gap": gap, "swapped_gap": swapped}
 
 
 def check_outliers(
@@ -189,7 +191,7 @@ def check_outliers(
     felt = all(abs(one["float32_change"]) < UNCHANGED and one["gap"] - gap > FELT for one in layers.values())
     large = {
         "passed": felt and right == len(layers),
-        "said": f"gap {min(gaps):.3f} to {max(gaps):.3f} nats, right layer in {right} of {len(layers)}",
+        "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(layers)}",
         "gap_without": gap,
         "layers": layers,
     }
@@ -200,7 +202,7 @@ def check_outliers(
         "large_outlier": large,
         "small_outlier": {
             "passed": small - gap < (layers[middle]["gap"] - gap) / 2,
-            "said": f"gap {small:.3f} nats in {middle}, {gap:.3f} without",
+            "said": f"gap {number(small, 3)} nats in {middle}, {number(gap, 3)} without",
             "gap": small,
         },
     }

@@ -49,7 +49,7 @@ from outliers import FFN, eager_attention, hides_attention, measure_model, unifo
 from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
 from record import git_state, one_line, versions, weights_sha256
-from runs import BINS, Run, refuse_missing
+from runs import BINS, Run, refuse_missing, unused_layer
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
@@ -93,6 +93,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if lacking := sorted(loading["missing_keys"]):
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
+    if spare := unused_layer(loading):
+        sys.exit(f"error: {name} is {kind}: its config.json has fewer layers than the weights, which hold {spare}")
     if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
         sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
@@ -262,6 +264,20 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     scored = held_out_batches({"input_ids": some}, masks, batch_size)
     few = [some[i] for i in evenly_spread(len(some), INTERVENTION_TEXTS)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
+    measure_quantization(run, texts, model, tokenizer, masks, scored, checked, execute)
+
+
+def measure_quantization(
+    run: Run,
+    texts: Texts,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    masks: MaskedLMCollator,
+    scored: list[dict],
+    checked: bool,
+    execute: Callable | None,
+) -> None:
+    """Fill in the damage by every quantization, simulated and executed, and the instrument's check of itself."""
     draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
@@ -270,7 +286,7 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
     run.damage = {
-        "sequences": len(some),
+        "sequences": sum(len(batch["input_ids"]) for batch in scored),
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }

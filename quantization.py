@@ -36,7 +36,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -646,14 +646,14 @@ def measure_damage(
          "part_floors": {part: twice the standard error of that gap over the texts},
          "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
-    found, draw_gaps, rest = {}, [], {"parts": {}, "part_floors": {}, "ranges": {}}
+    sums: dict[str, Tensor] = {}  # of per_text_loss, by scheme
     draws = [] if hides_attention(model) else draws
-    with tqdm(total=len(SCHEMES) + len(draws), desc=f"{label}: quantization", unit="pass") as bar:
+    with tqdm(total=len(SCHEMES) + len(draws) - 1, desc=f"{label}: quantization", unit="pass") as bar:
 
         def score(scheme: str, quantized: PreTrainedModel) -> Tensor:
-            found[scheme] = per_text_loss(quantized, batches)
+            sums[scheme] = per_text_loss(quantized, batches)
             bar.update()
-            return found[scheme]
+            return sums[scheme]
 
         plain = measured_copy(model)
         exact, masked = score("float32", plain).T
@@ -662,40 +662,55 @@ def measure_damage(
         except RuntimeError:  # some attentions compute in float32 alone
             if not hides_attention(model):
                 raise
-        static, statics = None, []
-        for i, draw in enumerate(draws):
-            if static is None:
-                static = StaticW8A8(model, draw, histograms=True)
-            else:
-                static.calibrate(draw)
-            statics.append(score("w8a8_static", static.model))
-            draw_gaps.append(((statics[-1][:, 0] - exact).sum() / masked.sum()).item())
-            if i == 0:
-                some = batches[:: math.ceil(len(batches) / PART_BATCHES)]
-                rest["parts"], rest["part_floors"] = part_gaps(static, plain, some)
-                rest["ranges"] = {name: [one.low, one.high] for name, one in static.ranges.items()}
-                bar.update()
-                for estimator in ("percentile", "mse"):
-                    static.choose(estimator)
-                    score(f"w8a8_{estimator}", static.model)
+        static = {"parts": {}, "part_floors": {}, "ranges": {}}
         if draws:
-            found["w8a8_static"] = torch.stack(statics).mean(0)
+            some = batches[:: math.ceil(len(batches) / PART_BATCHES)]
+            sums["w8a8_static"], static = _score_static(model, plain, draws, some, score)
             score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
         score("w4_weight_only", weight_only_w4(model))
-    texts = {scheme: found[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in found}
+    texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
+    draw_gaps = [((losses[:, 0] - exact).sum() / masked.sum()).item() for losses in static.pop("draws", [])]
     masked = masked.numpy()
     schemes = {
-        scheme: _scheme(sums, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
-        for scheme, sums in texts.items()
+        scheme: _scheme(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
+        for scheme, losses in texts.items()
     }
     return {
         "schemes": schemes,
         "masked_tokens": int(masked.sum()),
         "masked": masked.astype(int).tolist(),
-        "texts": {scheme: [float(f"{value:.6g}") for value in sums] for scheme, sums in texts.items()},
-        **rest,
+        "texts": {scheme: [float(f"{value:.6g}") for value in losses] for scheme, losses in texts.items()},
+        **static,
     }
+
+
+def _score_static(
+    model: PreTrainedModel, plain: PreTrainedModel, draws: list[list[dict]], some: list[dict], score: Callable
+) -> tuple[Tensor, dict]:
+    """Score w8a8_static with every draw of calibration batches, and with the first draw the other ranges of ours.
+
+    Args:
+        model, draws: as in `measure_damage`.
+        plain: a copy that is not quantized.
+        some: batches for the damage of one part alone.
+        score: (scheme, quantized model) -> losses by text, of `per_text_loss`.
+
+    Returns:
+        (mean of the losses over the draws, {"draws": losses with each draw, and "parts", "part_floors", "ranges" of
+        `measure_damage`}).
+    """
+    static = StaticW8A8(model, draws[0], histograms=True)
+    losses = [score("w8a8_static", static.model)]
+    parts, part_floors = part_gaps(static, plain, some)
+    ranges = {name: [activation.low, activation.high] for name, activation in static.ranges.items()}
+    for estimator in ("percentile", "mse"):
+        static.choose(estimator)
+        score(f"w8a8_{estimator}", static.model)
+    for draw in draws[1:]:
+        static.calibrate(draw)
+        losses.append(score("w8a8_static", static.model))
+    return torch.stack(losses).mean(0), {"draws": losses, "parts": parts, "part_floors": part_floors, "ranges": ranges}
 
 
 def part_gaps(

@@ -214,6 +214,11 @@ def refuse_missing(model: str) -> None:
         sys.exit(f"error: no model folder {model}{what}")
 
 
+def unused_layer(loading: dict) -> str | None:
+    """A parameter of a layer that the model of `from_pretrained(output_loading_info=True)` lacks; None without one."""
+    return min((key for key in loading["unexpected_keys"] if re.search(r"\blayer\.\d+\.", key)), default=None)
+
+
 def folder_name(model: str) -> str:
     """The last part of a model folder, `.` and `..` resolved, or of a Hub name."""
     return Path(os.path.abspath(model) if Path(model).is_dir() else model).name or "model"

@@ -49,7 +49,7 @@ from folder import refuse_unwritable
 from held_out import longest_text
 from pairs import CONFIDENCE, TEST, compare, no_interval
 from record import git_state, hardware, one_line, sha256, versions, write_json
-from runs import labelled, refuse_missing
+from runs import labelled, refuse_missing, unused_layer
 
 SPLIT_SEED = 0  # of training, development and test: the same for every model and seed
 SHARES = (0.8, 0.1)  # of training and development; the rest is for the test
@@ -177,6 +177,10 @@ def load(name: str, tags: list[str]) -> tuple[PreTrainedModel, PreTrainedTokeniz
     lacking = sorted(key for key in loading["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
     if lacking:  # the head alone is new
         sys.exit(f"error: {name} cannot be fine-tuned, its weights are not complete: it lacks {lacking[0]}")
+    if spare := unused_layer(loading):
+        sys.exit(
+            f"error: {name} cannot be fine-tuned: config.json has fewer layers than the weights, which hold {spare}"
+        )
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if tokenizer.pad_token_id is None or None in ends(tokenizer):
@@ -280,12 +284,6 @@ def report(found: list[dict]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE.conllu", help="tagged sentences")
@@ -296,8 +294,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results_dir", type=Path, default=Path("results"), help="tagging/ in it takes the results (%(default)s)"
     )
-    parser.add_argument("--seeds", type=positive, default=3, help="how often each model is fine-tuned (%(default)s)")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="passes over the training part (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=command.positive, default=3, help="how often each model is fine-tuned (%(default)s)"
+    )
+    parser.add_argument(
+        "--epochs", type=command.positive, default=EPOCHS, help="passes over the training part (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 

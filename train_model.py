@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoModelForMaskedLM,
@@ -1177,6 +1178,32 @@ def train_alone(
         hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
 
 
+def remedy(error: Exception, args: TrainingArguments) -> str | None:
+    """What is wrong and what to do, of errors that come from the machine; None of others.
+
+    PyTorch has a plain RuntimeError for most of them.
+    """
+    said = record.one_line(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|t allocate memory", said):
+        size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if size == 1:
+            return f"out of memory with one sample at a time ({said}): choose a smaller model or --max_length"
+        parts = next(parts for parts in range(2, size + 1) if size % parts == 0)
+        return (
+            f"out of memory with {size} samples at a time ({said}): --per_device_train_batch_size {size // parts} "
+            f"--gradient_accumulation_steps {steps * parts} keeps the effective batch (with checkpoints there, add "
+            "--overwrite)"
+        )
+    if "DataLoader worker" in said:
+        return (
+            f"a process that makes batches has ended ({said}), often for lack of memory: give the same command again, "
+            "it goes on from the last checkpoint; with a smaller --dataloader_num_workers, if it happens again"
+        )
+    if isinstance(error, SafetensorError) or re.search("PytorchStreamWriter|inline_container|iostream", said):
+        return f"{args.output_dir} cannot be written ({said}): make room, and give the same command again"
+    return None
+
+
 def main(argv: list[str] | None = None) -> None:
     experiment, args = parse(argv)
     try:
@@ -1184,6 +1211,10 @@ def main(argv: list[str] | None = None) -> None:
             train(experiment, args, record.command_line() if argv is None else ["train_model.py", *argv])
     except NothingToMask as error:
         sys.exit(f"error: {record.one_line(error)}")
+    except (RuntimeError, MemoryError, SafetensorError) as error:
+        if (what := remedy(error, args)) is None:
+            raise
+        sys.exit(f"error: {what}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ def sample(tmp_path_factory):
     return folder
 
 
+# Sizes of a model that computes in a moment; tests add a vocabulary and positions.
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
 TEXTS = [
     "La hundo kuras.",
     "Ĉu vi vidas la ruĝan ĝardenon malantaŭ nia malgranda domo?",

@@ -17,7 +17,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import TEXTS, save_tokenizer
+from conftest import SMALL, TEXTS, save_tokenizer
 from safetensors.torch import load_file
 from transformers import (
     DistilBertConfig,
@@ -48,13 +48,7 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 from tables import duration, figure, gap_cell, plus_minus, table
 
 SCRIPT = Path(analyze_kurtosis.__file__)
-ARCHITECTURE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 130,
-}
+ARCHITECTURE = {**SMALL, "max_position_embeddings": 130}
 
 
 def results_of(model, name, softmax_n):
@@ -795,6 +789,10 @@ DAMAGE = {
     "no masked-LM head": (
         replace_model(RobertaModel(RobertaConfig(**ARCHITECTURE, vocab_size=300))),
         "not a complete masked language model",
+    ),
+    "fewer layers than the weights": (
+        lambda root: edit_config(root, lambda config: config.update(num_hidden_layers=1)),
+        "has fewer layers than the weights, which hold roberta.encoder.layer.1.",
     ),
     "config values of the wrong kind": (
         lambda root: edit_config(root, lambda config: config.update(hidden_size="wide")),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_outliers import SMALL, Tokenizer, batch_of, model_with
+from test_outliers import MODEL, Tokenizer, batch_of, model_with
 from transformers import BertConfig, BertForMaskedLM
 
 import interventions as module
@@ -116,7 +116,7 @@ def test_the_null_slot_is_given_and_taken(n):
 @pytest.mark.parametrize("build", [model_with, sinking])
 def test_the_class_of_the_model_makes_no_difference(build):
     stock = build(0)
-    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30)).eval()
+    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**MODEL, softmax_n=1e-30)).eval()
     ours.load_state_dict(stock.state_dict())
     found = [interventions(model, masked_batches(), Tokenizer()) for model in (stock, ours)]
     assert found[0].keys() == found[1].keys()
@@ -151,6 +151,6 @@ def test_texts_without_a_first_token_keep_theirs():
 
 
 def test_bert():
-    model = BertForMaskedLM(BertConfig(**SMALL)).eval()
+    model = BertForMaskedLM(BertConfig(**MODEL)).eval()
     found = interventions(model, masked_batches(), Tokenizer())
     assert found["as_softmax0"] == pytest.approx(found["as_trained"], rel=1e-5, abs=1e-6)

@@ -4,23 +4,17 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import SMALL
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from kurtosis import ActivationKurtosis, excess_kurtosis, sequence_excess_kurtosis, weight_excess_kurtosis
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-}
+MODEL = {**SMALL, "vocab_size": 60, "max_position_embeddings": 40}
 
 
 def small_roberta():
     torch.manual_seed(0)
-    return RobertaForMaskedLM(RobertaConfig(**SMALL)).eval()
+    return RobertaForMaskedLM(RobertaConfig(**MODEL)).eval()
 
 
 def batch_of(lengths, width):

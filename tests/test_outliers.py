@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
@@ -31,14 +32,7 @@ from outliers import (
 )
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-}
+MODEL = {**SMALL, "vocab_size": 60, "max_position_embeddings": 40}
 
 
 def random_values(*size, seed=0):
@@ -64,9 +58,9 @@ def first_and_others(mask):
 def model_with(n):
     torch.manual_seed(0)
     if n:
-        model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=n))
+        model = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**MODEL, softmax_n=n))
     else:
-        model = RobertaForMaskedLM(RobertaConfig(**SMALL))
+        model = RobertaForMaskedLM(RobertaConfig(**MODEL))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -292,7 +286,7 @@ def test_logits_are_every_eighth_token_however_batched():
 
 
 def test_bert_and_models_that_lack_places():
-    model = BertForMaskedLM(BertConfig(**SMALL)).eval()
+    model = BertForMaskedLM(BertConfig(**MODEL)).eval()
     places, attention, _ = measure_model(model, [batch_of([9, 4], 9)], Tokenizer())
     assert {"embeddings", "logits", "layer.1.query", "layer.1.ffn_residual"} <= places.keys()
     assert attention["layer.0"]["null_mass"] == pytest.approx([0, 0], abs=1e-6)
@@ -520,7 +514,7 @@ def flat(found):
 def test_the_class_of_the_model_makes_no_difference():
     """The same weights in the stock class and in ours, where n = 1e-30 stands for 0."""
     stock = model_with(0)
-    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30)).eval()
+    ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**MODEL, softmax_n=1e-30)).eval()
     ours.load_state_dict(stock.state_dict())
     batches = [batch_of([20, 17, 9], 20), batch_of([4, 3], 4)]
     found = []

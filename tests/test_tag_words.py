@@ -277,6 +277,10 @@ BAD_MODELS = {
         lambda folder: edited(folder, "config.json", lambda config: config.update(num_hidden_layers=2)),
         "its weights are not complete: it lacks roberta.encoder.layer.1.",
     ),
+    "fewer layers than the weights": (
+        lambda folder: edited(folder, "config.json", lambda config: config.update(num_hidden_layers=-1)),
+        "config.json has fewer layers than the weights, which hold roberta.encoder.layer.0.",
+    ),
 }
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,19 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_from_disk
 from scipy import stats
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    TrainerState,
+)
 from transformers.trainer_callback import TrainerCallback
 
 import checkpoints
+import command
 import experiment
 import folder
 import measurement
@@ -861,6 +872,100 @@ def test_a_complete_run_is_trained_again_where_that_is_asked(train):
 def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):
     monkeypatch.setattr(train_model.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     exits_with(capsys, "the disk has less", train)
+
+
+def written_with(limit: int, call) -> None:
+    """`call`, while no file may become larger than `limit` bytes: to the program it is a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (train_model, "seal")]
+WRITES += [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerBase, "save_pretrained")]
+
+
+@pytest.mark.parametrize(
+    "which", [2, 14, *(pytest.param(i, marks=pytest.mark.slow) for i in (*range(2), *range(3, 14)))]
+)
+def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_work(train, monkeypatch, capsys, which):
+    """Two checkpoints, the model and the results are written, in 19 calls; the disk is full during one of them."""
+    expected = train("--use_softmax1", results="whole")
+    calls = []
+
+    def full(write):
+        def limited(*args, **kwargs):
+            calls.append(write)
+            if len(calls) - 1 == which:
+                written_with(64, lambda: write(*args, **kwargs))
+            else:
+                write(*args, **kwargs)
+
+        return limited
+
+    with monkeypatch.context() as patch:
+        for owner, name in WRITES:
+            patch.setattr(owner, name, full(getattr(owner, name)))
+        with pytest.raises(SystemExit) as end:
+            command.run(lambda: train("--use_softmax1"))
+    assert re.fullmatch(r"error: .*", end.value.code), end.value.code
+    assert len(calls) == which + 1
+    resumed = train("--use_softmax1")
+    for name in ("loss_history", "validation", "emergence", "activation_excess_kurtosis"):
+        assert resumed[name] == expected[name]
+    before, after = (Path(f"{name}-models/esperberto-softmax1") for name in ("whole", "results"))
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == {
+        path.name: path.read_bytes() for path in after.iterdir()
+    }
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError(), "can't allocate memory"])
+def test_a_batch_that_is_too_large_says_how_to_make_it_smaller(train, monkeypatch, capsys, error):
+    step = train_model.ExperimentTrainer.training_step
+
+    def too_large(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise RuntimeError(f"DefaultCPUAllocator: {error}") if isinstance(error, str) else error
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", too_large)
+    advice = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 keeps the effective batch"
+    exits_with(capsys, advice, train)
+    assert [path.name for path in Path("results-models").glob("*/checkpoint-*")] == ["checkpoint-3"]
+    exits_with(capsys, "with one sample at a time", lambda: train("--per_device_train_batch_size", "1", "--overwrite"))
+
+
+def test_a_worker_that_is_killed_ends_the_training_in_one_line_and_costs_no_work(train, monkeypatch, capsys):
+    expected = train("--dataloader_num_workers", "1", results="whole")
+    step = train_model.ExperimentTrainer.training_step
+
+    def killing(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.ExperimentTrainer, "training_step", killing)
+        exits_with(capsys, "a process that makes batches has ended", lambda: train("--dataloader_num_workers", "1"))
+    resumed = train("--dataloader_num_workers", "1")
+    assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
+
+
+def test_a_loss_that_is_no_number_in_some_step_ends_the_run_there(train, monkeypatch, capsys):
+    loss = train_model.ExperimentTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        return loss(self, *args, **kwargs) * (math.nan if self.state.global_step == 3 else 1)
+
+    monkeypatch.setattr(train_model.ExperimentTrainer, "compute_loss", broken)
+    exits_with(capsys, "esperberto-softmax0 diverged, loss is nan at step 4", train)
+    result = json.loads(Path("results/esperberto-softmax0.json").read_text())
+    assert result["diverged"]["step"] == 4 and [step for step, _ in result["loss_history"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("steps", "found"), [(6, "loss is nan"), (1, "the held-out loss is nan")])

@@ -7,13 +7,13 @@
     python analyze_kurtosis.py --report_only         # the report again, from what was measured before
 
 Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/ (or the text file)
-Writes  results/report.md and report.html (the same, in one file), results/analysis.json, results/<picture>.png, and
-        results/measured/<run>.json: all that was measured of a run, which the next analysis takes where nothing has
-        changed since, and which is enough where the model is gone.
-        Of models that are named all this goes to results/<name>/, several names being joined by +
+Writes  results/report.md and report.html (the same, with its pictures, in one file), results/analysis.json,
+        results/<picture>.png, and results/measured/<run>.json: all that was measured of a run. The next analysis reads
+        it instead of measuring again where nothing has changed; a run whose model is gone needs nothing else.
+        Reports of named models go to results/<name>/, or to results/<name>+<name>/
 
-What is measured is defined in DEFINITIONS.md. Activations: of the final model on held-out text, in eval mode, padding
-left out. Quantization: calibrated on training text, scored on the same held-out text, masked as in training.
+DEFINITIONS.md defines every figure. Activations are those of the final model on held-out text, in eval mode, without
+padding. Quantization is calibrated on training text and scored on the same held-out text, masked as in training.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences: int, source: Path) -> dict:
+def analysis(runs: list[Run], warned: list[str], all_findings: list[Finding], sequences: int, source: Path) -> dict:
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + [FFN, "output"])
-    compared = found[0].compared if found else {}
+    compared = all_findings[0].compared if all_findings else {}
     return {
         "git": git_state(),
         "record": is_record(runs),
@@ -74,19 +74,19 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"text" if source.is_file() else "data_dir": str(source), "sequences": sequences},
         "notes": warned,
-        "answer": answer(runs, found),
-        "questions": {key: asdict(one) for key, one in questions(found).items()},
+        "answer": answer(runs, all_findings),
+        "questions": {key: asdict(item) for key, item in questions(all_findings).items()},
         "primary_metric": PRIMARY,
-        "comparisons": {arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in compared.items()},
+        "comparisons": {arm: {metric: asdict(item) for metric, item in each.items()} for arm, each in compared.items()},
         "other_sets": [
             {
                 "runs": [run.name for run in other.group.runs],
                 "steps": other.group.steps,
                 "comparisons": {
-                    arm: {metric: asdict(one) for metric, one in each.items()} for arm, each in other.compared.items()
+                    arm: {metric: asdict(item) for metric, item in each.items()} for arm, each in other.compared.items()
                 },
             }
-            for other in found[1:]
+            for other in all_findings[1:]
         ],
         "published": {suffix: dict(zip(PUBLISHED, pair, strict=True)) for _, suffix, *pair in WEIGHTS + ACTIVATIONS}
         | {FFN: dict(zip(PUBLISHED, PUBLISHED_FFN, strict=True))},
@@ -116,7 +116,7 @@ def analysis(runs: list[Run], warned: list[str], found: list[Finding], sequences
 
 
 def is_record(runs: list[Run]) -> bool:
-    """Whether this analysis and all it reads were made from unmodified checkouts, which can be looked up."""
+    """Whether this analysis and all results it reads come from unmodified checkouts, so that their code is known."""
     modified = any(from_modified_tree(run) or run.measured_at.get("dirty", False) is not False for run in runs)
     return git_state()["dirty"] is False and not modified
 
@@ -129,7 +129,7 @@ def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write beside, then rename, so that a full disk costs no earlier report."""
+    """Write to a temporary name, then rename: a full disk does not destroy an earlier report."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
@@ -197,12 +197,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def output_folder(args: argparse.Namespace, runs: list[Run]) -> Path:
-    """Where the report goes: models that are named have a folder of their own, so that no report replaces another."""
+    """Where the report goes: named models have a folder of their own, so that no report overwrites another."""
     if args.output_dir or not args.models:
         return args.output_dir or args.results_dir
     name = "+".join(run.name for run in runs)
     if len(name.encode()) > MAX_NAME:
-        sys.exit("error: the names of so many models make no name of a folder: choose one with --output_dir")
+        sys.exit("error: the names of these models are too long for a folder's name: choose one with --output_dir")
     return args.results_dir / name
 
 
@@ -211,7 +211,7 @@ def executor(wanted: bool) -> Callable | None:
     if not wanted:
         return None
     try:
-        import executed  # here, so that an analysis without it needs none of its packages
+        import executed  # imported here, because an analysis without --onnxruntime does not need its packages
     except ImportError as error:
         sys.exit(f"error: --onnxruntime needs onnx, onnxscript and onnxruntime (requirements.txt): {one_line(error)}")
     return executed.execute
@@ -220,8 +220,8 @@ def executor(wanted: bool) -> Callable | None:
 def measure_or_take(
     run: Run, kept: Path, texts: Texts, args: argparse.Namespace, checked: bool, execute: Callable | None
 ) -> None:
-    """Measure a run, or take from `kept` what an earlier analysis has measured where nothing has changed since."""
-    if args.models and not Path(run.model).is_dir():  # from the Hub, where it may change
+    """Measure a run, or read from `kept` what an earlier analysis measured, if nothing has changed since."""
+    if args.models and not Path(run.model).is_dir():  # a model on the Hub may change
         measure(run, texts, args.batch_size, checked, execute)
         return
     made = made_with(texts, args.batch_size, execute is not None)
@@ -237,7 +237,7 @@ def measure_all(
 ) -> tuple[int, list[str]]:
     """Measure the models of all runs on the same texts, and keep in `folder` what was measured.
 
-    Runs whose weights are no numbers are taken out of `runs`. Returns (how many texts these are, a line for each run
+    Runs whose weights hold NaN or infinities are taken out of `runs`. Returns (number of texts, a line for each run
     that was taken out).
     """
     source = args.text or args.data_dir
@@ -268,7 +268,7 @@ def measure_all(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # One clear line instead of theirs.
+    # The libraries' own messages would stand around our one line about an error.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
@@ -278,10 +278,10 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unwritable(args.results_dir)
     runs = find_runs(args.models, args.results_dir, args.models_dir)
     refuse_duplicates(runs)
-    refuse_copies(runs)  # by what training wrote, before hours of measuring
+    refuse_copies(runs)  # as far as training's records tell, before hours of measuring
     folder = output_folder(args, runs)
     measured = (folder if args.models else args.results_dir) / MEASURED_DIR
-    for run in runs:  # before hours are spent on the first
+    for run in runs:  # a model that cannot be measured ends the script before hours of measuring
         if not (args.report_only or run.diverged or (measured / f"{run.name}.json").is_file()):
             load(run.model)
     refuse_unwritable(folder)
@@ -293,17 +293,17 @@ def main(argv: list[str] | None = None) -> None:
         sequences, lost = measure_all(runs, args, measured, execute)
     source = args.text or args.data_dir
     warned = [*self_check_notes(runs), *lost, *absent_notes(runs), *notes(runs, source)]
-    found = findings(runs)
+    all_findings = findings(runs)
     made = pictures(headline(runs), sequences)
     captions = {name: (picture.title, picture.caption) for name, picture in made.items()}
-    # Without a pair there is nothing of the experiment to be said.
-    if args.models and (args.text or not found) and not any(run.diverged for run in runs):
+    # The report of the experiment needs a pair of runs.
+    if args.models and (args.text or not all_findings) and not any(run.diverged for run in runs):
         text = models_report(runs, warned, sequences, source, captions, is_record(runs))
     else:
-        text = report(runs, warned, found, sequences, source, captions, is_record(runs))
+        text = report(runs, warned, all_findings, sequences, source, captions, is_record(runs))
     print(text)
 
-    write_json(folder / "analysis.json", analysis(runs, warned, found, sequences, source))
+    write_json(folder / "analysis.json", analysis(runs, warned, all_findings, sequences, source))
     images = {name: picture.png for name, picture in made.items()}
     for name, picture in images.items():
         write(folder / name, picture)

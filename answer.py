@@ -5,16 +5,16 @@ The rules of the answer stand as one table in DEFINITIONS.md ("What is concluded
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
-import quantization
 from experiment import BASELINE, PRIMARY_ARM
 from outliers import IDLE, OUTLIER
 from pairs import POWER, SIGN_TEST, Comparison, below_noise, compare, compare_ratio, no_interval, percent
-from quantization import SCHEMES
+from quantization import SCHEMES, bootstrap_difference
 from runs import Run
 from sets import ComparisonSet, comparison_sets, in_a_pair
 from tables import figure, spread
@@ -109,19 +109,19 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
     """
 
     def layers(place: str, statistic: str) -> np.ndarray | None:
-        found = [values[statistic] for name, values in places.items() if name.endswith(f".{place}")]
-        return np.array(found, dtype=float) if found else None
+        values = [values[statistic] for name, values in places.items() if name.endswith(f".{place}")]
+        return np.array(values, dtype=float) if values else None
 
     def heads(statistic: str) -> np.ndarray | None:
-        found = [value for layer in attention.values() for value in layer.get(statistic, ())]
-        return np.array(found, dtype=float) if found else None
+        values = [value for layer in attention.values() for value in layer.get(statistic, ())]
+        return np.array(values, dtype=float) if values else None
 
     def contexts(statistic: str) -> np.ndarray | None:
         """One number a layer, and none in a layer where nothing attends."""
-        found = np.array([layer.get(statistic, np.nan) for layer in attention.values()], dtype=float)
-        return found[~np.isnan(found)] if not np.isnan(found).all() else None
+        values = np.array([layer.get(statistic, np.nan) for layer in attention.values()], dtype=float)
+        return values[~np.isnan(values)] if not np.isnan(values).all() else None
 
-    found = {
+    reduced = {
         "ffn_output_kurtosis": (np.mean, layers("ffn_output", "kurtosis_sequence")),
         "ffn_output_inf_norm": (np.max, layers("ffn_output", "inf_norm")),
         "residual_kurtosis": (np.mean, layers("ffn_residual", "kurtosis_sequence")),
@@ -138,7 +138,7 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
         "half_idle_heads": (lambda masses: (masses > IDLE[0]).sum(), heads("idle_mass")),
         "idle_heads": (lambda masses: (masses > IDLE[1]).sum(), heads("idle_mass")),
     }
-    return {key: None if some is None else float(reduce(some)) for key, (reduce, some) in found.items()}
+    return {key: None if values is None else float(reduce(values)) for key, (reduce, values) in reduced.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
@@ -158,7 +158,11 @@ class Finding:
 def findings(runs: list[Run]) -> list[Finding]:
     """Of every set that has a pair, the headline's first; --test_pipeline's only where there are no other runs."""
     sets = comparison_sets(runs)
-    return [Finding(one, comparisons(one)) for one in sets if one.pairs and one.test_pipeline == sets[0].test_pipeline]
+    return [
+        Finding(group, comparisons(group))
+        for group in sets
+        if group.pairs and group.test_pipeline == sets[0].test_pipeline
+    ]
 
 
 def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
@@ -166,7 +170,7 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
 
     The arms but the primary one share an error of 5 % (Bonferroni).
     """
-    found: dict[str, dict[str, Comparison]] = {}
+    compared: dict[str, dict[str, Comparison]] = {}
     by_arm = {arm: trained_pairs(group, arm) for arm in ordered(group)}
     exploratory = [arm for arm, pairs in by_arm.items() if pairs and arm != PRIMARY_ARM]
     for arm, pairs in by_arm.items():
@@ -174,23 +178,23 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
             continue
         before = {seed: metrics(pair[0]) for seed, pair in pairs.items()}
         after = {seed: metrics(pair[1]) for seed, pair in pairs.items()}
-        found[arm] = {}
+        compared[arm] = {}
         tests = 1 if arm == PRIMARY_ARM else len(exploratory)
         for metric in METRICS:
             both = [{seed: values[metric] for seed, values in of_arm.items()} for of_arm in (before, after)]
-            one = compare(*both, tests=tests)
-            if one is not None:
+            comparison = compare(*both, tests=tests)
+            if comparison is not None:
                 if metric in RATIOS:
                     logs = compare_ratio(*both, shift=RATIOS[metric], tests=tests)
-                    one.ratio, one.ratio_low, one.ratio_high = ratio(logs)
+                    comparison.ratio, comparison.ratio_low, comparison.ratio_high = ratio(logs)
                 if metric in GAPS:
-                    of_pairs = [pairs[seed] for seed in one.seeds]
-                    one.texts_low, one.texts_high = over_texts(of_pairs, GAPS[metric])
-                    one.baseline_floor, one.floor = (
+                    of_pairs = [pairs[seed] for seed in comparison.seeds]
+                    comparison.texts_low, comparison.texts_high = over_texts(of_pairs, GAPS[metric])
+                    comparison.baseline_floor, comparison.floor = (
                         noise(list(runs), GAPS[metric]) for runs in zip(*of_pairs, strict=True)
                     )
-                found[arm][metric] = one
-    return found
+                compared[arm][metric] = comparison
+    return compared
 
 
 def ratio(logs: Comparison | None) -> tuple[float | None, float | None, float | None]:
@@ -218,97 +222,96 @@ def noise(runs: list[Run], scheme: str) -> float | None:
 def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None, float | None]:
     """95 % bootstrap interval over the held-out texts of the mean difference of the gaps; (None, None) without data.
 
-    The texts are the same in every run, and are drawn for all runs together: the loss of each text is averaged over the
-    pairs first, which gives the mean difference of every draw.
+    The texts are the same in every run, and are drawn for all runs together.
     """
-    bootstrap = getattr(quantization, "bootstrap_difference", None)
-    damages = [[run.damage for run in arm] for arm in zip(*pairs, strict=True)]
-    every = [damage for arm in damages for damage in arm]
-    known = all("masked" in one and {"float32", scheme} <= set(one.get("texts", {})) for one in every)
-    if bootstrap is None or not known or any(one["masked"] != every[0]["masked"] for one in every):
+    before, after = (mean_losses(list(of_arm), scheme) for of_arm in zip(*pairs, strict=True))
+    if before is None or after is None or before["masked"] != after["masked"]:
         return None, None
-    before, after = (
-        {
-            "masked": every[0]["masked"],
-            "texts": {key: np.mean([one["texts"][key] for one in arm], axis=0).tolist() for key in ("float32", scheme)},
-        }
-        for arm in damages
-    )
-    sums = [values for one in (before, after) for values in one["texts"].values()]
-    if not np.isfinite(np.array(sums, dtype=float)).all():
-        return None, None
-    low, high = bootstrap(before, after, scheme)
-    return float(low), float(high)
+    low, high = bootstrap_difference(before, after, scheme)
+    return (low, high) if math.isfinite(low) else (None, None)
+
+
+def mean_losses(runs: list[Run], scheme: str) -> dict | None:
+    """Losses of every text in float32 and in a scheme, mean over the runs, as quantization.bootstrap_difference takes
+    them: the mean difference of every draw of texts follows from these. None where runs were not scored on the same."""
+    damages = [run.damage for run in runs]
+    masked = damages[0].get("masked")
+    if masked is None or any(damage.get("masked") != masked or scheme not in damage["texts"] for damage in damages):
+        return None
+    texts = {key: np.mean([damage["texts"][key] for damage in damages], axis=0) for key in ("float32", scheme)}
+    return {"masked": masked, "texts": texts}
 
 
 # ----------------------------------------------------------------------------------------- decisions, one function each
 
 
-def shown(one: Comparison) -> bool:
+def shown(comparison: Comparison) -> bool:
     """Whether the interval of the difference excludes 0 (or the sign test is significant, where it is the test)."""
-    if one.test == SIGN_TEST:
-        return one.p < 1 - one.confidence
-    return one.low is not None and not one.low <= 0 <= one.high
+    if comparison.test == SIGN_TEST:
+        return comparison.p < 1 - comparison.confidence
+    return comparison.low is not None and not comparison.low <= 0 <= comparison.high
 
 
-def less(one: Comparison) -> bool:
+def less(comparison: Comparison) -> bool:
     """Whether a difference that is shown is one downwards."""
-    return one.lower > one.higher if one.test == SIGN_TEST else one.difference < 0
+    return comparison.lower > comparison.higher if comparison.test == SIGN_TEST else comparison.difference < 0
 
 
-def within_margin(one: Comparison) -> bool:
+def within_margin(comparison: Comparison) -> bool:
     """Equivalence: both one-sided tests reject a difference of MARGIN or more (TOST; Schuirmann 1987)."""
-    return one.low90 is not None and -MARGIN < one.low90 and one.high90 < MARGIN
+    return comparison.low90 is not None and -MARGIN < comparison.low90 and comparison.high90 < MARGIN
 
 
-def beyond_margin(one: Comparison) -> bool:
+def beyond_margin(comparison: Comparison) -> bool:
     """Whether the whole interval lies beyond MARGIN."""
-    return one.low is not None and (one.low >= MARGIN or one.high <= -MARGIN)
+    return comparison.low is not None and (comparison.low >= MARGIN or comparison.high <= -MARGIN)
 
 
-def harmless(one: Comparison) -> tuple[bool, bool]:
+def harmless(comparison: Comparison) -> tuple[bool, bool]:
     """(softmax0, the arm): whether the upper end of the interval of its own mean gap is below MARGIN."""
-    if not one.finite:
+    if not comparison.finite:
         return False, False
-    return tuple(upper is not None and upper < MARGIN for upper in (one.baseline_upper, one.upper))
+    return tuple(upper is not None and upper < MARGIN for upper in (comparison.baseline_upper, comparison.upper))
 
 
-def direction(one: Comparison) -> int:
+def direction(comparison: Comparison) -> int:
     """Of the gap that the verdict claims: -1 less, 1 more; 0 where it claims none, or one below the margin."""
-    if not shown(one) or (one.test != SIGN_TEST and within_margin(one)):
+    if not shown(comparison) or (comparison.test != SIGN_TEST and within_margin(comparison)):
         return 0
-    return -1 if less(one) else 1
+    return -1 if less(comparison) else 1
 
 
-def verdict(one: Comparison, arm: str) -> str:
+def verdict(comparison: Comparison, arm: str) -> str:
     """What is concluded about the gap of static W8A8, without figures."""
-    amount = "less" if one.difference is not None and one.difference < 0 else "more"
-    if one.test == SIGN_TEST:
-        if shown(one):
-            return f"{arm} makes quantization {'less' if less(one) else 'more'} harmful here"
+    amount = "less" if comparison.difference is not None and comparison.difference < 0 else "more"
+    if comparison.test == SIGN_TEST:
+        if shown(comparison):
+            return f"{arm} makes quantization {'less' if less(comparison) else 'more'} harmful here"
         return "undecided"
-    if one.low is None:
+    if comparison.low is None:
         return "undecided"
-    if shown(one) and within_margin(one):
+    if shown(comparison) and within_margin(comparison):
         return f"{arm} differs, by less than the margin of {MARGIN:g} nats"
-    if shown(one):
+    if shown(comparison):
         sure = f"{arm} makes quantization {amount} harmful here"
-        return sure if beyond_margin(one) else f"{sure}, though perhaps by less than the margin of {MARGIN:g} nats"
-    if within_margin(one):
+        return (
+            sure if beyond_margin(comparison) else f"{sure}, though perhaps by less than the margin of {MARGIN:g} nats"
+        )
+    if within_margin(comparison):
         return f"{arm} and {BASELINE} are equivalent in what quantization costs (TOST, margin ±{MARGIN:g} nats)"
     return "undecided"
 
 
-def rescue(one: Comparison, arm: str, group: ComparisonSet) -> str:
+def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
     """Whether there is anything to rescue, as the beginning of a sentence; empty where there may be.
 
     An arm of which a run diverged, in a pair or not, is never one without harm: its worst run was not quantized.
     """
     lost = {run.arm for run in group.runs if run.diverged}
-    baseline, other = harmless(one)
+    baseline, other = harmless(comparison)
     if not baseline or BASELINE in lost:
         return ""
-    ends = f"upper end of the {percent(one.confidence)} interval of its mean gap under {MARGIN:g} nats"
+    ends = f"upper end of the {percent(comparison.confidence)} interval of its mean gap under {MARGIN:g} nats"
     if other and arm not in lost:
         return f"there is nothing to rescue, quantization harms neither {BASELINE} nor {arm} (of each, {ends}); "
     return f"there is nothing to rescue in {BASELINE} ({ends}); "
@@ -353,45 +356,46 @@ def undecided_check(group: ComparisonSet) -> str:
     )
 
 
-def few_pairs(one: Comparison) -> str:
-    if one.pairs != 2 or one.low is None:
+def few_pairs(comparison: Comparison) -> str:
+    if comparison.pairs != 2 or comparison.low is None:
         return ""
-    t = scipy.stats.t.ppf(1 - (1 - one.confidence) / 2, 1)
+    t = scipy.stats.t.ppf(1 - (1 - comparison.confidence) / 2, 1)
     return f", from two pairs only (t = {t:.1f})"
 
 
 # -------------------------------------------------------------------------------------------------- the answer in words
 
 
-def interval(one: Comparison) -> str:
+def interval(comparison: Comparison) -> str:
     """Of the difference, in words."""
-    if one.low is None:
-        return no_interval(one)
-    return f"{percent(one.confidence)} interval from {figure(one.low)} to {figure(one.high)}"
+    if comparison.low is None:
+        return no_interval(comparison)
+    return f"{percent(comparison.confidence)} interval from {figure(comparison.low)} to {figure(comparison.high)}"
 
 
 def losses(metric: dict[str, Comparison], arm: str) -> str:
     """Absolute losses of both arms, after quantization and before."""
     said = []
     for key, label in ((QUANTIZED, "loss after quantization"), (FLOAT32, "loss in float32")):
-        if (one := metric.get(key)) is not None and one.finite:
-            sure = "" if one.pairs == 1 else f" ({interval(one)})"
+        if (comparison := metric.get(key)) is not None and comparison.finite:
+            sure = "" if comparison.pairs == 1 else f" ({interval(comparison)})"
             said.append(
-                f"{label}: {arm} {spread(one.mean, one.std)} nats, {BASELINE} "
-                f"{spread(one.baseline_mean, one.baseline_std)}, difference {figure(one.difference)}{sure}"
+                f"{label}: {arm} {spread(comparison.mean, comparison.std)} nats, {BASELINE} "
+                f"{spread(comparison.baseline_mean, comparison.baseline_std)}, "
+                f"difference {figure(comparison.difference)}{sure}"
             )
-        elif one is not None:
-            said.append(f"{label}: {interval(one)}")
+        elif comparison is not None:
+            said.append(f"{label}: {interval(comparison)}")
     return "; ".join(said)
 
 
-def failures(one: Comparison, arm: str) -> list[str]:
+def failures(comparison: Comparison, arm: str) -> list[str]:
     """In how many pairs which arm's quantized loss is not finite."""
     said = []
-    for name, lost in ((BASELINE, one.baseline_not_finite), (arm, one.not_finite)):
+    for name, lost in ((BASELINE, comparison.baseline_not_finite), (arm, comparison.not_finite)):
         if lost:
             listed = ", ".join(map(str, lost))
-            pairs = "the one pair" if one.pairs == 1 else f"{len(lost)} of {one.pairs} pairs"
+            pairs = "the one pair" if comparison.pairs == 1 else f"{len(lost)} of {comparison.pairs} pairs"
             said.append(f"{name}'s loss after quantization is not finite in {pairs} (seed {listed})")
     return said
 
@@ -423,12 +427,12 @@ def divergences(arm: str, group: ComparisonSet) -> str:
     )
 
 
-def costs(one: Comparison, arm: str) -> str:
+def costs(comparison: Comparison, arm: str) -> str:
     said = [
         f"an amount {below} nats" if (below := below_noise(mean, floor)) else f"{spread(mean, std)}{unit}"
         for mean, std, floor, unit in (
-            (one.mean, one.std, one.floor, " nats"),
-            (one.baseline_mean, one.baseline_std, one.baseline_floor, ""),
+            (comparison.mean, comparison.std, comparison.floor, " nats"),
+            (comparison.baseline_mean, comparison.baseline_std, comparison.baseline_floor, ""),
         )
     ]
     return f"static W8A8 quantization costs {arm} {said[0]} of held-out loss, {BASELINE} {said[1]}"
@@ -444,56 +448,59 @@ def size(count: int, arm: str, group: ComparisonSet) -> str:
     return said + (" in which both arms were trained" if 0 < count < len(group.pairs[arm]) else "")
 
 
-def texts(one: Comparison) -> str:
-    if one.texts_low is None:
+def texts(comparison: Comparison) -> str:
+    if comparison.texts_low is None:
         return ""
-    only = ", this pair only" if one.pairs == 1 else ""
-    return f"95% interval over texts{only}: {figure(one.texts_low)} to {figure(one.texts_high)}"
+    only = ", this pair only" if comparison.pairs == 1 else ""
+    return f"95% interval over texts{only}: {figure(comparison.texts_low)} to {figure(comparison.texts_high)}"
 
 
 def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
     """One pair is told as a fact."""
-    one = metric[PRIMARY]
-    begin = f"Open: {size(1, arm, group)} (seed {one.seeds[0]}), no test"
-    if not one.finite:
-        told = ". ".join([begin, *failures(one, arm), losses(metric, arm)])
+    comparison = metric[PRIMARY]
+    begin = f"Open: {size(1, arm, group)} (seed {comparison.seeds[0]}), no test"
+    if not comparison.finite:
+        sentence = ". ".join([begin, *failures(comparison, arm), losses(metric, arm)])
     else:
-        sure = f" ({texts(one)})" if texts(one) else ""
-        difference = f"a difference of {figure(one.difference)} nats{sure}"
-        told = f"{begin}. In it {costs(one, arm)}, {difference}; {losses(metric, arm)}"
-    return f"{told}. Nothing can be concluded about {arm} beyond this pair."
+        sure = f" ({texts(comparison)})" if texts(comparison) else ""
+        difference = f"a difference of {figure(comparison.difference)} nats{sure}"
+        sentence = f"{begin}. In it {costs(comparison, arm)}, {difference}; {losses(metric, arm)}"
+    return f"{sentence}. Nothing can be concluded about {arm} beyond this pair."
 
 
 def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
     """Several pairs, one with a loss that is not finite."""
-    one = metric[PRIMARY]
-    decided = one.lower + one.higher
+    comparison = metric[PRIMARY]
+    decided = comparison.lower + comparison.higher
     least = f"; {decided} pairs cannot give less than p = {min(1, 2 * 0.5**decided):.2g}" if decided else ""
-    ties = f", {one.ties} tied and left out" if one.ties else ""
+    ties = f", {comparison.ties} tied and left out" if comparison.ties else ""
     said = (
-        f"{capital(verdict(one, arm))}{retraction(one, metric.get(QUANTIZED), arm)}, over "
-        f"{size(one.pairs, arm, group)}: {'; '.join(failures(one, arm))}. A loss that is not finite counts as worse "
-        f"than every finite one: static W8A8 quantization costs {arm} less than {BASELINE} in {one.lower} of "
-        f"{one.pairs} pairs and more in {one.higher}{ties} ({SIGN_TEST}, p = {one.p:.2g}{least})."
+        f"{capital(verdict(comparison, arm))}{retraction(comparison, metric.get(QUANTIZED), arm)}, over "
+        f"{size(comparison.pairs, arm, group)}: {'; '.join(failures(comparison, arm))}. A loss that is not finite "
+        "counts as worse than every finite one: static W8A8 quantization costs "
+        f"{arm} less than {BASELINE} in {comparison.lower} of "
+        f"{comparison.pairs} pairs and more in {comparison.higher}{ties} ({SIGN_TEST}, p = {comparison.p:.2g}{least})."
     )
     return f"{said} {capital(losses(metric, arm))}."
 
 
 def by_mean(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
     """Several pairs, all finite."""
-    one = metric[PRIMARY]
-    retracted = retraction(one, metric.get(QUANTIZED), arm)
-    said = rescue(one, arm, group) + verdict(one, arm) + retracted + few_pairs(one)
-    sure = f"{interval(one)}, {one.test}, p = {one.p:.2g}" if one.low is not None else interval(one)
-    told = (
-        f"{capital(said)}: over {size(one.pairs, arm, group)} {costs(one, arm)} (mean ± standard deviation over "
-        f"seeds), a difference of {figure(one.difference)} nats ({sure})"
+    comparison = metric[PRIMARY]
+    retracted = retraction(comparison, metric.get(QUANTIZED), arm)
+    said = rescue(comparison, arm, group) + verdict(comparison, arm) + retracted + few_pairs(comparison)
+    sure = interval(comparison)
+    if comparison.low is not None:
+        sure += f", {comparison.test}, p = {comparison.p:.2g}"
+    sentence = (
+        f"{capital(said)}: over {size(comparison.pairs, arm, group)} {costs(comparison, arm)} "
+        f"(mean ± standard deviation over seeds), a difference of {figure(comparison.difference)} nats ({sure})"
     )
-    told = "; ".join(part for part in (told, texts(one), losses(metric, arm)) if part) + "."
-    if verdict(one, arm) == "undecided" and one.detectable is not None:
-        effect = f"a true difference of {figure(one.detectable)} nats in {POWER:.0%} of cases"
-        told += f" With this spread, {one.pairs} pairs would show {effect}."
-    return told
+    sentence = "; ".join(part for part in (sentence, texts(comparison), losses(metric, arm)) if part) + "."
+    if verdict(comparison, arm) == "undecided" and comparison.detectable is not None:
+        effect = f"a true difference of {figure(comparison.detectable)} nats in {POWER:.0%} of cases"
+        sentence += f" With this spread, {comparison.pairs} pairs would show {effect}."
+    return sentence
 
 
 def capital(text: str) -> str:
@@ -510,10 +517,10 @@ def of_arm(finding: Finding, arm: str) -> str:
     if PRIMARY not in metric:
         of = size(len(trained_pairs(group, arm)), arm, group)
         return f"None about {arm}: static W8A8 quantization was not measured in a pair ({of}).{lost}"
-    one = metric[PRIMARY]
-    if one.pairs == 1:
+    comparison = metric[PRIMARY]
+    if comparison.pairs == 1:
         said = one_pair(metric, arm, group)
-    elif not one.finite:
+    elif not comparison.finite:
         said = by_sign(metric, arm, group)
     else:
         said = by_mean(metric, arm, group)
@@ -538,11 +545,11 @@ def of_set(finding: Finding, others: list[str] | None = None) -> str:
 def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
     """A sentence for every run outside the set that was trained on more sequences and has no pair."""
     said = []
-    for one in comparison_sets(runs):
-        paired = in_a_pair(one)
-        for run in one.runs:
+    for other in comparison_sets(runs):
+        paired = in_a_pair(other)
+        for run in other.runs:
             steps, batch = run.results["training"]["steps"], run.results["effective_batch_size"]
-            if one.test_pipeline or run in paired or run in group.runs or steps * batch <= group.samples:
+            if other.test_pipeline or run in paired or run in group.runs or steps * batch <= group.samples:
                 continue
             said.append(
                 f"{run.name} was trained on more ({steps:,} steps of {batch:,} sequences), but has no pair: it is not "
@@ -551,20 +558,20 @@ def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
     return said
 
 
-def answer(runs: list[Run], found: list[Finding]) -> str:
+def answer(runs: list[Run], all_findings: list[Finding]) -> str:
     """The answer from the headline's set, then from every other set with a pair; what cannot be concluded is said."""
     trained = [run for run in runs if run.results]
     if trained and all(run.results["test_pipeline"] for run in trained):
         return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."
-    if not found:
+    if not all_findings:
         return (
             f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
             "tokenizer, steps and settings."
         )
-    first = found[0].group
+    first = all_findings[0].group
     if failed := failed_check(first):
         return failed
-    said = [of_set(found[0], trained_on_more(runs, first))]
-    for other in found[1:]:
+    said = [of_set(all_findings[0], trained_on_more(runs, first))]
+    for other in all_findings[1:]:
         said.append(f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {of_set(other)}")
     return " ".join(said)

@@ -91,11 +91,11 @@ def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
     with torch.random.fork_rng(devices=[]):
         if type(model) is RobertaForMaskedLM:
             config = RobertaSoftmaxNConfig(**settings, softmax_n=n or NEARLY_ZERO)
-            other = RobertaSoftmaxNForMaskedLM(config)
+            swapped = RobertaSoftmaxNForMaskedLM(config)
         else:
-            other = apply_softmax_n(RobertaForMaskedLM(RobertaConfig(**settings)), n)
-    other.load_state_dict(model.state_dict())
-    return other.to(model.device).eval()
+            swapped = apply_softmax_n(RobertaForMaskedLM(RobertaConfig(**settings)), n)
+    swapped.load_state_dict(model.state_dict())
+    return swapped.to(model.device).eval()
 
 
 def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dict]) -> dict:
@@ -119,23 +119,23 @@ def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dic
     plain = measured_copy(model)
     exact = held_out_loss(plain, scored)[0]
     context = held_out_loss(plain, moved)[0] - exact
-    found = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
+    checks = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
     try:
         static = StaticW8A8(model, calibration)
-        found["rounding"] = check_rounding(static, scored[-1:])
+        checks["rounding"] = check_rounding(static, scored[-1:])
         gap = held_out_loss(static.model, scored)[0] - exact
-        found["class_swap"] = check_class(model, gap, scored, calibration)
+        checks["class_swap"] = check_class(model, gap, scored, calibration)
         if not can_be_compensated(model):
-            found |= undecided("not a post-LayerNorm model")
+            checks |= undecided("not a post-LayerNorm model")
         elif not context >= LEARNT:  # or not finite: too little that quantization could destroy
-            found |= undecided("the model has learnt too little")
+            checks |= undecided("the model has learnt too little")
         else:
-            found |= check_outliers(model, gap, exact, scored, calibration)
+            checks |= check_outliers(model, gap, exact, scored, calibration)
     except UnsetRange as error:
-        return found | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
-    verdicts = [found[key]["passed"] for key in CHECKS]
-    found["passed"] = False if False in verdicts else found["large_outlier"]["passed"]
-    return found
+        return checks | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
+    verdicts = [checks[key]["passed"] for key in CHECKS]
+    checks["passed"] = False if False in verdicts else checks["large_outlier"]["passed"]
+    return checks
 
 
 def undecided(why: str) -> dict[str, dict]:
@@ -186,9 +186,11 @@ def check_outliers(
         }
         del control, static, plain
         gc.collect()  # hooks refer to what holds them: without this, every copy of the model stays in memory
-    gaps = [one["gap"] for one in layers.values()]
-    right = sum(name == one["largest_part"] for name, one in layers.items())
-    felt = all(abs(one["float32_change"]) < UNCHANGED and one["gap"] - gap > FELT for one in layers.values())
+    gaps = [of_layer["gap"] for of_layer in layers.values()]
+    right = sum(name == of_layer["largest_part"] for name, of_layer in layers.items())
+    felt = all(
+        abs(of_layer["float32_change"]) < UNCHANGED and of_layer["gap"] - gap > FELT for of_layer in layers.values()
+    )
     large = {
         "passed": felt and right == len(layers),
         "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(layers)}",

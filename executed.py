@@ -152,14 +152,14 @@ class Reader:
 
 def text_losses(session: onnxruntime.InferenceSession, groups: list[Group]) -> np.ndarray:
     """(texts,): sum of the cross-entropy of the masked tokens of every text, in nats, in the order of the batches."""
-    found = np.zeros(sum(len(group.texts) for group in groups))
+    sums = np.zeros(sum(len(group.texts) for group in groups))
     for group in groups:
         if not len(group.positions):
             continue
         logits = torch.from_numpy(session.run(["logits"], group.feed)[0]).float()
         losses = F.cross_entropy(logits, torch.from_numpy(group.labels), reduction="none").double().numpy()
-        found[group.texts] = np.bincount(group.row, losses, minlength=len(group.texts))
-    return found
+        sums[group.texts] = np.bincount(group.row, losses, minlength=len(group.texts))
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------------- the export
@@ -236,8 +236,8 @@ def export(model: PreTrainedModel, path: Path) -> None:
         )
         exported = program.model_proto
         # The exporter notes the classes and source lines that nodes come from: half a megabyte, no part of the model.
-        for one in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
-            del one.metadata_props[:]
+        for part in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
+            del part.metadata_props[:]
         onnx.save(exported, path)
 
 
@@ -288,14 +288,14 @@ def behind_softmax(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found = {}
+    names = {}
     ahead = [node for node in model.graph.node if node.op_type == "Softmax"]
     while ahead:
         for reader in readers.get(ahead.pop().output[0], []):
-            if reader.op_type != "MatMul" and reader.name not in found:
-                found[reader.name] = True
+            if reader.op_type != "MatMul" and reader.name not in names:
+                names[reader.name] = True
                 ahead.append(reader)
-    return list(found)
+    return list(names)
 
 
 def leave_logits(path: Path) -> None:
@@ -349,8 +349,8 @@ def operators(quantized: Path, running: Path) -> dict:
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(quantized))
     graph = model.graph
-    kinds = {one.name: one.type.tensor_type.elem_type for one in (*graph.value_info, *graph.input, *graph.output)}
-    stored = {one.name: one.data_type for one in graph.initializer}
+    kinds = {entry.name: entry.type.tensor_type.elem_type for entry in (*graph.value_info, *graph.input, *graph.output)}
+    stored = {entry.name: entry.data_type for entry in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -391,7 +391,7 @@ def operators(quantized: Path, running: Path) -> dict:
             kernels["float32"][node.op_type] += 1
 
     def plain(counts: dict[str, Counter]) -> dict[str, dict[str, int]]:
-        return {name: dict(sorted(one.items())) for name, one in counts.items()}
+        return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
     return {"qdq": plain(around), "kernels": plain(kernels), "activations": len(ranges), **dict(parameters)}
 
@@ -447,8 +447,8 @@ def agreement(changes: np.ndarray, simulated: np.ndarray, masked: np.ndarray) ->
         {"difference": gap executed minus gap simulated, "error": its standard error over texts, "correlation":
         Pearson's, of the changes a masked token of every text; NaN where there is none}
     """
-    some = masked > 0
-    pair = np.stack([changes[some], simulated[some]]) / masked[some]
+    predicted = masked > 0
+    pair = np.stack([changes[predicted], simulated[predicted]]) / masked[predicted]
     spread = np.isfinite(pair).all() and pair.shape[1] > 2 and (pair.std(1) > 0).all()
     return {
         "difference": float((changes - simulated).sum() / masked.sum()),

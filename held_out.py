@@ -67,12 +67,12 @@ def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: i
 
 def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
     """Unmasked texts, sorted by length, so that little is padded: input_ids and attention_mask (B, T) of each batch."""
-    samples = [torch.tensor(one) for one in sorted(ids, key=len)]
+    samples = [torch.tensor(text) for text in sorted(ids, key=len)]
     batches = []
     for start in range(0, len(samples), batch_size):
-        some = samples[start : start + batch_size]
-        padded = torch.nn.utils.rnn.pad_sequence(some, True, tokenizer.pad_token_id)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in some], True)
+        chosen = samples[start : start + batch_size]
+        padded = torch.nn.utils.rnn.pad_sequence(chosen, True, tokenizer.pad_token_id)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in chosen], True)
         batches.append({"input_ids": padded, "attention_mask": mask})
     return batches
 
@@ -151,7 +151,7 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
     """
     training = model.training
     model.eval()
-    found = [torch.zeros(0, 2, dtype=torch.float64)]
+    sums = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
@@ -160,9 +160,9 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
             logits = model(**batch).logits[0]
         losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
         losses[masked] = F.cross_entropy(logits.float(), labels[masked], reduction="none").double()
-        found.append(torch.stack([losses.sum(1), masked.sum(1).double()], 1).cpu())
+        sums.append(torch.stack([losses.sum(1), masked.sum(1).double()], 1).cpu())
     model.train(training)
-    return torch.cat(found)
+    return torch.cat(sums)
 
 
 def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:

@@ -66,33 +66,33 @@ def interventions(
         same special token.
     """
     model.eval()
-    found = {}
-    found["as_trained"], attention = _measure(model, batches, tokenizer)
+    results = {}
+    results["as_trained"], attention = _measure(model, batches, tokenizer)
     if not hides_attention(model):
         for n in (0, 1):
             try:
-                other = apply_softmax_n(copy.deepcopy(model), n)
+                changed = apply_softmax_n(copy.deepcopy(model), n)
             except ValueError:  # an attention of it would stay as it is
                 continue
-            if other.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
-                found[f"as_softmax{n}"], _ = _measure(other, batches, tokenizer)
+            if changed.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
+                results[f"as_softmax{n}"], _ = _measure(changed, batches, tokenizer)
 
     every: Heads = {(layer, head) for layer, one in attention.items() for head in range(len(one["null_mass"]))}
     sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
     if sinks:
-        found["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
+        results["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
     if sinks and len(every - sinks) >= len(sinks):
         draws = random.Random(0)
         chosen = [set(draws.sample(sorted(every - sinks), len(sinks))) for _ in range(DRAWS)]
         drawn = [_without(model, heads, batches, tokenizer) for heads in chosen]
         means = {key: float(np.mean([one[key] for one in drawn])) for key in drawn[0]}
-        found["without_random_heads"] = {**means, "heads": len(sinks)}
+        results["without_random_heads"] = {**means, "heads": len(sinks)}
 
     starts = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}
     if len(starts) == 1 and starts <= {tokenizer.bos_token_id, tokenizer.cls_token_id}:
         shorter = [{name: tensor[:, 1:] for name, tensor in batch.items()} for batch in batches]
-        found["without_first_token"], _ = _measure(model, shorter, tokenizer)
-    return {name: {"heads": 0, **found[name]} for name in INTERVENTIONS if name in found}
+        results["without_first_token"], _ = _measure(model, shorter, tokenizer)
+    return {name: {"heads": 0, **results[name]} for name in INTERVENTIONS if name in results}
 
 
 def _without(
@@ -123,10 +123,10 @@ def _measure(
     places, attention = outliers.result(), sinks.result()
 
     def layers(place: str, statistic: str) -> list[float]:
-        return [one[statistic] for name, one in places.items() if name.endswith(f".{place}")] or [math.nan]
+        return [of_place[statistic] for name, of_place in places.items() if name.endswith(f".{place}")] or [math.nan]
 
     def heads(statistic: str) -> float:
-        return float(np.mean([one[statistic] for one in attention.values()] or [math.nan]))
+        return float(np.mean([of_layer[statistic] for of_layer in attention.values()] or [math.nan]))
 
     figures = {
         "loss": loss / masked,

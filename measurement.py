@@ -1,9 +1,9 @@
 """What is measured of one model: activations, attention, weights, interventions, quantization. Fills in a runs.Run.
 
-measure            everything, on texts that are the same for all runs
-measured_already   the same from the file that an earlier analysis left, where nothing has changed since
-take_measured      the same for all runs from these files alone
-load               a masked-LM and its tokenizer, or one line that says what is wrong with them
+measure            measures everything, on texts that are the same for all runs
+measured_already   reads the same from the file that an earlier analysis wrote, if nothing has changed since
+take_measured      reads the same for all runs from these files alone
+load               loads a masked-LM and its tokenizer, or exits with one line that says what is wrong with them
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from runs import BINS, Run, refuse_missing, unused_layer
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
-HISTOGRAM_TEXTS = 32  # are held in memory at once, for the histograms
-INTERVENTION_TEXTS = 100  # of those that are scored under each quantization, evenly spread
+HISTOGRAM_TEXTS = 32  # whose FFN outputs are held in memory at once, for the histograms
+INTERVENTION_TEXTS = 100  # evenly spread over those that are scored under each quantization
 MAPPED_TEXTS = 2
 MAPPED_LENGTH = range(8, 17)  # tokens: a map that can be read
 
@@ -63,14 +63,14 @@ MAPPED_LENGTH = range(8, 17)  # tokens: a map that can be read
 
 
 class NotFinite(ValueError):
-    """A model whose weights are no numbers any more: there is nothing to be measured."""
+    """The weights of a model hold NaN or infinities, so nothing can be measured."""
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub name; exits with one line where they cannot be loaded or measured."""
     refuse_missing(name)
     kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
-    # What lies in a folder or on the Hub can be anything, and their readers raise anything, a bare Exception included.
+    # A folder or a repository can hold anything, and what reads it may raise any exception.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -125,11 +125,11 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Run the model on a long and a short text, as all measurements do.
 
     Raises:
-        ValueError: a layer or the head holds something else than a row for every token, padding changes what becomes of
-            the real tokens, or a layer does not run that would have to be quantized.
+        ValueError: a layer or the head does not return one row for every token, padding changes the logits of real
+            tokens, or a layer that would have to be quantized does not run.
         Exception: whatever else the model raises.
     """
-    length, short = tokenizer.model_max_length - 1, 3  # odd: some models fill texts up to whole windows inside
+    length, short = tokenizer.model_max_length - 1, 3  # an odd length: some models pad texts to whole windows inside
     ids = torch.full((2, length), tokenizer.mask_token_id)
     ids[1, short:] = tokenizer.pad_token_id
     mask = (ids != tokenizer.pad_token_id).long()
@@ -155,9 +155,10 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
-    """Texts of a split, evenly spread over it, because its sources lie one behind the other.
+    """Texts of a split, evenly spread over it, because the split holds one source after the other.
 
-    `source` is what build_dataset.py wrote; or a text file, whose lines are validation and train in turn.
+    `source` is the folder that build_dataset.py wrote, or a text file, whose lines belong to validation and train in
+    turn.
     """
     if source.is_file():
         rows = lines_of(source)[int(split == "train") :: 2]
@@ -172,7 +173,7 @@ def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The different lines of a text file in UTF-8, plain or .gz, without blank ones; exits with one line otherwise."""
+    """The distinct lines of a UTF-8 text file, plain or .gz, without blank ones. Exits with one line on any other."""
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as text:
             lines = list(dict.fromkeys(stripped for line in text if (stripped := line.strip())))
@@ -189,16 +190,16 @@ def lines_of(file: Path) -> list[str]:
 
 
 def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Every text's tokens; texts without a token are left out."""
+    """Token ids of every text; texts without a token are left out."""
     if not len(texts):
         return []
-    found = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
+    encoded = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
     special = set(tokenizer.all_special_ids)
-    return [ids for ids in found if not special.issuperset(ids)]
+    return [ids for ids in encoded if not special.issuperset(ids)]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The same, the shortest text first, so that little is padded."""
+    """The same, sorted by length, so that batches need little padding."""
     return sorted(in_order(tokenizer, texts), key=len)
 
 
@@ -207,19 +208,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 @dataclass
 class Texts:
-    """What the runs are measured on, the same for all of them."""
+    """The texts that all runs are measured on."""
 
     held_out: list[str]
-    scored: int  # as many of these are scored under each quantization
-    calibration: list[str]  # of the training split, dealt into several draws
-    published: list[str]  # of the held-out split, joined for the published setting
+    scored: int  # number of held-out texts that are scored under each quantization
+    calibration: list[str]  # of the training split; divided into several draws
+    published: list[str]  # of the held-out split; joined for the published setting
     calibration_batches: int
 
 
 def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Callable | None) -> None:
     """Fill in everything that is measured of a run.
 
-    `checked`: the instrument checks itself on this model; `execute`: executed.execute, or None to leave that out.
+    `checked`: whether the instrument checks itself on this model; `execute`: executed.execute, or None to omit it.
 
     Raises:
         NotFinite: the weights hold NaN or infinities; nothing was filled in.
@@ -233,8 +234,8 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
         sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
-    if run.results:  # what the model was not trained on tells nothing of the training
-        trained = run.results.get("settings", {}).get("max_length", MAX_LENGTH)
+    if run.results:  # longer texts than the model was trained on would say nothing about the training
+        trained = run.results["settings"].get("max_length", MAX_LENGTH)
         tokenizer.model_max_length = min(tokenizer.model_max_length, trained)
     run.max_length = tokenizer.model_max_length
     run.digest = weights_sha256(model)
@@ -303,14 +304,14 @@ def measure_quantization(
 def calibration_draws(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], masks: MaskedLMCollator
 ) -> list[list[dict]]:
-    """DRAWS lists of calibration batches, of other texts each: the same for every run with this tokenizer."""
+    """DRAWS lists of calibration batches, which share no text: the same for every run with this tokenizer."""
     shuffled = list(texts)
     random.Random(0).shuffle(shuffled)
     draws = []
     for i in range(DRAWS):
         if ids := token_ids(tokenizer, shuffled[i::DRAWS]):
             draw = held_out_batches({"input_ids": ids}, masks, CALIBRATION_SIZE)
-            # The running range forgets: in the order of length, the longest texts would have the last word.
+            # The running range forgets early batches: sorted by length, the longest texts would decide it.
             random.Random(i).shuffle(draw)
             draws.append(draw)
     return draws
@@ -321,10 +322,10 @@ def real_tokens(batches: list[dict]) -> int:
 
 
 def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedModel | None:
-    """The model as it was before its first update, on the same device; None where that is not known for sure.
+    """The model as it was before its first update, on the same device; None where that cannot be verified.
 
-    Training starts from a seed, so the model is built again from class, config and seed. It must have the digest of the
-    initial weights that training wrote down: another release of a package may draw other random numbers.
+    The model is built again from class, config and seed. Its weights must have the digest that training recorded for
+    the initial weights, because another release of a package may draw other random numbers.
     """
     expected = ((results or {}).get("model") or {}).get("initial_weights")
     if expected is None:
@@ -336,17 +337,17 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
     """{weight: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
-    found = weight_errors(model)
+    statistics = weight_errors(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
         for name, parameter in weights_of(model).items():
             values = parameter.detach().numpy().ravel().astype(np.float64)
-            found[name] = {
+            statistics[name] = {
                 "kurtosis": float(scipy.stats.kurtosis(values)),
                 "inf_norm": float(np.abs(values).max()),
-                **found[name],
+                **statistics[name],
             }
-    return found
+    return statistics
 
 
 @torch.inference_mode()
@@ -380,21 +381,23 @@ def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.
 def attention_maps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], attention: dict
 ) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
-    """(caption, tokens, weights, null mass) of the head that does least, on a few short texts."""
-    some = [one for one in ids if len(one) in MAPPED_LENGTH] or ids
-    some = [some[i] for i in sorted(set(np.linspace(0, len(some) - 1, MAPPED_TEXTS).astype(int)))]
+    """(caption, tokens, weights, null mass) of the head with the largest idle mass, on a few short texts."""
+    chosen = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
+    chosen = [chosen[i] for i in sorted(set(np.linspace(0, len(chosen) - 1, MAPPED_TEXTS).astype(int)))]
     if not attention:
         return []
-    idle = {(layer, head): mass for layer, found in attention.items() for head, mass in enumerate(found["idle_mass"])}
+    idle = {
+        (layer, head): mass for layer, of_layer in attention.items() for head, mass in enumerate(of_layer["idle_mass"])
+    }
     layer, head = max(idle, key=idle.get)
     maps = []
-    for one in some:
-        one = one[: MAPPED_LENGTH[-1]]
+    for text in chosen:
+        text = text[: MAPPED_LENGTH[-1]]
         with eager_attention(model):
-            output = model.base_model(torch.tensor([one], device=model.device), output_attentions=True)
+            output = model.base_model(torch.tensor([text], device=model.device), output_attentions=True)
         weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
         # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
-        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in one]
+        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in text]
         maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
     return maps
 
@@ -402,7 +405,7 @@ def attention_maps(
 # ------------------------------------------------------------------------------------------------- kept from earlier
 
 
-# What an analysis computes with: when one of these files changes, models are measured again.
+# The files that figures are computed with: when one of them changes, models are measured again.
 CODE = (
     "controls executed held_out hooks interventions kurtosis measurement outliers packing quantization softmax1".split()
 )
@@ -412,7 +415,7 @@ MEASURED = (
 
 
 def made_with(texts: Texts, batch_size: int, execute: bool) -> dict:
-    """What figures depend on besides the model: the texts and settings, our code, packages, and the kind of device."""
+    """What figures depend on besides the model: texts and settings, our code, packages, and the kind of device."""
     asked = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
     code = hashlib.sha256()
     for name in CODE:
@@ -427,7 +430,7 @@ def made_with(texts: Texts, batch_size: int, execute: bool) -> dict:
 
 
 def model_sha256(run: Run) -> str:
-    """SHA-256 of the files of a run's model folder that say what the model is."""
+    """SHA-256 of a run's model folder: its configuration, tokenizer and weights."""
     digest = hashlib.sha256()
     for path in sorted(Path(run.model).iterdir()):
         if path.suffix in (".safetensors", ".json"):
@@ -440,67 +443,67 @@ def results_sha256(run: Run) -> str:
 
 
 def read_measured(run: Run, file: Path) -> dict | None:
-    """All that an earlier analysis wrote of a run; None where there is none, or it is damaged or of other results."""
+    """What an earlier analysis wrote about a run; None where the file is missing, damaged or about other results."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
-        whole = {*MEASURED, "model", "made_with", "git"} <= found.keys()
-        return found if whole and found["results"] == results_sha256(run) else None
+        measured = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
+        whole = {*MEASURED, "model", "made_with", "git"} <= measured.keys()
+        return measured if whole and measured["results"] == results_sha256(run) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None  # it costs a measurement, and nothing else
+        return None  # then the run is measured again
 
 
-def take(run: Run, found: dict) -> None:
+def take(run: Run, measured: dict) -> None:
     """Fill in what read_measured found."""
     for name in MEASURED:
-        setattr(run, name, found[name])
-    run.made_with, run.measured_at = found["made_with"], found["git"]
+        setattr(run, name, measured[name])
+    run.made_with, run.measured_at = measured["made_with"], measured["git"]
 
 
 def measured_already(run: Run, file: Path, wanted: dict, checked: bool) -> bool:
-    """Take what is measured of a run from `file`, where it is of this model and made with `wanted`; whether it was so.
+    """Fill in a run from `file`, if that is about this model and was made with `wanted`; returns whether it was.
 
-    `checked`: the instrument's check of itself must be in it. Where the model folder is gone, its figures are all there
-    is of it: they are taken when texts and settings agree, and a note of the report says where code or packages differ.
+    `checked`: whether the file must hold the self-check. Where the model folder is gone, it is enough that texts and
+    settings agree: a note in the report then says where code or packages differ.
     """
-    found = read_measured(run, file)
+    measured = read_measured(run, file)
     gone = not Path(run.model).is_dir()
     key = "texts_and_settings"
-    if gone and (found is None or found["made_with"][key] != wanted[key]):
+    if gone and (measured is None or measured["made_with"][key] != wanted[key]):
         sys.exit(
             f"error: {run.file} has no model folder {run.model}, and {file} is damaged, or of another training, other "
             "texts or other settings: set --models_dir, or move the results file away"
         )
     if not gone:
-        if found is None or found["made_with"] != wanted or found["model"] != model_sha256(run):
+        if measured is None or measured["made_with"] != wanted or measured["model"] != model_sha256(run):
             return False
-        if checked and "self_check" not in found["damage"]:
+        if checked and "self_check" not in measured["damage"]:
             return False
-    take(run, found)
+    take(run, measured)
     return True
 
 
 def take_measured(runs: list[Run], folder: Path) -> int:
-    """Fill in all runs from `folder` alone, without models or texts; returns how many texts they were measured on.
+    """Fill in all runs from `folder` alone, without models or texts; returns the number of texts.
 
-    Exits with one line where a run was not measured, or where two were measured on other texts or with other settings.
+    Exits with one line where a run was not measured, or where two runs were measured on different texts or settings.
     """
     for run in runs:
-        if (found := read_measured(run, folder / f"{run.name}.json")) is None:
+        if (measured := read_measured(run, folder / f"{run.name}.json")) is None:
             sys.exit(
                 f"error: {folder / run.name}.json is missing, damaged or of another training: leave out --report_only "
                 "where the models are"
             )
-        take(run, found)
+        take(run, measured)
         if run.made_with["texts_and_settings"] != runs[0].made_with["texts_and_settings"]:
             sys.exit(
-                f"error: {runs[0].name} and {run.name} were measured on other texts or with other settings: leave out "
-                "--report_only where the models are"
+                f"error: {runs[0].name} and {run.name} were measured on different texts or with different settings: "
+                "leave out --report_only where the models are"
             )
     return runs[0].made_with["texts"] if runs else 0
 
 
 def keep_measured(run: Run, file: Path, made: dict) -> None:
-    """Write what was measured of a run, beside first and then renamed. NaN and infinities survive."""
+    """Write what was measured of a run, to a temporary name first. NaN and infinities are kept."""
     run.made_with, run.measured_at = made, git_state()
     of = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
     values = of | {name: getattr(run, name) for name in MEASURED}
@@ -511,11 +514,11 @@ def keep_measured(run: Run, file: Path, made: dict) -> None:
 
 
 def _encoded(value):
-    """JSON has neither NaN and infinity nor arrays."""
+    """`value` as strict JSON can hold it, which has no NaN, infinity or arrays."""
     if isinstance(value, dict):
-        return {key: _encoded(one) for key, one in value.items()}
+        return {key: _encoded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(one) for one in value]
+        return [_encoded(item) for item in value]
     if isinstance(value, np.ndarray):
         return {"array": _encoded(value.tolist()), "dtype": str(value.dtype)}
     if isinstance(value, np.generic):
@@ -525,9 +528,9 @@ def _encoded(value):
     return value
 
 
-def _decoded(found: dict):
-    if found.keys() == {"float"}:
-        return float(found["float"])
-    if found.keys() == {"array", "dtype"}:
-        return np.array(found["array"], dtype=found["dtype"])
-    return found
+def _decoded(entry: dict):
+    if entry.keys() == {"float"}:
+        return float(entry["float"])
+    if entry.keys() == {"array", "dtype"}:
+        return np.array(entry["array"], dtype=entry["dtype"])
+    return entry

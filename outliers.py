@@ -251,15 +251,15 @@ class _Place:
         for name, chosen in counts.items():
             self.massive[name] = self.massive.get(name, 0) + chosen.sum()
         channels = magnitudes.shape[1]
-        found = magnitudes.flatten().topk(min(TOP, magnitudes.numel())).indices
-        row = found // channels
-        ids, positions = (one[row].double() for one in tokens)
+        largest = magnitudes.flatten().topk(min(TOP, magnitudes.numel())).indices
+        row = largest // channels
+        ids, positions = (of_token[row].double() for of_token in tokens)
         new = [
-            values.flatten()[found].double(),
-            ratios.flatten()[found].double(),
+            values.flatten()[largest].double(),
+            ratios.flatten()[largest].double(),
             ids,
             positions,
-            (found % channels).double(),
+            (largest % channels).double(),
         ]
         top = torch.cat([self.top, torch.stack(new, 1)])
         self.top = top[top[:, 0].abs().argsort(descending=True, stable=True)[:TOP]]
@@ -269,7 +269,7 @@ class _Place:
         """(sequences,) median of |x| of every sequence (of the lower two where their number is even)."""
         lengths = torch.bincount(sequence, minlength=sequences)
         order = torch.argsort(sequence, stable=True)
-        return torch.stack([one.median() for one in magnitudes[order].split(lengths.tolist())])
+        return torch.stack([of_sequence.median() for of_sequence in magnitudes[order].split(lengths.tolist())])
 
     def result(self) -> dict:
         every = self.pooled.pooled()
@@ -456,14 +456,14 @@ class AttentionSinks(BatchStatistics):
         """
         names = {"mass_first": "first", "mass_separator": "separator", "mass_punctuation": "punctuation"}
         names |= {"mass_self": "self", "null_mass": "null", "entropy": "entropy"}
-        found = {}
+        by_layer = {}
         for layer, sums in self._sums.items():
-            found[layer] = {key: (sums[name] / sums["queries"]).tolist() for key, name in names.items()}
-            found[layer]["idle_mass"] = (sums["nothing"] / sums["ordinary"]).tolist()
+            by_layer[layer] = {key: (sums[name] / sums["queries"]).tolist() for key, name in names.items()}
+            by_layer[layer]["idle_mass"] = (sums["nothing"] / sums["ordinary"]).tolist()
             for key in SINK_RATES:
                 sequences = sums["sequences_short" if key.endswith("_short") else "sequences"]
-                found[layer][key] = (sums[key] / sequences).tolist()
-        return found
+                by_layer[layer][key] = (sums[key] / sequences).tolist()
+        return by_layer
 
 
 def uniform_attention(
@@ -599,30 +599,30 @@ class HeadVectors(BatchStatistics):
         Args:
             idle, null: {layer: idle mass, null mass of its heads}, of AttentionSinks.
         """
-        found = {}
+        by_layer = {}
         for layer, sums in self._sums.items():
-            found[layer] = one = {"logit_max": sums["logit_max"].tolist()}
-            one["logit_range"] = (sums["logit_range"] / sums["queries"]).tolist()
-            one["context_near_zero"] = (sums["context_near_zero"] / sums["sequences"]).tolist()
-            one["attending_share"] = (sums["attending_share"] / sums["queries"]).tolist()
+            by_layer[layer] = of_layer = {"logit_max": sums["logit_max"].tolist()}
+            of_layer["logit_range"] = (sums["logit_range"] / sums["queries"]).tolist()
+            of_layer["context_near_zero"] = (sums["context_near_zero"] / sums["sequences"]).tolist()
+            of_layer["attending_share"] = (sums["attending_share"] / sums["queries"]).tolist()
             for i, kind in enumerate(TOKEN_CLASSES):
                 for part in ("key", "value"):
-                    one[f"{part}_norm_{kind}"] = (sums[f"{part}_norm"][:, i] / sums["tokens"][:, i]).tolist()
-                one[f"contribution_{kind}"] = (sums["contribution"][:, i] / sums["queries"]).tolist()
+                    of_layer[f"{part}_norm_{kind}"] = (sums[f"{part}_norm"][:, i] / sums["tokens"][:, i]).tolist()
+                of_layer[f"contribution_{kind}"] = (sums["contribution"][:, i] / sums["queries"]).tolist()
             moments = torch.cat(self._moments[layer])  # (sequences, H, 5)
             sequences, heads, _ = moments.shape
             kurtosis = Moments(moments.flatten(0, 1)).excess_kurtosis.view(sequences, heads)
-            one["context_kurtosis"] = kurtosis.nanmean(0).tolist()
+            of_layer["context_kurtosis"] = kurtosis.nanmean(0).tolist()
             of_heads = (("active", idle, IDLE[0]), ("attending_heads", null, ATTENDING))
             for key, mass, bound in of_heads:
-                some = torch.tensor(mass[layer], dtype=torch.float64, device=moments.device) <= bound
-                chosen = moments[:, some].flatten(0, 1)
-                group = torch.arange(sequences, device=moments.device).repeat_interleave(int(some.sum()))
+                below = torch.tensor(mass[layer], dtype=torch.float64, device=moments.device) <= bound
+                chosen = moments[:, below].flatten(0, 1)
+                group = torch.arange(sequences, device=moments.device).repeat_interleave(int(below.sum()))
                 merged = Moments(chosen).merged(group, sequences)
-                one[f"context_kurtosis_{key}"] = merged.excess_kurtosis.nanmean().item()
+                of_layer[f"context_kurtosis_{key}"] = merged.excess_kurtosis.nanmean().item()
             attending = Moments(torch.cat(self._attending[layer]))
-            one["context_kurtosis_attending"] = attending.excess_kurtosis.nanmean().item()
-        return found
+            of_layer["context_kurtosis_attending"] = attending.excess_kurtosis.nanmean().item()
+        return by_layer
 
 
 # ------------------------------------------------------------------------------------------- the whole model, on texts

@@ -86,7 +86,7 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
     ranks = np.sign(np.where(np.isfinite(after), 0, 1) - np.where(np.isfinite(before), 0, 1))
     both = np.isfinite(before) & np.isfinite(after)
     ranks[both] = np.sign(after[both] - before[both])
-    found = Comparison(
+    comparison = Comparison(
         pairs=len(seeds),
         seeds=seeds,
         confidence=1 - level,
@@ -100,12 +100,12 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
         ties=int((ranks == 0).sum()),
     )
     if len(seeds) > 1 and not both.all():
-        found.test = SIGN_TEST
-        decided = found.lower + found.higher
-        found.p = float(scipy.stats.binomtest(found.lower, decided).pvalue) if decided else 1.0
+        comparison.test = SIGN_TEST
+        decided = comparison.lower + comparison.higher
+        comparison.p = float(scipy.stats.binomtest(comparison.lower, decided).pvalue) if decided else 1.0
     elif len(seeds) > 1 and _spread(after - before, max(np.abs(before).max(), np.abs(after).max())):
-        _student(found, after - before, level)
-    return found
+        _student(comparison, after - before, level)
+    return comparison
 
 
 def compare_ratio(
@@ -149,13 +149,13 @@ def _spread(values: np.ndarray, size: float = 0.0) -> bool:
     return bool(np.ptp(values) > rounding)
 
 
-def _student(found: Comparison, differences: np.ndarray, level: float) -> None:
+def _student(comparison: Comparison, differences: np.ndarray, level: float) -> None:
     test = scipy.stats.ttest_1samp(differences, 0)  # which is the paired t-test
-    found.test, found.p = TEST, float(test.pvalue)
-    found.low, found.high = map(float, test.confidence_interval(1 - level))
+    comparison.test, comparison.p = TEST, float(test.pvalue)
+    comparison.low, comparison.high = map(float, test.confidence_interval(1 - level))
     # Two one-sided tests at `level` each: the difference is inside a margin where this interval is.
-    found.low90, found.high90 = map(float, test.confidence_interval(1 - 2 * level))
-    found.detectable = detectable_effect(len(differences), float(differences.std(ddof=1)), level)
+    comparison.low90, comparison.high90 = map(float, test.confidence_interval(1 - 2 * level))
+    comparison.detectable = detectable_effect(len(differences), float(differences.std(ddof=1)), level)
 
 
 def detectable_effect(pairs: int, std: float, level: float = 1 - CONFIDENCE) -> float:
@@ -200,12 +200,12 @@ def own_mean(mean: float | None, std: float | None, floor: float | None) -> str:
     return below_noise(mean, floor) or spread(mean, std)
 
 
-def no_interval(one: Comparison) -> str | None:
+def no_interval(comparison: Comparison) -> str | None:
     """Why a comparison has no interval, in words; None where it has one."""
-    if one.low is not None:
+    if comparison.low is not None:
         return None
-    if not one.finite:
-        count = len({*one.not_finite, *one.baseline_not_finite})
-        said = f"not finite in {count} of {one.pairs} pairs"
-        return said if one.p is None else f"{said}; sign test, p = {one.p:.2g}"
-    return "one pair: no interval" if one.pairs == 1 else f"no spread over {one.pairs} pairs"
+    if not comparison.finite:
+        count = len({*comparison.not_finite, *comparison.baseline_not_finite})
+        said = f"not finite in {count} of {comparison.pairs} pairs"
+        return said if comparison.p is None else f"{said}; sign test, p = {comparison.p:.2g}"
+    return "one pair: no interval" if comparison.pairs == 1 else f"no spread over {comparison.pairs} pairs"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import plots
-from answer import PRIMARY_ARM
+from answer import PRIMARY_ARM, mean_losses
 from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
 from outliers import PLACES, SINK
@@ -70,23 +70,19 @@ def spread_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
 
 
 def emergence_curves(runs: list[Run], statistics: dict[str, tuple]) -> tuple[dict[str, list[tuple]], str]:
-    """({title: curves}, how many texts they are of); `statistics` is {name: (title, factor, axis)}.
-
-    Results files that do not say how many were written when the texts were others (the shortest ones, masked): they
-    are left out.
-    """
-    told = [run for run in runs if run.results and {"emergence", "emergence_texts"} <= run.results.keys()]
+    """({title: curves}, how many texts they are of); `statistics` is {name: (title, factor, axis)}."""
+    trained = [run for run in runs if run.results]
     curves: dict[str, list[tuple]] = {}
     for statistic, (title, factor, _) in statistics.items():
         reduce = np.max if "inf_norm" in statistic else np.mean
-        for run in told:
+        for run in trained:
             entries = run.results["emergence"]
             for_layers = [by_layer(entry, statistic) for entry in entries]
             if entries and all(len(values) for values in for_layers):
                 steps = [entry["step"] for entry in entries]
                 values = [factor * reduce(values) for values in for_layers]
                 curves.setdefault(title, []).append((run.arm, values, steps))
-    return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in told}))
+    return curves, "/".join(sorted({str(run.results["emergence_texts"]) for run in trained}))
 
 
 def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
@@ -119,25 +115,25 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     """Both losses of every run, one that diverged included, and the differences of those that have a partner."""
-    told = [run for run in runs if run.results]
-    if not told:
+    trained = [run for run in runs if run.results]
+    if not trained:
         return None
     training, held_out = (
-        {run: history_of(run, key) for run in told} for key in ("loss_history", "validation_loss_history")
+        {run: history_of(run, key) for run in trained} for key in ("loss_history", "validation_loss_history")
     )
-    baseline = {run.results["seed"]: held_out[run] for run in told if run.arm == BASELINE}
+    baseline = {run.results["seed"]: held_out[run] for run in trained if run.arm == BASELINE}
     differences = []
-    for run in told:
+    for run in trained:
         partner = baseline.get(run.results["seed"], {})
         common = [step for step in held_out[run] if step in partner]
         if run.arm != BASELINE and common:
             differences.append((run.arm, [held_out[run][step] - partner[step] for step in common], common))
-    curves = ([(run.arm, [*of[run].values()], [*of[run]]) for run in told] for of in (training, held_out))
+    curves = ([(run.arm, [*of[run].values()], [*of[run]]) for run in trained] for of in (training, held_out))
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
-    gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in told if run.diverged]
+    gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in trained if run.diverged]
     caption = (
         f"Training loss (thin: median over the runs) and held-out loss (thick), in nats a masked token.{below}"
-        f"{spread_said(told, looks)}{''.join(gone)}"
+        f"{spread_said(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
 
@@ -156,13 +152,13 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     gaps: dict[str, dict[str, tuple]] = {}
     lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
     for scheme, label in SCHEMES.items():
-        for arm, found in arms([run for run in trained if scheme in run.damage["schemes"]]).items():
-            values = [run.damage["schemes"][scheme]["gap"] for run in found]
+        for arm, of_arm in arms([run for run in trained if scheme in run.damage["schemes"]]).items():
+            values = [run.damage["schemes"][scheme]["gap"] for run in of_arm]
             if scheme != "float32":
-                gaps.setdefault(label, {})[arm] = values, over_texts(found, scheme)
+                gaps.setdefault(label, {})[arm] = values, over_texts(of_arm, scheme)
                 lost += [
                     f"{run.name}, {label} (not finite)"
-                    for run, value in zip(found, values, strict=True)
+                    for run, value in zip(of_arm, values, strict=True)
                     if not np.isfinite(value)
                 ]
     if not gaps:
@@ -182,15 +178,10 @@ def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
 
     It is the difference to a model that the scheme leaves as it is.
     """
-    damages = [run.damage for run in runs]
-    known = all({"float32", scheme} <= set(one.get("texts", {})) and "masked" in one for one in damages)
-    if not known or any(one["masked"] != damages[0]["masked"] for one in damages):
+    harmed = mean_losses(runs, scheme)
+    if harmed is None:
         return None
-    plain, quantized = (
-        np.mean([np.array(one["texts"][key], dtype=float) for one in damages], axis=0) for key in ("float32", scheme)
-    )
-    masked = damages[0]["masked"]
-    unharmed, harmed = ({"masked": masked, "texts": {"float32": plain, scheme: one}} for one in (plain, quantized))
+    unharmed = {**harmed, "texts": dict.fromkeys(("float32", scheme), harmed["texts"]["float32"])}
     interval = bootstrap_difference(unharmed, harmed, scheme)
     return interval if np.isfinite(interval).all() else None
 
@@ -202,7 +193,7 @@ def by_place(
     curves: dict[str, list[tuple]] = {}
     for place in PANELS:
         for run in runs:
-            values = by_layer({name: one[statistic] for name, one in run.places.items()}, place)
+            values = by_layer({name: of_place[statistic] for name, of_place in run.places.items()}, place)
             if len(values):
                 curves.setdefault(PLACES[place].label, []).append((run.arm, values, range(len(values))))
     if not curves:
@@ -217,14 +208,14 @@ def by_place(
 
 
 def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    found: dict[str, list] = {}
+    of_layers: dict[str, list] = {}
     for run in runs:
         for layer, counts in run.histograms.items():
-            found.setdefault(layer, []).append((run.arm, counts))
-    if not found:
+            of_layers.setdefault(layer, []).append((run.arm, counts))
+    if not of_layers:
         return None
-    chosen = evenly_spread(len(found), 6)  # of deeper models, some layers
-    shown = {layer: curves for i, (layer, curves) in enumerate(found.items()) if i in chosen}
+    chosen = evenly_spread(len(of_layers), 6)  # of deeper models, some layers
+    shown = {layer: curves for i, (layer, curves) in enumerate(of_layers.items()) if i in chosen}
     caption = (
         f"Density of the entries of the FFN output, standardised, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
         f"arm. What lies beyond ±{BINS[-1]:g} standard deviations is counted at the edge."
@@ -234,7 +225,7 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     """The first run of every arm: two arms side by side on every text, more arms on the first text alone."""
-    first = {arm: found[0].maps for arm, found in arms(runs).items()}
+    first = {arm: of_arm[0].maps for arm, of_arm in arms(runs).items()}
     shown = {arm: first[arm] for arm in looks if first.get(arm)}
     if not shown:
         return None

@@ -105,10 +105,10 @@ def _of_arm(curves: list[tuple], arm: str) -> list[tuple]:
 def _summary(runs: list[tuple]) -> tuple[list, np.ndarray]:
     """(steps that more than half of the runs reached, (3, steps): lowest, median and highest of these runs)."""
     at = [dict(zip(steps, values, strict=True)) for steps, values in runs]
-    there = {step: [one[step] for one in at if step in one] for step in sorted(set().union(*at))}
+    there = {step: [of_run[step] for of_run in at if step in of_run] for step in sorted(set().union(*at))}
     there = {step: np.array(values, dtype=float) for step, values in there.items() if 2 * len(values) > len(at)}
     finite = [values[np.isfinite(values)] for values in there.values()]
-    ends = [(one.min(), np.median(one), one.max()) if len(one) else (np.nan,) * 3 for one in finite]
+    ends = [(values.min(), np.median(values), values.max()) if len(values) else (np.nan,) * 3 for values in finite]
     return list(there), np.array(ends).reshape(-1, 3).T
 
 
@@ -123,8 +123,8 @@ def _draw(axes, curves: list[tuple], looks: dict[str, Look], **more) -> None:
         steps, (lowest, median, highest) = _summary(runs)
         if len(runs) > 1 and look.leading:
             axes.fill_between(steps, lowest, highest, color=look.colour, alpha=0.2, linewidth=0)
-        some = max(1, len(steps) // 7)  # markers at some of many steps
-        axes.plot(steps, median, **look.line(label=arm, markevery=some, **more))
+        every = max(1, len(steps) // 7)  # markers at some of many steps
+        axes.plot(steps, median, **look.line(label=arm, markevery=every, **more))
 
 
 def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
@@ -248,8 +248,8 @@ def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dic
                 continue
             steps, (_, median, _) = _summary(runs)
             if look.leading and len(runs) > 1:
-                for some, values in runs:
-                    place.plot(some, values, **look.line(marker="", linestyle="-", linewidth=0.9, alpha=0.5))
+                for run_steps, values in runs:
+                    place.plot(run_steps, values, **look.line(marker="", linestyle="-", linewidth=0.9, alpha=0.5))
             what = f"median of {len(runs)} runs" if len(runs) > 1 else "one run"
             width = 3.2 if look.leading else 1.2
             place.plot(steps, median, **look.line(marker="", linewidth=width, label=f"{arm}: {what}"))
@@ -282,8 +282,8 @@ def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
         if i % 2:
             axes.axhspan(pitch * i - 1, pitch * (i + 1) - 1, color="0.95", linewidth=0)
         for j, (arm, look) in enumerate(looks.items()):
-            found, interval = of_arms.get(arm, ([], None))
-            values = 1000 * np.array(found, dtype=float)
+            of_runs, interval = of_arms.get(arm, ([], None))
+            values = 1000 * np.array(of_runs, dtype=float)
             row, finite = pitch * i + j, values[np.isfinite(values)]
             every.extend(finite)
             style = {"color": look.colour, "marker": look.marker, "linestyle": ""}
@@ -339,15 +339,15 @@ def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -
 
 
 @plt.rc_context(STYLE)
-def histograms(found: dict[str, list[tuple[str, np.ndarray]]], looks: dict[str, Look]) -> bytes:
+def histograms(of_layers: dict[str, list[tuple[str, np.ndarray]]], looks: dict[str, Look]) -> bytes:
     """Densities of standardised activations beside a Gaussian, a panel a layer; (arm, counts in BINS) of every run.
 
     Of an arm, the mean density over its runs.
     """
-    figure, axes = _grid(len(found), 2.0)
+    figure, axes = _grid(len(of_layers), 2.0)
     middles = (BINS[1:] + BINS[:-1]) / 2
     lowest = 1.0
-    for i, (place, (name, runs)) in enumerate(zip(axes, found.items(), strict=True)):
+    for i, (place, (name, runs)) in enumerate(zip(axes, of_layers.items(), strict=True)):
         for arm, look in looks.items():
             densities = [counts / counts.sum() / np.diff(BINS) for other, counts in runs if other == arm]
             if not densities:
@@ -364,7 +364,7 @@ def histograms(found: dict[str, list[tuple[str, np.ndarray]]], looks: dict[str, 
             place.tick_params(labelleft=False)
         else:
             place.set_ylabel("density")
-        if i + 2 < len(found):
+        if i + 2 < len(of_layers):
             place.tick_params(labelbottom=False)
         else:
             place.set_xlabel("standard deviations")

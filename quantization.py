@@ -405,8 +405,8 @@ class StaticW8A8:
             UnsetRange: a range is unset afterwards; the message names the tensors.
         """
         self.histograms = histograms
-        for found in self.ranges.values():
-            found.reset()
+        for activation in self.ranges.values():
+            activation.reset()
         self._round_weights(published_weight if self.published else int8_weight)
         self._activate(self.parts if self.published else ())
         self.observing = True
@@ -417,7 +417,7 @@ class StaticW8A8:
                 per_text_loss(self.model, calibration)
         finally:
             self.observing, self.observed = False, None
-        unset = [name for name, found in self.ranges.items() if found.low is None]
+        unset = [name for name, activation in self.ranges.items() if activation.low is None]
         if unset:
             raise UnsetRange(
                 f"{len(unset)} of {len(self.ranges)} activations of {type(self.model).__name__} were not seen in "
@@ -427,8 +427,8 @@ class StaticW8A8:
 
     def choose(self, estimator: str) -> None:
         """Use the ranges by one of ESTIMATORS; "mse" is for the weights too. The others need histograms."""
-        for found in self.ranges.values():
-            found.choose(estimator)
+        for activation in self.ranges.values():
+            activation.choose(estimator)
         self._round_weights(mse_weight if estimator == "mse" else int8_weight)
         self._activate(self.parts)
 
@@ -731,15 +731,15 @@ def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: 
     """What measure_damage says of one scheme: `sums` and `exact` are the losses of every text in it and in float32."""
     loss = float(sums.sum() / masked.sum())
     error = gap_error(sums - exact, masked)
-    found = {
+    scheme = {
         "loss": loss,
         "perplexity": perplexity(loss),
         "gap": loss - float(exact.sum() / masked.sum()),
     }
     if len(draw_gaps) > 1:
         error = math.hypot(error, float(np.std(draw_gaps, ddof=1)) / math.sqrt(len(draw_gaps)))
-    found |= {"error": error, "floor": 2 * error}
-    return found | ({"draws": draw_gaps} if draw_gaps else {})
+    scheme |= {"error": error, "floor": 2 * error}
+    return scheme | ({"draws": draw_gaps} if draw_gaps else {})
 
 
 def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """One sentence for each question about softmax1, each from its own interval: sinks, outliers, held-out loss, INT8.
 
 The rules stand in DEFINITIONS.md ("One sentence for each question"); a function here decides each. INT8 is the primary
-question, of which answer.py says more. The others are secondary and share an error of 5 % among them.
+question, of which answer.py says more. The others are secondary, and their intervals share an error of 5 %.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LABELS = {
     "int8": "INT8, the primary question",
     "explanation": "Why the kurtosis of the attention context changes",
 }
-REMOVAL = {  # kind: what is said of `what`
+REMOVAL = {  # kind of conclusion: sentence about what softmax1 is to remove
     "removed": "{arm} removes {what}",
     "reduced": "{arm} reduces {what}",
     "increased": "{arm} increases {what}",
@@ -81,14 +81,11 @@ NOT_MEASURED = "not measured"
 
 @dataclass
 class Answered:
-    """A sentence, what it concludes ({of what: kind}), and the comparisons that it comes from.
+    """The answer to a question."""
 
-    Comparisons of the keys in RATIOS are of logarithms (pairs.compare_ratio).
-    """
-
-    said: str
-    kinds: dict[str, str]
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    said: str  # a sentence
+    kinds: dict[str, str]  # {metric: kind of conclusion about it}
+    comparisons: dict[str, Comparison] = field(default_factory=dict)  # of logarithms for the metrics in RATIOS
 
 
 @dataclass
@@ -101,15 +98,15 @@ class Pairs:
     started: list[dict[str, float | None]]  # metrics of every run at step 0; empty where that model is not known
 
     def compare(self, key: str, tests: int = SECONDARY) -> Comparison | None:
-        """Of a metric; None where it was not measured. NaN: there was nothing to measure it on."""
+        """Compare a metric; None where it was not measured, or is NaN because there was nothing to measure it on."""
         both = [{seed: _known(values[key]) for seed, values in arm.items()} for arm in (self.before, self.after)]
         if key in RATIOS:
             return compare_ratio(*both, shift=RATIOS[key], tests=tests)
         return compare(*both, tests=tests)
 
     def at_start(self, key: str) -> float | None:
-        """Mean of a metric over the runs of both arms at step 0, the geometric one of those in RATIOS."""
-        values = [one.get(key) for one in self.started]
+        """Mean of a metric over the runs of both arms at step 0; the geometric mean for the metrics in RATIOS."""
+        values = [metrics_of_run.get(key) for metrics_of_run in self.started]
         if None in values or not np.isfinite(values).all():
             return None
         return float(np.exp(np.log(np.add(values, RATIOS[key])).mean()) if key in RATIOS else np.mean(values))
@@ -119,14 +116,14 @@ def _known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def questions(found: list[Finding]) -> dict[str, Answered]:
+def questions(all_findings: list[Finding]) -> dict[str, Answered]:
     """{key of LABELS: answer} of the headline's set; empty where no pair of softmax1 was trained, and of test runs."""
-    if not found or found[0].group.test_pipeline or PRIMARY_ARM not in found[0].compared:
+    if not all_findings or all_findings[0].group.test_pipeline or PRIMARY_ARM not in all_findings[0].compared:
         return {}
-    pairs = trained_pairs(found[0].group, PRIMARY_ARM)
+    pairs = trained_pairs(all_findings[0].group, PRIMARY_ARM)
     runs = [run for pair in pairs.values() for run in pair]
-    them = Pairs(
-        found[0],
+    both = Pairs(
+        all_findings[0],
         *({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1)),
         [at_step_0(run) for run in runs],
     )
@@ -137,75 +134,75 @@ def questions(found: list[Finding]) -> dict[str, Answered]:
         "int8": int8,
         "explanation": explanation,
     }
-    return {key: ask(them) for key, ask in asked.items()}
+    return {key: ask(both) for key, ask in asked.items()}
 
 
 # --------------------------------------------------------------------------------------------- decisions, one each
 
 
-def removal(one: Comparison | None, bound: float) -> str:
-    """What is shown of something that softmax1 is to remove: a key of REMOVAL, ONE_PAIR or NOT_MEASURED.
+def removal(comparison: Comparison | None, bound: float) -> str:
+    """The conclusion about something that softmax1 is to remove: a key of REMOVAL, ONE_PAIR or NOT_MEASURED.
 
     Args:
-        one: of a metric, or of its logarithms.
+        comparison: of a metric, or of its logarithms.
         bound: on the same scale: an arm whose own mean is surely below it has nothing to remove.
     """
-    if one is None:
+    if comparison is None:
         return NOT_MEASURED
-    if one.pairs == 1:
+    if comparison.pairs == 1:
         return ONE_PAIR
-    before, after = surely_below(one, bound)
+    before, after = surely_below(comparison, bound)
     if before and after:
         return "nothing in either arm"
-    if shown(one) and not less(one):
+    if shown(comparison) and not less(comparison):
         return "increased"
     if before:
         return "nothing to remove"
-    if shown(one):
+    if shown(comparison):
         return "removed" if after else "reduced"
     return "undecided"
 
 
-def surely_below(one: Comparison, bound: float) -> tuple[bool, bool]:
+def surely_below(comparison: Comparison, bound: float) -> tuple[bool, bool]:
     """(softmax0, softmax1): whether the upper end of the interval of the arm's own mean is below the bound.
 
-    An arm all of whose values are equal, as where no seed has a sink, has no interval: then the values are.
+    Where all values of an arm are equal (no seed has a sink, for example), it has no interval: the value itself counts.
     """
-    if not one.finite:
+    if not comparison.finite:
         return False, False
-    own = ((one.baseline_mean, one.baseline_upper), (one.mean, one.upper))
+    own = ((comparison.baseline_mean, comparison.baseline_upper), (comparison.mean, comparison.upper))
     return tuple((mean if upper is None else upper) < bound for mean, upper in own)
 
 
-def keeping(one: Comparison | None, diverged: bool) -> str:
-    """What is shown of held-out loss: kept, worse, better (perhaps within the margin) or undecided.
+def keeping(comparison: Comparison | None, diverged: bool) -> str:
+    """The conclusion about held-out loss: kept, worse, better (perhaps within the margin) or undecided.
 
-    A run that diverged in training has no loss, so that nothing is said of the arm it belongs to.
+    Undecided where a run diverged in training: it has no loss, and the other runs of its arm do not stand for it.
     """
-    if one is None:
+    if comparison is None:
         return NOT_MEASURED
-    if one.pairs == 1:
+    if comparison.pairs == 1:
         return ONE_PAIR
     if diverged:
         return "undecided"
-    if one.test != SIGN_TEST and within_margin(one):
+    if comparison.test != SIGN_TEST and within_margin(comparison):
         return "kept"
-    if not shown(one):
+    if not shown(comparison):
         return "undecided"
-    kind = "better" if less(one) else "worse"
-    return kind if one.test == SIGN_TEST or beyond_margin(one) else f"{kind}, perhaps within the margin"
+    kind = "better" if less(comparison) else "worse"
+    return kind if comparison.test == SIGN_TEST or beyond_margin(comparison) else f"{kind}, perhaps within the margin"
 
 
-def rescued(one: Comparison, rescues: str) -> str:
+def rescued(comparison: Comparison, rescues: str) -> str:
     """The verdict of answer.py on the primary metric, as a kind."""
-    if one.pairs == 1:
+    if comparison.pairs == 1:
         return ONE_PAIR
-    if claimed := direction(one):
+    if claimed := direction(comparison):
         return "less harmful" if claimed < 0 else "more harmful"
     if rescues:
         return "nothing to rescue"
-    if one.test != SIGN_TEST and within_margin(one):
-        return "differs within the margin" if shown(one) else "equivalent"
+    if comparison.test != SIGN_TEST and within_margin(comparison):
+        return "differs within the margin" if shown(comparison) else "equivalent"
     return "undecided"
 
 
@@ -234,16 +231,16 @@ def explained(whole: Comparison | None, attending: Comparison | None, rest: Comp
 # ------------------------------------------------------------------------------------------------------- sentences
 
 
-def sinks(them: Pairs) -> Answered:
-    """Sink rate of any token, above that at step 0 where it is known.
+def sinks(pairs: Pairs) -> Answered:
+    """Sink rate of any token, minus that at step 0 where it is known, in two ways.
 
-    First of all attention, as Gu et al. define a sink, then of the attention that goes to tokens at all: the null slot
-    takes its share from every token, so that only the second says that tokens are no sinks any more beside each other.
-    The second is tested only where the first is shown (a fixed sequence, which needs no further correction).
+    First of all attention, as Gu et al. define a sink. Then of the attention that goes to tokens: the null slot lowers
+    the share of every token, so only this second rate compares tokens with each other. It is tested only where the
+    first one is shown (a fixed sequence of tests, which needs no further correction).
     """
-    known = None not in [values[f"{key}_above_start"] for key in SINKS for values in _all(them)]
+    known = None not in [values[f"{key}_above_start"] for key in SINKS for values in _all(pairs)]
     first, second = ((f"{key}_above_start" if known else key) for key in SINKS)
-    raw, shares = them.compare(first), them.compare(second)
+    raw, shares = pairs.compare(first), pairs.compare(second)
     if raw is None or shares is None:
         said = f"The sink rates were not measured (they need texts of at least {SHORT} tokens)."
         return Answered(said, {SINKS[0]: NOT_MEASURED})
@@ -256,39 +253,41 @@ def sinks(them: Pairs) -> Answered:
             "reduced": ", also among the attention that tokens get at all",
             "increased": ", but increases them among the attention that tokens get at all",
         }.get(kinds[SINKS[1]], ", but that is not shown among the attention that tokens get at all")
-    above = f"above step 0 ({figure(them.at_start(SINKS[0]))} %)" if known else "step 0 is not known"
-    told = (
+    above = f"above step 0 ({figure(pairs.at_start(SINKS[0]))} %)" if known else "step 0 is not known"
+    sentence = (
         f"{opening(kinds[SINKS[0]], raw, 'attention sinks')}{also}: heads and texts in which one token gets more than "
         f"{SINK:.0%} of the attention, {above}, {points(raw)}; with every query's weights divided by their sum, "
-        f"{points(shares)}; {seen(raw, them)}."
+        f"{points(shares)}; {seen(raw, pairs)}."
     )
-    return Answered(capital(told), kinds, {first: raw, second: shares})
+    return Answered(capital(sentence), kinds, {first: raw, second: shares})
 
 
-def outliers(them: Pairs) -> Answered:
-    """Infinity norm of the residual stream and kurtosis of the FFN output, a verdict each."""
+def outliers(pairs: Pairs) -> Answered:
+    """Infinity norm of the residual stream and kurtosis of the FFN output, with a conclusion about each."""
     said, kinds, compared = [], {}, {}
     for key, what, where in (
         (NORM, "outliers by the infinity norm of the residual stream", "largest layer"),
         (KURTOSIS, "outliers by the kurtosis of the FFN output", "full kurtosis, 3 of a Gaussian, mean of layers"),
     ):
-        one = them.compare(key)
-        kinds[key] = removal(one, math.log(NO_OUTLIERS[key]))
-        if one is None:
+        comparison = pairs.compare(key)
+        kinds[key] = removal(comparison, math.log(NO_OUTLIERS[key]))
+        if comparison is None:
             said.append(f"{what}: not measured")
             continue
-        start = f", {figure(step_0)} at step 0" if (step_0 := them.at_start(key)) is not None else ""
-        said.append(f"{opening(kinds[key], one, what)}: {where}, {factor(one)}{start}")
-        compared[key] = one
-    some = next(iter(compared.values()), None)
-    said.append(seen(some, them))
+        start = f", {figure(step_0)} at step 0" if (step_0 := pairs.at_start(key)) is not None else ""
+        said.append(f"{opening(kinds[key], comparison, what)}: {where}, {factor(comparison)}{start}")
+        compared[key] = comparison
+    first = next(iter(compared.values()), None)
+    said.append(seen(first, pairs))
     return Answered(f"{capital('; '.join(said))}.", kinds, compared)
 
 
-def held_out_loss(them: Pairs) -> Answered:
-    one = them.compare(FLOAT32)
-    kind = keeping(one, any(run.diverged and run.arm in (BASELINE, PRIMARY_ARM) for run in them.finding.group.runs))
-    if one is None:
+def held_out_loss(pairs: Pairs) -> Answered:
+    comparison = pairs.compare(FLOAT32)
+    kind = keeping(
+        comparison, any(run.diverged and run.arm in (BASELINE, PRIMARY_ARM) for run in pairs.finding.group.runs)
+    )
+    if comparison is None:
         return Answered("The held-out loss was not measured.", {FLOAT32: kind})
     perhaps = f", though perhaps by less than the margin of {MARGIN:g} nats" if kind.endswith("margin") else ""
     phrase = {
@@ -296,53 +295,53 @@ def held_out_loss(them: Pairs) -> Answered:
         "worse": f"{PRIMARY_ARM} makes held-out loss worse{perhaps}",
         "better": f"{PRIMARY_ARM} makes held-out loss better{perhaps}",
         "undecided": f"whether {PRIMARY_ARM} keeps held-out loss cannot be said",
-        ONE_PAIR: only(one),
+        ONE_PAIR: only(comparison),
     }[kind.partition(",")[0]]
     tost = ""
-    if one.low90 is not None:
-        inside = "inside" if within_margin(one) else "not inside"
-        level = percent(1 - 2 * (1 - one.confidence))
-        tost = f"; for equivalence: {level} interval from {figure(one.low90)} to {figure(one.high90)}, {inside} the "
-        tost += f"margin of ±{MARGIN:g}"
-    before, after = losses(one.baseline_mean, one.baseline_std), losses(one.mean, one.std)
+    if comparison.low90 is not None:
+        inside = "inside" if within_margin(comparison) else "not inside"
+        level = percent(1 - 2 * (1 - comparison.confidence))
+        ends = f"{figure(comparison.low90)} to {figure(comparison.high90)}"
+        tost = f"; for equivalence: {level} interval from {ends}, {inside} the margin of ±{MARGIN:g}"
+    before, after = losses(comparison.baseline_mean, comparison.baseline_std), losses(comparison.mean, comparison.std)
     said = (
-        f"{capital(phrase)}{few_pairs(one)}: {PRIMARY_ARM} {after} nats in float32, {BASELINE} {before}, difference "
-        f"{figure(one.difference)}{brackets(one, tost)}; {seen(one, them)}."
+        f"{capital(phrase)}{few_pairs(comparison)}: {PRIMARY_ARM} {after} nats in float32, {BASELINE} {before}, "
+        f"difference {figure(comparison.difference)}{brackets(comparison, tost)}; {seen(comparison, pairs)}."
     )
-    return Answered(said + divergences(PRIMARY_ARM, them.finding.group), {FLOAT32: kind}, {FLOAT32: one})
+    return Answered(said + divergences(PRIMARY_ARM, pairs.finding.group), {FLOAT32: kind}, {FLOAT32: comparison})
 
 
-def int8(them: Pairs) -> Answered:
+def int8(pairs: Pairs) -> Answered:
     """The primary question, in a sentence; `answer` has the whole of it."""
-    group, metric = them.finding.group, them.finding.compared[PRIMARY_ARM]
-    one = metric.get(PRIMARY)
+    group, metric = pairs.finding.group, pairs.finding.compared[PRIMARY_ARM]
+    comparison = metric.get(PRIMARY)
     if failed := failed_check(group):
         return Answered(failed, {PRIMARY: "failed check"})
-    if one is None:
+    if comparison is None:
         return Answered("Static W8A8 quantization was not measured in a pair.", {PRIMARY: NOT_MEASURED})
-    rescues = rescue(one, PRIMARY_ARM, group) if one.pairs > 1 else ""
-    kind = rescued(one, rescues)
+    rescues = rescue(comparison, PRIMARY_ARM, group) if comparison.pairs > 1 else ""
+    kind = rescued(comparison, rescues)
     if kind == ONE_PAIR:
-        phrase = only(one)
+        phrase = only(comparison)
     else:
-        concluded = verdict(one, PRIMARY_ARM)
+        concluded = verdict(comparison, PRIMARY_ARM)
         if concluded == "undecided":
             asked = "the arms differ" if rescues else f"{PRIMARY_ARM} rescues INT8"
             concluded = f"whether {asked} cannot be said"
-        phrase = f"{rescues}{concluded}{retraction(one, metric.get(QUANTIZED), PRIMARY_ARM)}"
-    told = "; ".join(failures(one, PRIMARY_ARM)) or (
-        f"{costs(one, PRIMARY_ARM)}, a difference of {figure(one.difference)} nats"
+        phrase = f"{rescues}{concluded}{retraction(comparison, metric.get(QUANTIZED), PRIMARY_ARM)}"
+    figures = "; ".join(failures(comparison, PRIMARY_ARM)) or (
+        f"{costs(comparison, PRIMARY_ARM)}, a difference of {figure(comparison.difference)} nats"
     )
-    said = f"{capital(phrase)}{few_pairs(one)}: {told}{brackets(one)}; {seen(one, them)}."
-    return Answered(said + undecided_check(group), {PRIMARY: kind}, {PRIMARY: one})
+    said = f"{capital(phrase)}{few_pairs(comparison)}: {figures}{brackets(comparison)}; {seen(comparison, pairs)}."
+    return Answered(said + undecided_check(group), {PRIMARY: kind}, {PRIMARY: comparison})
 
 
-def explanation(them: Pairs) -> Answered:
-    """Is a higher kurtosis of the context that of zeros, where attention goes nowhere?"""
-    whole, attending = (them.compare(key, EXPLAINING) for key in (CONTEXT, ATTENDS))
+def explanation(pairs: Pairs) -> Answered:
+    """Is the kurtosis of the attention context higher because of the zeros where attention goes nowhere?"""
+    whole, attending = (pairs.compare(key, EXPLAINING) for key in (CONTEXT, ATTENDS))
     both = [
         {seed: _log_ratio(values[ATTENDS], values[CONTEXT]) for seed, values in arm.items()}
-        for arm in (them.before, them.after)
+        for arm in (pairs.before, pairs.after)
     ]
     rest = compare(*both, tests=EXPLAINING)
     kind = explained(whole, attending, rest)
@@ -362,82 +361,84 @@ def explanation(them: Pairs) -> Answered:
     }[kind]
     said = (
         f"{capital(phrase)}{few_pairs(whole)}: full kurtosis, mean of layers, {factor(whole)}; of the (query, head) "
-        f"pairs alone that attend, {factor(attending)}; the second ratio over the first: {times(rest)}{facts(them)}; "
-        f"{seen(whole, them)}."
+        f"pairs alone that attend, {factor(attending)}; the second ratio over the first: {times(rest)}{facts(pairs)}; "
+        f"{seen(whole, pairs)}."
     )
     compared = {CONTEXT: whole, ATTENDS: attending, f"{ATTENDS}_over_{CONTEXT}": rest}
     return Answered(said, {CONTEXT: kind}, compared)
 
 
-def _log_ratio(one: float | None, other: float | None) -> float | None:
-    """Of full kurtosis, from excess kurtosis; None where one of the two was not measured."""
-    if _known(one) is None or _known(other) is None or min(one, other) <= -3:
+def _log_ratio(above: float | None, below: float | None) -> float | None:
+    """Log of the ratio of two full kurtoses, given as excess kurtoses; None where one was not measured."""
+    if _known(above) is None or _known(below) is None or min(above, below) <= -3:
         return None
-    return math.log(one + 3) - math.log(other + 3)
+    return math.log(above + 3) - math.log(below + 3)
 
 
-def facts(them: Pairs) -> str:
-    """What else the explanation rests on, both arms, without a test."""
+def facts(pairs: Pairs) -> str:
+    """Figures of both arms that the explanation rests on besides, without a test."""
     said = ""
     for key, what in (
         ("attending_share", "pairs that attend"),
         ("context_near_zero", f"entries near zero (at most {NEAR_ZERO:.0%} of the root mean square)"),
     ):
-        if (one := them.compare(key)) is not None:
-            said += f"; {what}, {PRIMARY_ARM} {figure(one.mean)} %, {BASELINE} {figure(one.baseline_mean)} %"
-    if (one := them.compare("context_inf_norm")) is not None:
-        said += f"; infinity norm, largest layer, {factor(one, sure=False)}"
+        if (comparison := pairs.compare(key)) is not None:
+            said += (
+                f"; {what}, {PRIMARY_ARM} {figure(comparison.mean)} %, {BASELINE} {figure(comparison.baseline_mean)} %"
+            )
+    if (comparison := pairs.compare("context_inf_norm")) is not None:
+        said += f"; infinity norm, largest layer, {factor(comparison, sure=False)}"
     return said
 
 
 # ----------------------------------------------------------------------------------------------- parts of a sentence
 
 
-def opening(kind: str, one: Comparison, what: str) -> str:
+def opening(kind: str, comparison: Comparison, what: str) -> str:
     if kind == ONE_PAIR:
-        return f"{only(one)} about {what}"
+        return f"{only(comparison)} about {what}"
     said = REMOVAL[kind].format(arm=PRIMARY_ARM, baseline=BASELINE, what=what)
-    return f"{said}{few_pairs(one)}"
+    return f"{said}{few_pairs(comparison)}"
 
 
-def only(one: Comparison) -> str:
-    return f"open, from one pair (seed {one.seeds[0]}) nothing is concluded"
+def only(comparison: Comparison) -> str:
+    return f"open, from one pair (seed {comparison.seeds[0]}) nothing is concluded"
 
 
-def brackets(one: Comparison, more: str = "") -> str:
+def brackets(comparison: Comparison, more: str = "") -> str:
     """The interval of a difference, in brackets; none of one pair."""
-    return "" if one.pairs == 1 else f" ({interval(one)}{more})"
+    return "" if comparison.pairs == 1 else f" ({interval(comparison)}{more})"
 
 
-def points(one: Comparison) -> str:
+def points(comparison: Comparison) -> str:
     """A rate in both arms, in percent, and the difference in percentage points."""
     return (
-        f"{PRIMARY_ARM} {spread(one.mean, one.std)} %, {BASELINE} {spread(one.baseline_mean, one.baseline_std)} %, "
-        f"difference {figure(one.difference)} points{brackets(one)}"
+        f"{PRIMARY_ARM} {spread(comparison.mean, comparison.std)} %, "
+        f"{BASELINE} {spread(comparison.baseline_mean, comparison.baseline_std)} %, "
+        f"difference {figure(comparison.difference)} points{brackets(comparison)}"
     )
 
 
-def factor(one: Comparison, sure: bool = True) -> str:
+def factor(comparison: Comparison, sure: bool = True) -> str:
     """Geometric means of both arms, and the ratio, of a comparison of logarithms; `sure`: with its interval."""
-    if not one.finite:
-        return no_interval(one)
-    after, before = (figure(math.exp(mean)) for mean in (one.mean, one.baseline_mean))
-    return (
-        f"{PRIMARY_ARM} {after}, {BASELINE} {before}, ratio {times(one) if sure else figure(math.exp(one.difference))}"
-    )
+    if not comparison.finite:
+        return no_interval(comparison)
+    after, before = (figure(math.exp(mean)) for mean in (comparison.mean, comparison.baseline_mean))
+    ratio = times(comparison) if sure else figure(math.exp(comparison.difference))
+    return f"{PRIMARY_ARM} {after}, {BASELINE} {before}, ratio {ratio}"
 
 
-def times(one: Comparison) -> str:
+def times(comparison: Comparison) -> str:
     """A ratio and its interval, of a comparison of logarithms."""
-    if not one.finite:
-        return no_interval(one)
-    ratio = figure(math.exp(one.difference))
-    if one.pairs == 1:
+    if not comparison.finite:
+        return no_interval(comparison)
+    ratio = figure(math.exp(comparison.difference))
+    if comparison.pairs == 1:
         return ratio
-    if one.low is None:
-        return f"{ratio} ({no_interval(one)})"
-    ends = " to ".join(figure(math.exp(end)) for end in (one.low, one.high))
-    return f"{ratio} ({percent(one.confidence)} interval from {ends})"
+    if comparison.low is None:
+        return f"{ratio} ({no_interval(comparison)})"
+    ends = " to ".join(figure(math.exp(end)) for end in (comparison.low, comparison.high))
+    return f"{ratio} ({percent(comparison.confidence)} interval from {ends})"
 
 
 def losses(mean: float | None, std: float | None) -> str:
@@ -445,12 +446,12 @@ def losses(mean: float | None, std: float | None) -> str:
     return number(mean, 4) + ("" if std is None else f" ± {number(std, 4)}")
 
 
-def seen(one: Comparison | None, them: Pairs) -> str:
-    """At which scale: pairs, steps, parameters, tokens."""
-    pairs = size(one.pairs if one else len(them.before), PRIMARY_ARM, them.finding.group)
-    run = next(iter(trained_pairs(them.finding.group, PRIMARY_ARM).values()))[0]
+def seen(comparison: Comparison | None, pairs: Pairs) -> str:
+    """The scale that a sentence holds for: pairs, steps, parameters, tokens."""
+    over = size(comparison.pairs if comparison else len(pairs.before), PRIMARY_ARM, pairs.finding.group)
+    run = next(iter(trained_pairs(pairs.finding.group, PRIMARY_ARM).values()))[0]
     scale = [f"{shorter(value)} {what}" for what, value in scales(run).items() if value]
-    return f"over {pairs}" + (f" ({', '.join(scale)})" if scale else "")
+    return f"over {over}" + (f" ({', '.join(scale)})" if scale else "")
 
 
 def scales(run: Run) -> dict[str, int | None]:
@@ -467,5 +468,5 @@ def shorter(count: int) -> str:
     return str(count)
 
 
-def _all(them: Pairs) -> list[dict[str, float | None]]:
-    return [*them.before.values(), *them.after.values()]
+def _all(pairs: Pairs) -> list[dict[str, float | None]]:
+    return [*pairs.before.values(), *pairs.after.values()]

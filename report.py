@@ -39,7 +39,7 @@ def trained_on(runs: list[Run]) -> str:
 def watched_in_training(runs: list[Run]) -> str:
     """What the training-time kurtosis of the runs is of: padded or packed batches, every step or some."""
     said = []
-    for settings in (run.results.get("settings", {}) for run in runs if run.results):
+    for settings in (run.results["settings"] for run in runs if run.results):
         steps = settings.get("statistics_steps", 1)
         said.append(
             ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
@@ -58,7 +58,7 @@ def summary(runs: list[Run]) -> list[list[str]]:
     extra = []
     sets = comparison_sets(runs)
     if len(sets) > 1:
-        names = {run: str(i) + " (headline)" * (i == 1) for i, one in enumerate(sets, start=1) for run in one.runs}
+        names = {run: str(i) + " (headline)" * (i == 1) for i, group in enumerate(sets, start=1) for run in group.runs}
         extra.append(["comparison set", "–", "–", *(names.get(run, "–") for run in runs)])
     if any(run.diverged for run in runs):
         state = [
@@ -101,24 +101,38 @@ def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
         return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
 
     rows = []
-    for one, key in ((compared[key], key) for key in keys if key in compared):
+    for comparison, key in ((compared[key], key) for key in keys if key in compared):
         rows.append(
             [
                 f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
-                own(one.baseline_mean, one.baseline_std, one.baseline_floor, one.baseline_not_finite, one.pairs),
-                own(one.mean, one.std, one.floor, one.not_finite, one.pairs),
-                figure(one.difference) + ("" if one.ratio is None else f" (× {figure(one.ratio)})"),
-                no_interval(one) or f"{figure(one.low)} to {figure(one.high)}" + ratio_cell(one),
-                "–" if one.texts_low is None else f"{figure(one.texts_low)} to {figure(one.texts_high)}",
+                own(
+                    comparison.baseline_mean,
+                    comparison.baseline_std,
+                    comparison.baseline_floor,
+                    comparison.baseline_not_finite,
+                    comparison.pairs,
+                ),
+                own(comparison.mean, comparison.std, comparison.floor, comparison.not_finite, comparison.pairs),
+                figure(comparison.difference)
+                + ("" if comparison.ratio is None else f" (× {figure(comparison.ratio)})"),
+                no_interval(comparison)
+                or f"{figure(comparison.low)} to {figure(comparison.high)}" + ratio_cell(comparison),
+                "–"
+                if comparison.texts_low is None
+                else f"{figure(comparison.texts_low)} to {figure(comparison.texts_high)}",
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
     return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
 
 
-def ratio_cell(one: Comparison) -> str:
+def ratio_cell(comparison: Comparison) -> str:
     """The interval of the ratio of geometric means, behind that of the difference; empty where there is none."""
-    return "" if one.ratio_low is None else f" (× {figure(one.ratio_low)} to {figure(one.ratio_high)})"
+    return (
+        ""
+        if comparison.ratio_low is None
+        else f" (× {figure(comparison.ratio_low)} to {figure(comparison.ratio_high)})"
+    )
 
 
 def damage_table(runs: list[Run]) -> str:
@@ -147,7 +161,7 @@ def self_check_table(runs: list[Run]) -> str:
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
     rows = []
     for key, label in CHECKS.items():
-        cells = [f"{VERDICTS[found[key]['passed']]}: {found[key]['said']}" for found in checked.values()]
+        cells = [f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for check in checked.values()]
         rows.append([label, *cells])
     return table(["", *checked], rows)
 
@@ -199,32 +213,32 @@ def scored_said(runs: list[Run]) -> str:
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
     """A table for every arm of a set and under it what its intervals are; where `only` was compared, its alone."""
     parts = []
-    for arm, one in finding.compared.items():
+    for arm, comparisons in finding.compared.items():
         if only in finding.compared and arm != only:
             continue
-        some = next(iter(one.values()))
+        first = next(iter(comparisons.values()))
         over = (
             "One pair of runs: no interval over seeds."
-            if some.pairs == 1
-            else f"Mean ± sample standard deviation over {some.pairs} seeds; interval: {TEST}."
+            if first.pairs == 1
+            else f"Mean ± sample standard deviation over {first.pairs} seeds; interval: {TEST}."
         )
         if arm != PRIMARY_ARM:
             over = f"Exploratory. {over}"
             if (others := sum(name != PRIMARY_ARM for name in finding.compared)) > 1:
                 over += f" Corrected for {others} exploratory arms (Bonferroni)."
-        parts += [comparison_table(one, arm, keys), f"*{over}*"]
+        parts += [comparison_table(comparisons, arm, keys), f"*{over}*"]
     return parts
 
 
-def answers(runs: list[Run], found: list[Finding], asked: dict[str, Answered]) -> list[str]:
+def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """A sentence a question, or why there is none."""
     if not asked:
-        return [f"**Answer.** {answer(runs, found)}"]
+        return [f"**Answer.** {answer(runs, findings)}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
     return [
         f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
-        "\n".join(f"- **{LABELS[key]}.** {one.said}" for key, one in asked.items()),
-        f"*{trained_with(found[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
+        "\n".join(f"- **{LABELS[key]}.** {answered.said}" for key, answered in asked.items()),
+        f"*{trained_with(findings[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
         f"intervals share an error of 5% (Bonferroni, {level} each). The primary one, named beforehand, has its own. "
         f"The last sentence explores a cause ({EXPLAINING} intervals of {explaining}). ± is the sample standard "
         "deviation over seeds; of what is compared by a ratio, means are geometric. DEFINITIONS.md has the rules.*",
@@ -247,10 +261,10 @@ def trained_with(finding: Finding) -> str:
 
 
 def opening(
-    runs: list[Run], found: list[Finding], asked: dict[str, Answered], sequences: int, record: bool
+    runs: list[Run], findings: list[Finding], asked: dict[str, Answered], sequences: int, record: bool
 ) -> list[str]:
     """Question, answers, the headline's comparison at a glance."""
-    glance = set_tables(found[0], GLANCE, only=PRIMARY_ARM) if found else []
+    glance = set_tables(findings[0], GLANCE, only=PRIMARY_ARM) if findings else []
     measured = [run for run in runs if not run.diverged]
     if glance:
         glance.append(
@@ -265,31 +279,31 @@ def opening(
         '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
         "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
         "static ranges, which extremes break, then cost less?",
-        *answers(runs, found, asked),
+        *answers(runs, findings, asked),
         *glance,
     ]
 
 
-def primary_section(runs: list[Run], found: list[Finding], asked: dict[str, Answered]) -> list[str]:
+def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
-    return ["## INT8, the primary question: all that is concluded", answer(runs, found)] if asked else []
+    return ["## INT8, the primary question: all that is concluded", answer(runs, findings)] if asked else []
 
 
-def dose_section(found: list[Finding]) -> list[str]:
+def dose_section(findings: list[Finding]) -> list[str]:
     """Every arm of the headline's set beside the others, n by n; nothing of a set of two arms."""
-    by_arm = arms(in_a_pair(found[0].group)) if found else {}
+    by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
     order = sorted(by_arm, key=lambda arm: by_arm[arm][0].arm_order)
     measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
-    values = {arm: [metrics(run) for run in some] for arm, some in measured.items()}
+    values = {arm: [metrics(run) for run in of_arm] for arm, of_arm in measured.items()}
     lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
     rows = [["seeds", *(str(len(by_arm[arm])) + f" ({lost[arm]} diverged)" * bool(lost[arm]) for arm in order)]]
     for key in GLANCE:
         cells = []
         for arm in order:
             floor = noise(measured[arm], GAPS[key]) if key in GAPS and measured[arm] else None
-            cells.append(over_seeds([one[key] for one in values[arm]], floor))
+            cells.append(over_seeds([of_run[key] for of_run in values[arm]], floor))
         rows.append([METRICS[key][0], *cells])
     return [
         "## Dose response: all arms",
@@ -318,11 +332,11 @@ def summary_section(runs: list[Run]) -> list[str]:
     ]
 
 
-def comparisons_section(found: list[Finding]) -> list[str]:
-    if not found:
+def comparisons_section(findings: list[Finding]) -> list[str]:
+    if not findings:
         return []
     parts = ["## All comparisons"]
-    for i, finding in enumerate(found):
+    for i, finding in enumerate(findings):
         if i:
             parts.append(f"### Another set of {len(finding.group.runs)} runs, {finding.group.steps:,} steps")
         parts += set_tables(finding, METRICS)
@@ -374,57 +388,62 @@ def self_check_section(runs: list[Run]) -> list[str]:
 
 def executed_section(runs: list[Run]) -> list[str]:
     """What ONNX Runtime made of the runs in 8 bits; nothing where it was not asked for."""
-    measured = {run.name: run.damage["executed"] for run in runs if "executed" in run.damage}
-    if not measured:
-        return []
-    rows, refused, covered, shapes = [], [], [], []
-    for name, one in measured.items():
-        if "error" in one:
-            refused.append(f"**{name} was not executed in INT8**: {one['error']}")
-            continue
-        for scheme, label in EXECUTED.items():
-            found, speed, twin = one["schemes"][scheme], one["latency"]["formats"][scheme], one["agreement"].get(scheme)
-            rows.append(
-                [
-                    f"{label}, {name}",
-                    f"{found['loss']:.4f}",
-                    gap_cell(found),
-                    f"{signed(twin['difference'])} ± {twin['error']:.4f}" if twin else "–",
-                    figure(twin["correlation"]) if twin else "–",
-                    signed(twin["arithmetic"]) if twin else "–",
-                    f"{found['bytes'] / 1e6:.1f}",
-                    f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
-                    figure(speed["speedup"]),
-                ]
-            )
-        kernels = one["operators"]["kernels"]
-        covered.append(" and ".join(f"{kernels_said(kernels[kind])} in {kind}" for kind in ("int8", "float32")))
-        shapes.append(
-            f"one text of {one['latency']['tokens']} tokens, {one['latency']['predicted']} of them predicted, one "
-            f"thread, median and quartiles of {one['latency']['repetitions']} runs, the formats in turn, "
-            f"{one['hardware']['name']}"
-        )
-    header = "loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
+    executed = {run.name: run.damage["executed"] for run in runs if "executed" in run.damage}
+    complete = {name: result for name, result in executed.items() if "error" not in result}
+    refused = [
+        f"**{name} was not executed in INT8**: {executed[name]['error']}" for name in executed if name not in complete
+    ]
+    header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
+    rows = [
+        [f"{label}, {name}", *executed_cells(result, scheme)]
+        for name, result in complete.items()
+        for scheme, label in EXECUTED.items()
+    ]
+    parts = [*refused, *([table(header, rows), executed_said(list(complete.values()))] if rows else [])]
+    return ["## INT8 that is executed", *parts] if parts else []
+
+
+def executed_cells(result: dict, scheme: str) -> list[str]:
+    """A row's cells: what executed.execute returned of one scheme."""
+    executed, speed = result["schemes"][scheme], result["latency"]["formats"][scheme]
+    agreement = ["–"] * 3  # of float32 there is nothing simulated
+    if twin := result["agreement"].get(scheme):
+        difference = f"{signed(twin['difference'])} ± {twin['error']:.4f}"
+        agreement = [difference, figure(twin["correlation"]), signed(twin["arithmetic"])]
     return [
-        "## INT8 that is executed",
-        *refused,
-        *([table(["", *header], rows), executed_said(covered, shapes)] if rows else []),
+        f"{executed['loss']:.4f}",
+        gap_cell(executed),
+        *agreement,
+        f"{executed['bytes'] / 1e6:.1f}",
+        f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
+        figure(speed["speedup"]),
     ]
 
 
-def kernels_said(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+def kernels_said(result: dict) -> str:
+    """Which kernels run in which format, of one model."""
+    counts = {kind: result["operators"]["kernels"][kind] for kind in ("int8", "float32")}
+    listed = {kind: ", ".join(f"{count} {name}" for name, count in of_kind.items()) for kind, of_kind in counts.items()}
+    return " and ".join(f"{names} in {kind}" for kind, names in listed.items())
 
 
-def executed_said(covered: list[str], shapes: list[str]) -> str:
+def latency_said(result: dict) -> str:
+    latency = result["latency"]
+    return (
+        f"one text of {latency['tokens']} tokens, {latency['predicted']} of them predicted, one thread, median and "
+        f"quartiles of {latency['repetitions']} runs, the formats in turn, {result['hardware']['name']}"
+    )
+
+
+def executed_said(results: list[dict]) -> str:
+    latency, kernels = (" / ".join(dict.fromkeys(map(said, results))) for said in (latency_said, kernels_said))
     return (
         "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
         "float32 by ONNX Runtime, with its standard error over texts. Minus simulated: gap minus that of W8A8 static "
         "(MinMax) or W8A8 percentile; correlation: of the losses' changes, text by text; where the gaps are below "
         "their noise it says little. Minus rounding alone: gap minus that of the same 8-bit graph computed in float32, "
-        f"which is what integer arithmetic itself does. Latency: {' / '.join(dict.fromkeys(shapes))}; speedup: of the "
-        f"times in one turn. Kernels that run: {' / '.join(dict.fromkeys(covered))}. DEFINITIONS.md has what each "
-        "covers.*"
+        f"which is what integer arithmetic itself does. Latency: {latency}; speedup: of the times in one turn. Kernels "
+        f"that run: {kernels}. DEFINITIONS.md has what each covers.*"
     )
 
 
@@ -487,7 +506,7 @@ PICTURED = {
 def report(
     runs: list[Run],
     warned: list[str],
-    found: list[Finding],
+    findings: list[Finding],
     sequences: int,
     data_dir,
     pictures: dict[str, tuple[str, str]],
@@ -499,15 +518,15 @@ def report(
     Tables with a column a run show all runs, tables of arms the headline's alone.
     """
     measured = [run for run in runs if not run.diverged]
-    asked = questions(found)
+    asked = questions(findings)
     parts = [
-        *opening(runs, found, asked, sequences, record),
+        *opening(runs, findings, asked, sequences, record),
         *shown([LEAD_PICTURE], pictures),
         *(f"**Note.** {line}" for line in warned),
-        *primary_section(runs, found, asked),
-        *dose_section(found),
+        *primary_section(runs, findings, asked),
+        *dose_section(findings),
         *summary_section(runs),
-        *comparisons_section(found),
+        *comparisons_section(findings),
         *(damage_section(measured) + self_check_section(measured) if measured else []),
         *executed_section(measured),
         *arm_sections(headline(runs), sequences),
@@ -519,13 +538,13 @@ def report(
 
 def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
     """The parts of a report, with the pictures of a section behind its heading."""
-    found = []
+    whole = []
     for part in parts:
-        found.append(part)
+        whole.append(part)
         for section, names in PICTURED.items():
             if part.startswith(section):
-                found += shown(names, pictures)
-    return found
+                whole += shown(names, pictures)
+    return whole
 
 
 def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
@@ -565,12 +584,19 @@ def absent_notes(runs: list[Run]) -> list[str]:
 def headline_of_models(runs: list[Run]) -> str:
     """What a person wants to know about a model, a column a model: outliers, sinks, quantization damage."""
     values = [metrics(run) for run in runs]
-    shown = [key for key in OF_A_MODEL if key != "null_mass" or any((one[key] or 0) > 0.01 for one in values)]  # %
-    rows = [[METRICS[key][0], *(figure(one[key]) for one in values)] for key in shown]
-    rows.append([METRICS["held_out_loss"][0], *(f"{one['held_out_loss']:.4f}" for one in values)])
+    shown = [
+        key for key in OF_A_MODEL if key != "null_mass" or any((of_model[key] or 0) > 0.01 for of_model in values)
+    ]  # %
+    rows = [[METRICS[key][0], *(figure(of_model[key]) for of_model in values)] for key in shown]
+    rows.append([METRICS["held_out_loss"][0], *(f"{of_model['held_out_loss']:.4f}" for of_model in values)])
     for scheme in DAMAGE_OF_A_MODEL:
         cells = [run.damage["schemes"].get(scheme) for run in runs]
-        rows.append([f"{SCHEMES[scheme]}: loss over that", *("–" if one is None else gap_cell(one) for one in cells)])
+        rows.append(
+            [
+                f"{SCHEMES[scheme]}: loss over that",
+                *("–" if of_model is None else gap_cell(of_model) for of_model in cells),
+            ]
+        )
     return table(["", *(run.name for run in runs)], rows)
 
 

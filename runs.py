@@ -41,15 +41,15 @@ RESULTS = {  # what we read of a results file: dotted key -> kind
     "validation_loss_history": list,
     "weight_excess_kurtosis": dict,
     "activation_excess_kurtosis": dict,
+    "emergence": list,
+    "emergence_texts": COUNT,
+    "settings": dict,
     "test_pipeline": bool,
 }
 # What a results file may lack, having been written before there was such a thing.
 OPTIONAL = {
-    "emergence": list,
-    "emergence_texts": COUNT,
     "validation.unigram_loss": NUMBER,
     "validation.context_free_loss": NUMBER,
-    "settings": dict,
     "status": str,
     "diverged": dict,
     "diverged.step": COUNT,
@@ -120,21 +120,21 @@ class Run:
     @property
     def held_out(self) -> dict[str, float]:
         """Excess kurtosis of a sequence by the names of the modules that the published tables have."""
-        found = {}
+        kurtosis = {}
         for place, values in self.places.items():
             layer, dot, place = place.rpartition(".")
             if place in PLACES and PLACES[place].side == "output":
                 for module in (PLACES[place].module, *PLACES[place].same):
-                    found[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
-        return found
+                    kurtosis[f"{layer}{dot}{module}"] = values["kurtosis_sequence"]
+        return kurtosis
 
 
 def arms(runs: list[Run]) -> dict[str, list[Run]]:
     """The runs of every arm, in order."""
-    found: dict[str, list[Run]] = {}
+    by_arm: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.arm, []).append(run)
-    return found
+        by_arm.setdefault(run.arm, []).append(run)
+    return by_arm
 
 
 # ------------------------------------------------------------------------------------------------ what training wrote
@@ -196,7 +196,7 @@ def _numbers(key: str, value: list | dict) -> bool:
     if key.endswith("_history"):
         return all(isinstance(pair, list) and len(pair) == 2 and all(_is(NUMBER, x) for x in pair) for pair in value)
     if key.endswith("_kurtosis"):
-        return all(_is(NUMBER, one) for one in value.values())
+        return all(_is(NUMBER, number) for number in value.values())
     if key == "log_n":
         return all(isinstance(heads, list) and all(_is(NUMBER, x) for x in heads) for heads in value.values())
     if key == "emergence":
@@ -249,8 +249,8 @@ def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Ru
         runs = []
         for label, model in zip(labelled(models), models, strict=True):
             file = results_dir / f"{folder_name(model)}.json"
-            found = read_results(file) if file.is_file() else None
-            runs.append(Run(label, model, found, file=file if found else None))
+            results = read_results(file) if file.is_file() else None
+            runs.append(Run(label, model, results, file=file if results else None))
         return runs
     files = sorted(results_dir.glob("esperberto-*.json"))
     if not files:

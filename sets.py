@@ -62,7 +62,7 @@ PROCESSES = "processes"  # is computed from the batch sizes, which is all that a
 REACHED = ("steps", "samples seen")  # a run that diverged did not get as far as it was to
 # What has to agree within a pair, but may differ from one pair of a set to the next.
 OF_A_PAIR = {"settings.data_seed": "data seed", "model.initial_weights": "initial weights"}
-# What may change a result without being meant to: said, and compared all the same.
+# What may change a result without being meant to: said, and compared nevertheless.
 CIRCUMSTANCES = {"git.commit": "commit", "hardware.device": "device", "hardware.name": "hardware"}
 NOT_RECORDED = "not recorded"
 
@@ -104,17 +104,17 @@ def recorded(run: Run, key: str) -> str:
 
 def shaping(run: Run) -> dict[str, str]:
     """{name: value as text} of what shapes the weights."""
-    found = {label: recorded(run, key) for key, label in SHAPING.items()}
+    values = {label: recorded(run, key) for key, label in SHAPING.items()}
     settings = run.results.get("settings", {})
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
     model = _dict(run.results.get("model"))
     if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):  # which make the arm
-        found[SHAPING["model.parameters"]] = str(model["parameters"] - own)
-    found[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
+        values[SHAPING["model.parameters"]] = str(model["parameters"] - own)
+    values[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
     if run.diverged:
-        found = {label: value for label, value in found.items() if label not in REACHED}
-    return found
+        values = {label: value for label, value in values.items() if label not in REACHED}
+    return values
 
 
 def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
@@ -125,29 +125,29 @@ def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
     one trained on most.
     """
     trained = [run for run in runs if run.results]
-    found: dict[tuple, list[Run]] = {}
+    members_of: dict[tuple, list[Run]] = {}
     for run in sorted(trained, key=lambda run: run.diverged):  # keeps the order otherwise
         own = shaping(run)
         key = tuple(own.items())
         if run.diverged:
-            like = [other for other in found if {**dict(other), **own} == dict(other)]
-            key = max(like, key=lambda other: ComparisonSet(found[other]).samples, default=key)
-        found.setdefault(key, []).append(run)
-    sets = [paired(ComparisonSet([run for run in trained if run in members])) for members in found.values()]
+            like = [other for other in members_of if {**dict(other), **own} == dict(other)]
+            key = max(like, key=lambda other: ComparisonSet(members_of[other]).samples, default=key)
+        members_of.setdefault(key, []).append(run)
+    sets = [paired(ComparisonSet([run for run in trained if run in members])) for members in members_of.values()]
 
-    def rank(one: ComparisonSet) -> tuple:
-        return not one.test_pipeline, bool(one.pairs), one.samples, len(one.runs)
+    def rank(group: ComparisonSet) -> tuple:
+        return not group.test_pipeline, bool(group.pairs), group.samples, len(group.runs)
 
     return sorted(sets, key=rank, reverse=True)
 
 
 def paired(group: ComparisonSet) -> ComparisonSet:
     """The set with its pairs filled in. A run with the same arm and seed as another: see `refuse_duplicates`."""
-    by_arm = {arm: {run.results["seed"]: run for run in found} for arm, found in arms(group.runs).items()}
+    by_arm = {arm: {run.results["seed"]: run for run in runs} for arm, runs in arms(group.runs).items()}
     baseline = by_arm.pop(BASELINE, {})
-    for arm, found in by_arm.items():
-        for seed in sorted(baseline.keys() & found.keys()):
-            pair = baseline[seed], found[seed]
+    for arm, runs in by_arm.items():
+        for seed in sorted(baseline.keys() & runs.keys()):
+            pair = baseline[seed], runs[seed]
             differ = [label for key, label in OF_A_PAIR.items() if len({recorded(run, key) for run in pair}) > 1]
             if differ:
                 group.refused.append(
@@ -163,13 +163,13 @@ def headline(runs: list[Run]) -> list[Run]:
 
     Where the set has a pair, only its runs that are in one: the arms of a table then have their seeds in common.
     """
-    first = [run for one in comparison_sets(runs)[:1] for run in in_a_pair(one) or one.runs]
+    first = [run for group in comparison_sets(runs)[:1] for run in in_a_pair(group) or group.runs]
     return [run for run in runs if run in first or not run.results]
 
 
 def in_a_pair(group: ComparisonSet) -> list[Run]:
-    found = [run for pairs in group.pairs.values() for pair in pairs.values() for run in pair]
-    return list(dict.fromkeys(found))
+    runs = [run for pairs in group.pairs.values() for pair in pairs.values() for run in pair]
+    return list(dict.fromkeys(runs))
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -180,10 +180,10 @@ def refuse_duplicates(runs: list[Run]) -> None:
 
     It is not known which of them belongs in the pair.
     """
-    for one in comparison_sets(runs):
-        for arm, found in arms(one.runs).items():
+    for group in comparison_sets(runs):
+        for arm, of_arm in arms(group.runs).items():
             seen: dict[int, Run] = {}
-            for run in found:
+            for run in of_arm:
                 seed = run.results["seed"]
                 if seed in seen:
                     files = " and ".join(
@@ -201,10 +201,10 @@ def refuse_copies(runs: list[Run]) -> None:
     ):
         seen: dict[str, Run] = {}
         for run in (run for run in runs if run.results):
-            found = digest(run)
-            if found in (None, "null", NOT_RECORDED):
+            sha256 = digest(run)
+            if sha256 in (None, "null", NOT_RECORDED):
                 continue
-            other = seen.setdefault(found, run)
+            other = seen.setdefault(sha256, run)
             if other.results["seed"] != run.results["seed"]:
                 sys.exit(
                     f"error: {other.name} (seed {other.results['seed']}) and {run.name} (seed {run.results['seed']}) "
@@ -217,10 +217,10 @@ def refuse_copies(runs: list[Run]) -> None:
 
 def notes(runs: list[Run], data_dir: Path) -> list[str]:
     """What a reader has to know before comparing the columns."""
-    return [*_of_the_sets(runs), *_of_the_circumstances(runs), *_of_the_models(runs, data_dir)]
+    return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
-def _of_the_sets(runs: list[Run]) -> list[str]:
+def _notes_on_sets(runs: list[Run]) -> list[str]:
     lines = []
     trained = [run for run in runs if run.results]
     sets = comparison_sets(runs)
@@ -231,22 +231,23 @@ def _of_the_sets(runs: list[Run]) -> list[str]:
             if real
             else f"These tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}."
         )
-    values = {run.name: shaping(run) for run in trained}
-    for label in dict.fromkeys(label for found in values.values() for label in found):
-        told = {name: shortened(found[label]) for name, found in values.items() if label in found}
-        if len({found[label] for found in values.values() if label in found}) > 1:
-            listed = ", ".join(f"{name}: {value}" for name, value in told.items())
+    shaped = {run.name: shaping(run) for run in trained}
+    for label in dict.fromkeys(label for values in shaped.values() for label in values):
+        told = {name: values[label] for name, values in shaped.items() if label in values}
+        if len(set(told.values())) > 1:
+            listed = ", ".join(f"{name}: {shortened(value)}" for name, value in told.items())
             lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
-    lines += [line for one in sets for line in one.refused]
+    lines += [line for group in sets for line in group.refused]
     for run in trained:
         if run.diverged:
             lines.append(f"{run.name} diverged at step {run.results['diverged']['step']:,}: it left no model.")
     pairs = sets[0].pairs if sets else {}
-    seeds = [{run.results["seed"] for run in found} for found in arms(sets[0].runs).values()] if sets else []
+    by_arm = arms(sets[0].runs) if sets else {}
+    seeds = [{run.results["seed"] for run in of_arm} for of_arm in by_arm.values()]
     if len(seeds) > 1 and (alone := set.union(*seeds) - set.intersection(*seeds)):
         listed = ", ".join(map(str, sorted(alone)))
         lines.append(f"Not every arm has seed {listed}: only seeds that two arms share are compared.")
-    in_pair = [run for one in sets for run in in_a_pair(one)]
+    in_pair = [run for group in sets for run in in_a_pair(group)]
     lonely = [run.name for run in trained if run not in in_pair and not run.results["test_pipeline"]]
     if pairs and lonely:
         lines.append(f"Without a pair, so in no comparison and in no table of arms: {', '.join(lonely)}.")
@@ -258,24 +259,24 @@ def shortened(value: str) -> str:
     return value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-def _of_the_circumstances(runs: list[Run]) -> list[str]:
+def _notes_on_circumstances(runs: list[Run]) -> list[str]:
     """Differences inside a set that are not meant to matter."""
     lines = []
-    for one in comparison_sets(runs):
-        packages = {package for run in one.runs for package in _dict(run.results.get("versions"))}
+    for group in comparison_sets(runs):
+        packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}
         keys = CIRCUMSTANCES | {f"versions.{package}": package for package in sorted(packages)}
         for key, label in keys.items():
-            values = {run.name: recorded(run, key) for run in one.runs}
+            values = {run.name: recorded(run, key) for run in group.runs}
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
-                lines.append(f"The runs differ in {label} ({listed}): compared all the same.")
+                lines.append(f"The runs differ in {label} ({listed}): compared nevertheless.")
     for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():
         values = {run.name: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with}
         if len(set(values.values())) > 1:
             groups = [
-                ", ".join(name for name in values if values[name] == one) for one in dict.fromkeys(values.values())
+                ", ".join(name for name in values if values[name] == value) for value in dict.fromkeys(values.values())
             ]
-            lines.append(f"Measured with different {label} ({' | '.join(groups)}): compared all the same.")
+            lines.append(f"Measured with different {label} ({' | '.join(groups)}): compared nevertheless.")
     if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
         lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")
     if dirty := [run.name for run in runs if run.measured_at.get("dirty")]:
@@ -291,7 +292,7 @@ def from_modified_tree(run: Run) -> bool:
     return run.results is not None and _dict(run.results.get("git")).get("dirty") is True
 
 
-def _of_the_models(runs: list[Run], data_dir: Path) -> list[str]:
+def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
     lines = []
     train_sha = train_text(data_dir)
     for run in (run for run in runs if run.results and not run.diverged):

@@ -6,9 +6,9 @@
 Reads   a CoNLL-U file (columns FORM and UPOS), models/<run>/ (or the models named)
 Writes  results/tagging/<run>.json and results/tagging/report.md
 
-The sentences are split once into training, development and test by a fixed seed, the same for every model. Each model
-is fine-tuned with several seeds (order of the sentences, new head, dropout); of each, the epoch that is best on the
-development part is scored once on the test part. A word's tag is predicted from its first token.
+The sentences are split into training, development and test parts by a fixed seed, the same for every model. Each model
+is fine-tuned with several seeds (order of the sentences, new head, dropout). For each seed, the epoch with the best
+accuracy on the development part is scored once on the test part. A word's tag is predicted from its first token.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LEARNING_RATE = 5e-5
 EPOCHS = 20
 BATCH_SIZE = 16
 WARMUP = 0.1
-IGNORED = -100  # cross-entropy leaves these out
+IGNORED = -100  # label of what has no tag: cross-entropy skips it
 
 
 @dataclass
@@ -76,11 +76,11 @@ class Sentence:
 def read_conllu(path: Path) -> list[Sentence]:
     """The sentences of a CoNLL-U file (https://universaldependencies.org/format.html).
 
-    Of a multiword token (1-2) its parts count; empty nodes (1.1) stand for no word of the text and are left out, and so
-    are words without a tag (_). Exits with one line, which names the line of the file, where it is malformed.
+    Of a multiword token (1-2) only its parts are read. Empty nodes (1.1), which stand for no word of the text, and
+    words without a tag (_) are skipped. A malformed file ends the script with one line that names the line of the file.
     """
     try:
-        # Not splitlines(), which ends a line at U+2028 and its like too, inside of a word or a comment.
+        # Not splitlines(): it also ends a line at U+2028 and similar characters, which may stand in a word or comment.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {path} cannot be read ({one_line(error)}): name a CoNLL-U file in UTF-8")
@@ -125,8 +125,8 @@ def split(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence], li
 def encode(sentence: Sentence, tokenizer: PreTrainedTokenizerBase, tags: list[str]) -> tuple[list[int], list[int]]:
     """Token ids with <s> and </s>, and their labels: the word's tag at its first token, IGNORED elsewhere.
 
-    Words are tokenized with a space before them, but for the first one, as in running text. What is over MAX_LENGTH is
-    cut off. A tag that is not in `tags` gets a label that nothing predicts.
+    Every word but the first is tokenized with a space before it, as in running text. The sentence is cut at MAX_LENGTH
+    tokens. A tag that is not in `tags` gets a label that the model never predicts.
     """
     ids, labels = [], []
     for i, (word, tag) in enumerate(zip(sentence.words, sentence.tags, strict=True)):
@@ -193,11 +193,11 @@ def load(name: str, tags: list[str]) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, some: list[dict[str, Tensor]]) -> float:
+def accuracy(model: PreTrainedModel, batches_of_part: list[dict[str, Tensor]]) -> float:
     """Share of the words whose tag is predicted right."""
     model.eval()
     right = words = 0
-    for batch in some:
+    for batch in batches_of_part:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
@@ -210,7 +210,7 @@ def fine_tune(name: str, parts: list[list[Sentence]], tags: list[str], seed: int
     set_seed(seed)  # before loading: the new head is random
     model, tokenizer = load(name, tags)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    training, development, test = ([encode(one, tokenizer, tags) for one in part] for part in parts)
+    training, development, test = ([encode(sentence, tokenizer, tags) for sentence in part] for part in parts)
     development, test = (batches(part, tokenizer.pad_token_id) for part in (development, test))
     steps = epochs * -(-len(training) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -231,8 +231,8 @@ def fine_tune(name: str, parts: list[list[Sentence]], tags: list[str], seed: int
             schedule.step()
             optimizer.zero_grad()
             bar.update()
-        if (found := accuracy(model, development)) > best["development"]:
-            best = {"seed": seed, "epoch": epoch, "development": found}
+        if (score := accuracy(model, development)) > best["development"]:
+            best = {"seed": seed, "epoch": epoch, "development": score}
             state = copy.deepcopy(model.state_dict())
     model.load_state_dict(state)
     return {**best, "test": accuracy(model, test)}
@@ -247,23 +247,25 @@ def seed_of(name: str) -> int:
     return int(match[1]) if match else 42
 
 
-def report(found: list[dict]) -> str:
+def report(results: list[dict]) -> str:
     """Markdown: a row a model, and for every arm its difference to softmax0 over pairs of training seeds."""
     lines = [
         "# Part-of-speech accuracy after fine-tuning",
         "| model | test accuracy, % | development, % |\n| --- | --: | --: |",
     ]
     arms: dict[str, dict[int, float]] = {}
-    for one in found:
+    for result in results:
         columns = []
         for part in ("test", "development"):
-            scores = 100 * np.array([score[part] for score in one["scores"]])
+            scores = 100 * np.array([score[part] for score in result["scores"]])
             columns.append(f"{scores.mean():.2f}" + (f" ± {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""))
-        lines[-1] += f"\n| {one['run']} | {columns[0]} | {columns[1]} |"
-        arm = re.sub(r"-seed\d+$", "", one["run"])
-        arms.setdefault(arm, {})[seed_of(one["run"])] = 100 * float(np.mean([score["test"] for score in one["scores"]]))
-    first = found[0]
-    numbers = sorted({len(one["scores"]) for one in found})
+        lines[-1] += f"\n| {result['run']} | {columns[0]} | {columns[1]} |"
+        arm = re.sub(r"-seed\d+$", "", result["run"])
+        arms.setdefault(arm, {})[seed_of(result["run"])] = 100 * float(
+            np.mean([score["test"] for score in result["scores"]])
+        )
+    first = results[0]
+    numbers = sorted({len(result["scores"]) for result in results})
     sizes = first["sentences"]
     lines.append(
         f"*Share of words with the right tag; ± is the sample standard deviation over fine-tuning seeds "
@@ -274,13 +276,12 @@ def report(found: list[dict]) -> str:
     )
     for arm, scores in arms.items():
         baseline = next((name for name in arms if name.endswith("softmax0") and name != arm), None)
-        if baseline and (one := compare(arms[baseline], scores)):
-            interval = (
-                no_interval(one)
-                if one.low is None
-                else f"{CONFIDENCE:.0%} interval {one.low:+.2f} to {one.high:+.2f}, {TEST}, n = {one.pairs}"
+        if baseline and (comparison := compare(arms[baseline], scores)):
+            interval = no_interval(comparison) or (
+                f"{CONFIDENCE:.0%} interval {comparison.low:+.2f} to {comparison.high:+.2f}, {TEST}, "
+                f"n = {comparison.pairs}"
             )
-            lines.append(f"{arm} over {baseline}: {one.difference:+.2f} percentage points ({interval}).")
+            lines.append(f"{arm} over {baseline}: {comparison.difference:+.2f} percentage points ({interval}).")
     return "\n\n".join(lines) + "\n"
 
 
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             f"error: no models in {args.models_dir}/: run train_model.py first, or name a model folder or Hub model"
         )
     labels = labelled(models)
-    for name in models:  # before hours are spent on the first
+    for name in models:  # a model that cannot be used ends the script before hours of fine-tuning
         load(name, tags)
 
     folder = args.results_dir / "tagging"
@@ -349,11 +350,11 @@ def main(argv: list[str] | None = None) -> None:
                 "versions": versions(),
             }
             write_json(folder / f"{run}.json", result)
-    found = [json.loads((folder / f"{run}.json").read_text(encoding="utf-8")) for run in labels]
-    text = report(found)
+    results = [json.loads((folder / f"{run}.json").read_text(encoding="utf-8")) for run in labels]
+    text = report(results)
     print(text)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    print(f"Written to {folder}: report.md, {', '.join(one['run'] + '.json' for one in found)}")
+    print(f"Written to {folder}: report.md, {', '.join(result['run'] + '.json' for result in results)}")
 
 
 if __name__ == "__main__":

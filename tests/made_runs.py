@@ -11,6 +11,8 @@ from softmax1 import LEARNED
 
 RESULTS = {
     "test_pipeline": False,
+    "emergence": [],
+    "emergence_texts": 64,
     "effective_batch_size": 16,
     "dtype": "float32",
     "settings": {

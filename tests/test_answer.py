@@ -9,7 +9,6 @@ import pytest
 from made_runs import diverged, made, pairs
 
 import answer as module
-import quantization
 from answer import METRICS, PRIMARY, answer, findings
 from report import comparison_table
 from sets import headline
@@ -400,7 +399,7 @@ def test_the_interval_over_texts_stands_beside(monkeypatch):
         gap = np.sum(gap[1] - gap[0]) / np.sum(before["masked"])
         return gap - 1, gap + 1
 
-    monkeypatch.setattr(quantization, "bootstrap_difference", bootstrap, raising=False)
+    monkeypatch.setattr(module, "bootstrap_difference", bootstrap)
 
     def with_texts(runs):
         for run in runs:

@@ -91,7 +91,7 @@ def test_circumstances_are_named_and_compared(key, value, said, tmp_path):
     runs = [made(0, 42), made(1, 42, **{key: value})]
     assert seeds(runs) == {"softmax1": [42]}
     (line,) = notes(runs, tmp_path)
-    assert said in line and line.endswith("compared all the same.")
+    assert said in line and line.endswith("compared nevertheless.")
 
 
 def test_results_of_a_modified_tree_are_named(tmp_path):
@@ -168,7 +168,7 @@ def test_only_hashes_are_cut_in_notes(tmp_path):
     (line,) = (line for line in notes(runs, tmp_path) if "differ in training text (" in line)
     assert f"{'d' * 12}, " in line and "d" * 13 not in line
     runs = [made(0, 42), made(1, 42, hardware__name="a name of more than forty characters, " * 2 + "end")]
-    assert any("end): compared all the same." in line for line in notes(runs, tmp_path))
+    assert any("end): compared nevertheless." in line for line in notes(runs, tmp_path))
 
 
 def test_a_batch_counts_as_training_too():

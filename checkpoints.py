@@ -36,8 +36,11 @@ def seal(checkpoint: str | Path) -> None:
 
 
 def _sums(folder: Path) -> str:
-    """A line for each file in the folder, in the order of their names; SHA256SUMS itself has none."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(SUMS))
+    """A line for each file in the folder, in the order of their names.
+
+    SHA256SUMS itself has none, nor have hidden files: a Mac puts .DS_Store into a folder that is looked at.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((SUMS, ".")))
     return "".join(f"{record.sha256(folder / name)}  {name}\n" for name in names)
 
 

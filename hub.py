@@ -71,9 +71,13 @@ class NoCredentials(HubError):
 def credentials() -> tuple[str, str]:
     """(token, user) from the environment, or from .env where the environment does not name them.
 
-    Raises NoCredentials when one is missing, HubError when the token cannot be one. Warns when others can read .env.
+    Raises NoCredentials when one is missing, HubError when .env cannot be read or the token cannot be one. Warns when
+    others can read .env.
     """
-    found = dotenv.dotenv_values(ENV_FILE) if ENV_FILE.is_file() else {}
+    try:
+        found = dotenv.dotenv_values(ENV_FILE) if ENV_FILE.is_file() else {}
+    except UnicodeDecodeError:
+        raise HubError(f"{ENV_FILE.name} is not text in UTF-8: write it again (see .env.example)") from None
     if found.get("HUGGINGFACE_TOKEN") and ENV_FILE.stat().st_mode & 0o077:
         print(f"warning: others on this machine can read the token in .env: chmod 600 {ENV_FILE.name}", file=sys.stderr)
     values = []

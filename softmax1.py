@@ -195,20 +195,20 @@ def softmax_n_attention(
     if _is_softmax(log_n):
         return _sdpa(query, key, value, call)
     query, key, value = _autocast(query, key, value)
-    irregular = None
+    unsupported_inputs = None
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
-        irregular = "it takes (batch, heads, length, size) without broadcasting"
+        unsupported_inputs = "it takes (batch, heads, length, size) without broadcasting"
     elif query.shape[1] != key.shape[1] and not enable_gqa:
-        irregular = "heads are shared without enable_gqa"
+        unsupported_inputs = "heads are shared without enable_gqa"
     elif not query.dtype == key.dtype == value.dtype:
-        irregular = "query, key and value have several dtypes"
+        unsupported_inputs = "query, key and value have several dtypes"
     elif query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
-        irregular = "a tensor is empty"
+        unsupported_inputs = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
-        irregular = "it gives the mask no gradient"
+        unsupported_inputs = "no kernel computes the mask's gradient"
     backend = _choose(
         query,
-        irregular,
+        unsupported_inputs,
         masked=attn_mask is not None,
         dropout=dropout_p > 0,
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
@@ -264,12 +264,12 @@ def softmax_n_attention_varlen(
         # It keeps what asks for a gradient.
         nothing = sum(x[:0].sum() for x in (query, key, value, log_n) if isinstance(x, Tensor))
         return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
-    irregular = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
+    unsupported_inputs = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
     wide = max(query.shape[-1], value.shape[-1]) > 192
-    backend = _choose(query, irregular, dropout=dropout_p > 0, packed=True, wide=wide)
+    backend = _choose(query, unsupported_inputs, dropout=dropout_p > 0, packed=True, wide=wide)
     call = _Call(None, dropout_p, is_causal, scale, log_n)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, call, cu_seqlens, max_seqlen)
+        return _stock_attention(backend, query, key, value, call._replace(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
         # time of batches of similar length and a quarter of that of padding all to the longest.
@@ -279,7 +279,7 @@ def softmax_n_attention_varlen(
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
     # Elsewhere the lengths are not known without waiting for the device: into rows of max_seqlen and back. Causal needs
     # no mask, since padding lies behind every real token.
-    sequence, position = _places(cu_seqlens, len(query))
+    sequence, position = _sequence_and_position(cu_seqlens, len(query))
     offsets = torch.arange(max_seqlen, device=query.device)
     tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(len(query) - 1)
     rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
@@ -290,7 +290,7 @@ def softmax_n_attention_varlen(
 
 
 class _Call(NamedTuple):
-    """What an attention is to compute, beside query, key and value."""
+    """What an attention is to compute, beside query, key and value. Packed, where there is `cu_seqlens`."""
 
     attn_mask: Tensor | None
     dropout_p: float
@@ -298,6 +298,8 @@ class _Call(NamedTuple):
     scale: float | None
     log_n: float | Tensor  # (H,) if a tensor; -inf is softmax
     enable_gqa: bool = True
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
 
 
 def _per_head(log_n: float | Tensor, query: Tensor, dim: int) -> float | Tensor:
@@ -317,7 +319,7 @@ def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
-def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def _sequence_and_position(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Sequence and position in it of every packed token."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
@@ -382,15 +384,34 @@ def attention_backend(name: str):
         _forced = before
 
 
+class _Need(NamedTuple):
+    """What decides between the backends."""
+
+    device: torch.device
+    dtype: torch.dtype
+    unsupported_inputs: str | None  # what no kernel takes, in words
+    masked: bool
+    dropout: bool
+    packed: bool
+    rectangular: bool  # causal with L != S
+    wide: bool  # a head size over 192
+
+
 def _choose(
-    query: Tensor, irregular: str | None, masked=False, dropout=False, packed=False, rectangular=False, wide=False
+    query: Tensor,
+    unsupported_inputs: str | None,
+    masked=False,
+    dropout=False,
+    packed=False,
+    rectangular=False,
+    wide=False,
 ) -> str:
-    """The backend for this need; see `_obstacle` for the words."""
+    """The backend for this need."""
     if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model holds standard operators only
     # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
     flags = [True if flag else False for flag in (masked, dropout, packed, rectangular, wide)]
-    return _constant_choice(_forced, query.device, query.dtype, irregular, *flags)
+    return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *flags)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces
@@ -399,58 +420,46 @@ def _constant_choice(*need) -> str:
 
 
 @functools.cache  # so that each distinct choice is logged once, and costs nothing afterwards
-def _chosen(forced: str, device: torch.device, dtype: torch.dtype, irregular: str | None, *flags: bool) -> str:
-    masked, dropout, packed, *_ = flags
-    obstacles = {name: _obstacle(name, device, dtype, irregular, *flags) for name in BACKENDS[1:]}
+def _chosen(forced: str, *need) -> str:
+    need = _Need(*need)  # here, and not in `_choose`, where torch.compile would not see a constant
+    obstacles = {name: _obstacle(name, need) for name in BACKENDS[1:]}
     if forced == "auto":
         # Without a kernel, dropout has the weights materialised: on a CPU the plain formula does it faster.
-        last = "eager" if device.type == "cpu" and dropout else "zero_key"
+        last = "eager" if need.device.type == "cpu" and need.dropout else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
     elif obstacles[forced]:
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:
         backend = forced
-    need = f"{'packed' if packed else 'dense'}{', masked' * masked}{', with dropout' * dropout}"
-    logger.info("softmax_n attention (%s, %s on %s): backend %s", need, dtype, device, backend)
+    kind = f"{'packed' if need.packed else 'dense'}{', masked' * need.masked}{', with dropout' * need.dropout}"
+    logger.info("softmax_n attention (%s, %s on %s): backend %s", kind, need.dtype, need.device, backend)
     return backend
 
 
-def _obstacle(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    irregular: str | None,
-    masked: bool,
-    dropout: bool,
-    packed: bool,
-    rectangular: bool,
-    wide: bool,
-) -> str | None:
-    """Why `backend` cannot do this; None if it can.
-
-    irregular: what no kernel takes, in words; rectangular: causal with L != S; wide: a head size over 192.
-    """
+def _obstacle(backend: str, need: _Need) -> str | None:
+    """Why `backend` cannot do this; None if it can."""
     if backend not in _OPERATORS:
         return None
-    half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
-        return f"it does not run on {'ROCm' if torch.version.hip else device.type}"
-    if irregular:
-        return irregular
-    if backend == "cpu" and dropout:
+    half = need.dtype in (torch.float16, torch.bfloat16)
+    if need.device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
+        return f"it does not run on {'ROCm' if torch.version.hip else need.device.type}"
+    if need.unsupported_inputs:
+        return need.unsupported_inputs
+    if backend == "cpu" and need.dropout:
         return "it has no dropout"
-    if backend == "efficient" and not (half or dtype == torch.float32):
-        return f"it does not take {dtype}"
+    if backend == "efficient" and not (half or need.dtype == torch.float32):
+        return f"it does not take {need.dtype}"
     if backend == "flash":
         if not half:
-            return f"it takes half precision, not {dtype}"
-        if masked:
+            return f"it takes half precision, not {need.dtype}"
+        if need.masked:
             return "it takes no mask"
-        if rectangular:
-            return "its causal mask is another when there are more keys than queries or fewer"
-        if wide:
+        if need.rectangular:
+            return "it aligns the causal mask differently when query and key lengths differ"
+        if need.wide:
             return "it takes head sizes up to 192 (beyond, not every card has its backward)"
-        if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
+        ampere = torch.backends.cuda.is_flash_attention_available()
+        if not ampere or torch.cuda.get_device_capability(need.device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
     return _changed_operator(backend)
 
@@ -480,8 +489,8 @@ def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """Stock attention, which knows no n."""
-    *options, scale, _, enable_gqa = call
-    return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
+    options = {"scale": call.scale, "enable_gqa": call.enable_gqa}
+    return F.scaled_dot_product_attention(query, key, value, *call[:3], **options)
 
 
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -609,24 +618,16 @@ def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor,
     elif backend == "flash":
         lse = lse.transpose(0, 1)  # (H, T)
     else:
-        sequence, position = _places(cu_seqlens, len(query))
+        sequence, position = _sequence_and_position(cu_seqlens, len(query))
         lse = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
     if isinstance(log_n, Tensor):  # a softmax head stays one in rows without any key, where -inf - -inf is NaN
         return torch.where(log_n == -math.inf, math.inf, lse - log_n)
     return lse - log_n if log_n != 0 else lse
 
 
-def _stock_attention(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: _Call,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tensor:
+def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """softmax_n attention by a stock kernel, for any n >= 0: makes the arguments such as the kernel takes them."""
-    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
+    attn_mask, dropout_p, is_causal, scale, log_n, _, cu_seqlens, max_seqlen = call
     if backend != "flash":  # which alone knows shared heads
         key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
     sizes = query.shape[-1], value.shape[-1]
@@ -676,7 +677,7 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
     denominator, and its value adds nothing to the numerator. Dropout may drop the null key, which changes nothing, and
     treats every other weight as softmax_n attention does.
     """
-    attn_mask, _, is_causal, _, log_n, _ = call
+    attn_mask, _, is_causal, _, log_n, *_ = call
     if _is_softmax(log_n):
         return _sdpa(query, key, value, call)
     length, keys = query.shape[-2], key.shape[-2]
@@ -730,11 +731,11 @@ def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | lis
 
 
 def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """The definition, with the weights materialised: for who asks to see them. Returns (output, weights).
+    """The definition, with the weights materialised, for callers that need them. Returns (output, weights).
 
     Softmax over one more logit, log n, whose weight is thrown away, keeps to torch's fused softmax and its backward.
     """
-    attn_mask, dropout_p, is_causal, scale, log_n, _ = call
+    attn_mask, dropout_p, is_causal, scale, log_n, *_ = call
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.dtype == torch.float16:  # which ends at 65,504: scaled first, the product of q = k = 40 does not overflow
         scores = query * scale @ key.transpose(-2, -1)
@@ -818,14 +819,16 @@ def softmax_n_attention_forward(
     # decoding step) sees every key.
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # last what is surely a bool
+    is_causal = (
+        query.shape[2] > 1 and attention_mask is None and is_causal
+    )  # `is_causal` last, so the result is a plain bool
     if cu_seq_lens_q is not None and output_attentions:
         raise ValueError("packed batches have no attention weights to show: use padded batches")
     if cu_seq_lens_q is not None and not query.shape[2] == key.shape[2] == value.shape[2]:
         raise ValueError("packed batches cannot go on from a cache: use padded batches")
     if cu_seq_lens_q is not None and attention_mask is not None:
         # Some decoders get one all the same. It need not keep the sequences apart.
-        sequence, _ = _places(cu_seq_lens_q, query.shape[2])
+        sequence, _ = _sequence_and_position(cu_seq_lens_q, query.shape[2])
         apart = sequence[:, None] != sequence
         blocked = False if attention_mask.dtype == torch.bool else -math.inf
         attention_mask, cu_seq_lens_q = attention_mask.masked_fill(apart, blocked), None
@@ -1190,7 +1193,7 @@ class _SoftmaxNConfig:
 
 
 class _SoftmaxNModel:
-    """What softmax_n models share: their attention is softmax_n with n = `config.softmax_n`, or they do not exist."""
+    """What softmax_n models share: attention with n = `config.softmax_n`; construction fails otherwise."""
 
     def __init__(self, config: PretrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -326,15 +326,16 @@ def test_the_report_leads_with_the_sentences():
 def test_all_arms_side_by_side():
     halves = [made(0.5, seed, gap, size=2.0) for seed, gap in zip(SEEDS, (1.0, 1.4, 1.2), strict=True)]
     gated = [made(0, seed, 0.4, settings__control="gated") for seed in SEEDS[:2]]
-    runs = [*gated, *pairs([2.0, 2.2, 2.4], [1.0, 1.4, 1.2]), *halves, diverged(4, 42), made(4, 43)]
+    learned = [made("learned", seed, 0.6) for seed in SEEDS[:2]]
+    runs = [*gated, *learned, *pairs([2.0, 2.2, 2.4], [1.0, 1.4, 1.2]), *halves, diverged(4, 42), made(4, 43)]
     assert dose_section(findings(pairs([2.0, 2.1], [1.0, 1.2]))) == [] == dose_section([])
     _, table, _ = dose_section(findings(runs))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["", "softmax0", "softmax0.5", "softmax1", "softmax4", "gated"]
+    assert rows[0] == ["", "softmax0", "softmax0.5", "softmax1", "softmax4", "softmax_learned", "gated"]
     cells = {first: rest for first, *rest in rows}
-    assert cells["seeds"] == ["3", "3", "3", "2 (1 diverged)", "2"]
+    assert cells["seeds"] == ["3", "3", "3", "2 (1 diverged)", "2", "2"]
     assert cells["W8A8 static: held-out loss over float32, nats"] == [
-        *("2.20 ± 0.20", "1.20 ± 0.20", "1.20 ± 0.20", "0.50", "0.40 ± 0.00")
+        *("2.20 ± 0.20", "1.20 ± 0.20", "1.20 ± 0.20", "0.50", "0.60 ± 0.00", "0.40 ± 0.00")
     ]
     assert cells["residual stream: infinity norm, largest layer"][1] == "2.00 ± 0.00"
     # At the top, the arm named beforehand alone.

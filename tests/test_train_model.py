@@ -270,6 +270,7 @@ def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeyp
         path.unlink()
         assert path.name == "SHA256SUMS" or checkpoints.damage(checkpoint), path  # those of earlier versions have none
         path.write_bytes(content)
+    (checkpoint / ".DS_Store").write_bytes(b"of a Mac that showed the folder")
     assert checkpoints.damage(checkpoint) is None
     (checkpoint / "pytorch_model.bin").write_bytes(b"from elsewhere")
     assert "is damaged (pytorch_model.bin: not as" in checkpoints.damage(checkpoint)

@@ -1,0 +1,402 @@
+"""Generated bad input to everything that reads a file or a command line: one line or success, and nothing else touched.
+
+    pytest tests/test_fuzz.py -m slow                                seeded; 20 seconds for each kind of input
+    FUZZ_SEED=7 FUZZ_SECONDS=600 pytest tests/test_fuzz.py -m slow   another seed, ten minutes for each
+
+What it has found stands in FOUND, which the default suite tries.
+"""
+
+import gzip
+import io
+import json
+import os
+import resource
+import shlex
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from test_bad_input import RUN, TRAINING, listing
+
+import analyze_kurtosis
+import build_dataset
+import checkpoints
+import command
+import hub
+import measurement
+import runs
+import tag_words
+import train_model
+import train_runs
+import train_tokenizer
+
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))  # for each reader
+MEMORY_BYTES = 4 << 30  # what a reader may take beyond what the tests have taken already
+NAME = "epo_web_2012_1M"
+SENTENCES = b"".join(b"%d\tJen la frazo numero %d.\n" % (i, i) for i in range(60))
+
+
+# ----------------------------------------------------------------------------------------------------------- the oracle
+
+
+def ends_well(capfd, root: Path, call, writes: tuple[str, ...] = ()) -> None:
+    """`call` comes back or ends with one line, and of what lies below `root` nothing changes but what begins with one
+    of `writes`."""
+    before = listing(root)
+    capfd.readouterr()
+    try:
+        command.run(call)
+    except SystemExit as end:
+        printed = capfd.readouterr().err
+        if isinstance(end.code, str):
+            assert end.code.startswith("error: ") and "\n" not in end.code, end.code
+        else:
+            lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+            assert end.code == 0 or (end.code == 2 and len(lines) == 1), (end.code, printed)
+        assert "Traceback" not in printed, printed
+    after = listing(root)
+    kept = {name: digest for name, digest in after.items() if not name.startswith(writes or ("\0",))}
+    assert kept == {name: digest for name, digest in before.items() if not name.startswith(writes or ("\0",))}
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """A reader that asks for far more than its file holds fails, rather than taking the machine with it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if pages:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def project(sample, tmp_path_factory):
+    """A small project with all that the scripts make, and a checkpoint."""
+    root = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(sample / "data", root / "data", ignore=shutil.ignore_patterns("tokenized-*"))
+    shutil.copytree(sample / "tokenizer", root / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(train_model, "delete_checkpoints", lambda *_, **__: None)
+        train_model.main([*shlex.split(TRAINING), "--max_steps", "1"])
+    shutil.move(root / "models" / RUN / "checkpoint-1", root / "checkpoints" / "checkpoint-1")
+    (root / "words.conllu").write_text("\t".join(["1", "vorto", "_", "NOUN", *["_"] * 6]) + "\n\n")
+    return root
+
+
+@pytest.fixture
+def place(project, monkeypatch):
+    """The project as the working directory, without a token."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(hub, "ENV_FILE", project / ".env")
+    for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return project
+
+
+def fuzz(check, strategy) -> None:
+    """Call `check` with generated values, for SECONDS at most."""
+    until = time.monotonic() + SECONDS
+
+    @seed(SEED)
+    @settings(
+        max_examples=round(50 * SECONDS),
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(value):
+        if time.monotonic() < until:
+            check(value)
+
+    run()
+
+
+# ------------------------------------------------------------------------------------------------- what is generated
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 3, 2**31, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")]),
+    st.sampled_from(["", "x", "1", "..", "/etc", "\0", "roberta", "hf_x", "\ud800", "ĉ" * 300]),
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+
+
+def places(value, path=()) -> list[tuple]:
+    """The path of every value in a JSON document."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    return [path, *(found for key, one in inside for found in places(one, (*path, key)))]
+
+
+@st.composite
+def changed_json(draw, text: str) -> bytes:
+    """A JSON document with one or two values taken out or replaced."""
+    value = json.loads(text)
+    for _ in range(draw(st.integers(1, 2))):
+        *path, last = draw(st.sampled_from(places(value)[1:]))
+        inside = value
+        try:
+            for key in path:
+                inside = inside[key]
+            if draw(st.booleans()) and isinstance(inside, dict):
+                del inside[last]
+            else:
+                inside[last] = draw(VALUES)
+        except (LookupError, TypeError):  # what was there has gone with the first change
+            pass
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def changed_bytes(draw, data: bytes, within: int | None = None) -> bytes:
+    """A file with a few bytes replaced, put in or taken out, or cut off."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, min(within or len(changed), len(changed))))
+        end = start + draw(st.sampled_from([0, 1, 1, 8, 100]))
+        changed[start:end] = draw(st.binary(max_size=9) | st.sampled_from([b"\xff" * 8, b"\0", b"\r", b"[" * 9999]))
+    if draw(st.integers(0, 4)) == 0:
+        del changed[draw(st.integers(0, len(changed))) :]
+    return bytes(changed)
+
+
+def changed(path: Path):
+    """Strategy: the content of a JSON file, changed."""
+    data = path.read_bytes()
+    return st.one_of(changed_json(data.decode()), changed_json(data.decode()), changed_bytes(data))
+
+
+MEMBERS = st.sampled_from(
+    [
+        f"{NAME}/{NAME}-sentences.txt",
+        NAME,
+        "../evil",
+        f"{NAME}/../../evil",
+        "/tmp/evil-of-the-tests",
+        "",
+        "a" * 300,
+        "ĉ",
+    ]
+)
+KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.REGTYPE, *b"1 2 3 4 5 6 S x L g".replace(b" ", b"")])
+
+
+@st.composite
+def archives(draw) -> bytes:
+    """What may come in place of a corpus: tar files with wrong members, compressed once or twice or not, changed."""
+    buffer = io.BytesIO()
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+    ) as tar:
+        for _ in range(draw(st.integers(0, 3))):
+            member = tarfile.TarInfo(draw(MEMBERS))
+            kind = draw(KINDS)
+            member.type = kind if isinstance(kind, bytes) else bytes([kind])
+            member.linkname = draw(MEMBERS)
+            content = draw(st.sampled_from([SENTENCES, b"", b"\0" * 999, SENTENCES.replace(b"\t", b" ")]))
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    data = buffer.getvalue()
+    if draw(st.booleans()):
+        data = draw(changed_bytes(data, within=1600))
+    for _ in range(draw(st.sampled_from([1, 1, 1, 1, 0, 2]))):
+        data = gzip.compress(data, 1)
+    return draw(changed_bytes(data)) if draw(st.booleans()) else data
+
+
+# -------------------------------------------------------------------------------------------------------- the readers
+
+
+def build(*flags: str):
+    def call():
+        shutil.rmtree("new", ignore_errors=True)
+        build_dataset.main([*flags, "--output_dir", "new", "--validation_fraction", "0.1"])
+
+    return call
+
+
+def corpus(data: bytes):
+    Path("downloads").mkdir(exist_ok=True)
+    Path(f"downloads/{NAME}.tar.gz").write_bytes(data)
+    return build("--sources", NAME, "--download_dir", "downloads")
+
+
+def text(name: str, data: bytes):
+    Path(name).write_bytes(data)
+    return build("--from_files", name)
+
+
+def in_a_copy(folder: Path, file: str, data: bytes) -> Path:
+    """A copy of a folder in which one file holds something else."""
+    shutil.rmtree("copy", ignore_errors=True)
+    shutil.copytree(folder, "copy")
+    Path("copy", file).write_bytes(data)
+    return Path("copy")
+
+
+def dataset(data: bytes):
+    copy = in_a_copy(Path("data"), "manifest.json", data)
+
+    def call():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build_dataset, "write_splits", lambda *_: ([], {}))
+            build_dataset.main(["--sample", "--keep", "--output_dir", str(copy)])
+        train_tokenizer.main(["--keep", "--data_dir", str(copy), "--output_dir", "tokenizer"])
+        hub.read_dataset(copy)
+
+    return call
+
+
+def tokenizer(data: bytes):
+    copy = in_a_copy(Path("tokenizer"), "manifest.json", data)
+    return lambda: train_tokenizer.main(["--keep", "--output_dir", str(copy)])
+
+
+def results(data: bytes):
+    Path("changed.json").write_bytes(data)
+
+    def call():
+        runs.read_results(Path("changed.json"))
+        train_model.refuse_other_settings(Path("changed.json"), *train_model.parse(shlex.split(TRAINING)))
+        hub.read_model(Path("models", RUN), Path("changed.json"))
+
+    return call
+
+
+def model(file: str, data: bytes):
+    copy = in_a_copy(Path("models", RUN), file, data)
+
+    def call():
+        hub.read_model(copy, Path("results", f"{RUN}.json"))
+        measurement.load(str(copy))
+
+    return call
+
+
+def checkpoint(file: str, data: bytes):
+    copy = in_a_copy(Path("checkpoints/checkpoint-1"), file, data)
+    Path(copy, checkpoints.SUMS).unlink(missing_ok=True)  # as the files of an earlier version
+    return lambda: checkpoints.checkpoint_to_go_on_from(str(copy), ".")
+
+
+def tagged(data: bytes):
+    Path("words.conllu").write_bytes(data)
+    return lambda: tag_words.read_conllu(Path("words.conllu"))
+
+
+def env_file(data: bytes):
+    Path(".env").write_bytes(data)
+
+    def call():
+        try:
+            hub.credentials()
+        except hub.HubError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    return call
+
+
+PARSERS = {
+    "build_dataset": build_dataset.parse_arguments,
+    "train_tokenizer": train_tokenizer.parse_arguments,
+    "train_model": train_model.parse,
+    "train_runs": train_runs.parse_arguments,
+    "analyze_kurtosis": analyze_kurtosis.parse_arguments,
+    "tag_words": tag_words.parse_arguments,
+    "hub": hub.parse_arguments,
+}
+FLAGS = [f"--{name}" for flags in train_model.HELP.values() for name in flags] + [
+    "--sample", "--from_files", "--sources", "--vocab_size", "--seeds", "--parallel", "--", "--text", "--help", "push",
+]  # fmt: skip
+WORDS = st.sampled_from(FLAGS) | st.sampled_from(["0", "1", "-1", "nan", "1e999", "9" * 30, "{", "", "x", "true", "\0"])
+NEW = ("new", "downloads", "copy", "changed.json", "words.conllu", ".env", "text.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text.txt", "text.gz", "text.zst", "text.txt.gz"])
+def test_text_files(place, capfd, name):
+    lines = SENTENCES.replace(b"\t", b" ") * 3
+    data = changed_bytes(gzip.compress(lines) if "gz" in name else lines) | st.binary(max_size=300)
+    fuzz(lambda data: ends_well(capfd, place, text(name, data), NEW), data)
+
+
+@pytest.mark.slow
+def test_archives(place, capfd):
+    fuzz(lambda data: ends_well(capfd, place, corpus(data), NEW), archives())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", [dataset, tokenizer], ids=["dataset", "tokenizer"])
+def test_manifests(place, capfd, reader):
+    file = Path("data" if reader is dataset else "tokenizer", "manifest.json")
+    fuzz(lambda data: ends_well(capfd, place, reader(data), NEW), changed(file))
+
+
+@pytest.mark.slow
+def test_results_files(place, capfd):
+    fuzz(lambda data: ends_well(capfd, place, results(data), NEW), changed(Path("results", f"{RUN}.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_models(place, capfd, file):
+    fuzz(lambda data: ends_well(capfd, place, model(file, data), NEW), changed(Path("models", RUN, file)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", [model, checkpoint], ids=["model", "checkpoint"])
+def test_headers_of_safetensors(place, capfd, reader):
+    data = Path("models", RUN, "model.safetensors").read_bytes()
+    check = changed_bytes(data, within=600)
+    fuzz(lambda data: ends_well(capfd, place, reader("model.safetensors", data), NEW), check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["progress.json", "trainer_state.json", "config.json"])
+def test_checkpoints(place, capfd, file):
+    source = changed(Path("checkpoints/checkpoint-1", file))
+    fuzz(lambda data: ends_well(capfd, place, checkpoint(file, data), NEW), source)
+
+
+@pytest.mark.slow
+def test_tagged_words(place, capfd):
+    word = "\t".join(["{}", "vorto", "_", "NOUN", *["_"] * 6]) + "\n"
+    data = (word.format(1) + word.format("1-2") + word.format(2) + "\n# x\n").encode() * 3
+    fuzz(lambda data: ends_well(capfd, place, tagged(data), NEW), changed_bytes(data) | st.binary())
+
+
+@pytest.mark.slow
+def test_env_files(place, capfd):
+    data = b'HUGGINGFACE_TOKEN="hf_x" # mine\nexport HUGGINGFACE_USER=zamenhof\n'
+    fuzz(lambda data: ends_well(capfd, place, env_file(data), NEW), changed_bytes(data) | st.binary())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", PARSERS)
+def test_command_lines(place, capfd, script):
+    fuzz(
+        lambda argv: ends_well(capfd, place, lambda: PARSERS[script](argv), NEW),
+        st.lists(WORDS, max_size=6),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what was found
+
+FOUND = {".env that is not UTF-8": (env_file, b"HUGGINGFACE_TOKEN=\x80")}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_mended(place, capfd, name):
+    reader, *arguments = FOUND[name]
+    ends_well(capfd, place, reader(*arguments), NEW)

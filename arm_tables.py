@@ -242,16 +242,6 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         f"one head; of heads with an idle mass of at most {IDLE[0]:.0%} (active); of queries, head by head, of whose "
         f"attention at most {ATTENDING:.0%} goes nowhere (attending queries); of heads of which that is true on "
         "average (attending heads).*",
-        *learned_section(runs),
-        "## Vectors of the heads",
-        vectors_table(runs),
-        "*Mean over heads and runs; the largest logit is that of all heads. Norms are L2 norms of value and key "
-        "vectors, by class of token. What the first token adds to the context is its weight times the norm of its value. The "
-        "logit range is the largest minus the smallest logit of a query. Near zero: entries of a head's context of at "
-        f"most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis: of one head; of "
-        f"heads with an idle mass of at most {IDLE[0]:.0%} (active); of queries, head by head, of whose attention at "
-        f"most {ATTENDING:.0%} goes nowhere (attending queries); of heads of which that is true on average (attending "
-        "heads).*",
         "## Interventions",
         interventions_table(runs),
         "*Each on the same masked held-out text, mean over the runs of an arm. In a sink head one token, or the null "

@@ -20,8 +20,8 @@ from sets import ComparisonSet, comparison_sets, in_a_pair
 from tables import figure, spread
 
 # One metric and one arm were named beforehand, because the hypothesis ends there: outliers matter for what they do to
-# quantization, static per-tensor ranges are what they break, and softmax1 is the remedy that was proposed. All others
-# are looked at to explain it, and the more one looks at, the more likely one of them stands out by chance.
+# quantization, static per-tensor ranges are what they break, and softmax1 is the remedy that was proposed. The other
+# metrics and arms help to explain it; the more of them there are, the likelier it is that one stands out by chance.
 PRIMARY = "w8a8_static_gap"
 QUANTIZED = "w8a8_static_loss"
 FLOAT32 = "held_out_loss"
@@ -72,15 +72,15 @@ GLANCE = (
 )
 SHARES = [key for key in METRICS if key.startswith("sink_rate") and not key.endswith("_above_start")]
 SHARES += ["null_mass", "context_near_zero", "attending_share"]  # of every head, shown as %
-# What differs between seeds by factors is compared by ratios too: {metric: what makes it a number above 0}. Full
-# kurtosis is 3 more than excess kurtosis.
+# Metrics that differ between seeds by factors are compared by ratios too: {metric: what is added first, so that all
+# values are above 0}. Full kurtosis is 3 more than excess kurtosis.
 RATIOS = {key: 3.0 if "kurtosis" in key else 0.0 for key in METRICS if "kurtosis" in key or key.endswith("inf_norm")}
 
 
 def metrics(run: Run) -> dict[str, float | None]:
-    """Every metric of METRICS; None where it was not measured, as where the model lacks the place.
+    """Every metric of METRICS; None where it was not measured, for example because the model lacks the place.
 
-    Of a run that diverged nothing was measured: there is no model, so nothing was quantized that could be compared.
+    All are None for a run that diverged: it left no model that could be measured and quantized.
     """
     if run.diverged:
         return dict.fromkeys(METRICS)
@@ -156,7 +156,7 @@ class Finding:
 
 
 def findings(runs: list[Run]) -> list[Finding]:
-    """Of every set that has a pair, the headline's first; --test_pipeline's only where there are no other runs."""
+    """What each set with a pair shows, the headline's first; --test_pipeline's sets only where there are no others."""
     sets = comparison_sets(runs)
     return [
         Finding(group, comparisons(group))
@@ -204,17 +204,17 @@ def ratio(logs: Comparison | None) -> tuple[float | None, float | None, float | 
 
 
 def ordered(group: ComparisonSet) -> list[str]:
-    """The arms that have a pair, the primary arm first."""
+    """The arms that have a pair; the primary arm comes first."""
     return sorted(group.pairs, key=lambda arm: arm != PRIMARY_ARM)
 
 
 def trained_pairs(group: ComparisonSet, arm: str) -> dict[int, tuple[Run, Run]]:
-    """{seed: pair} of those in which both arms were trained, that is, neither diverged."""
+    """{seed: pair} of the pairs in which neither run diverged."""
     return {seed: pair for seed, pair in group.pairs[arm].items() if not any(run.diverged for run in pair)}
 
 
 def noise(runs: list[Run], scheme: str) -> float | None:
-    """Noise of the mean gap of runs in nats: sqrt(sum of their squared floors) / number; None where one is unknown."""
+    """Noise of the mean gap of runs in nats: sqrt(sum of squared floors) / runs; None where a floor is unknown."""
     floors = np.array([run.damage["schemes"][scheme].get("floor") for run in runs], dtype=float)  # None becomes NaN
     return float(np.sqrt((floors**2).sum()) / len(floors)) if np.isfinite(floors).all() else None
 
@@ -253,7 +253,7 @@ def shown(comparison: Comparison) -> bool:
 
 
 def less(comparison: Comparison) -> bool:
-    """Whether a difference that is shown is one downwards."""
+    """Whether a difference that is shown goes downwards."""
     return comparison.lower > comparison.higher if comparison.test == SIGN_TEST else comparison.difference < 0
 
 
@@ -275,7 +275,7 @@ def harmless(comparison: Comparison) -> tuple[bool, bool]:
 
 
 def direction(comparison: Comparison) -> int:
-    """Of the gap that the verdict claims: -1 less, 1 more; 0 where it claims none, or one below the margin."""
+    """Direction of the difference that the verdict claims: -1 lower, 1 higher; 0 for none, or one below the margin."""
     if not shown(comparison) or (comparison.test != SIGN_TEST and within_margin(comparison)):
         return 0
     return -1 if less(comparison) else 1
@@ -305,7 +305,7 @@ def verdict(comparison: Comparison, arm: str) -> str:
 def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
     """Whether there is anything to rescue, as the beginning of a sentence; empty where there may be.
 
-    An arm of which a run diverged, in a pair or not, is never one without harm: its worst run was not quantized.
+    An arm with a run that diverged, in a pair or not, never counts as unharmed: its worst run was not quantized.
     """
     lost = {run.arm for run in group.runs if run.diverged}
     baseline, other = harmless(comparison)
@@ -318,7 +318,7 @@ def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
 
 
 def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
-    """What must not be left out beside the verdict on the gap: how the quantized models themselves compare."""
+    """What limits the verdict on the gap: how the quantized models themselves compare."""
     if loss is None:
         return ""
     claimed = direction(gap)
@@ -390,7 +390,7 @@ def losses(metric: dict[str, Comparison], arm: str) -> str:
 
 
 def failures(comparison: Comparison, arm: str) -> list[str]:
-    """In how many pairs which arm's quantized loss is not finite."""
+    """For each arm with such a loss: in how many pairs the loss after quantization is not finite."""
     said = []
     for name, lost in ((BASELINE, comparison.baseline_not_finite), (arm, comparison.not_finite)):
         if lost:
@@ -403,8 +403,8 @@ def failures(comparison: Comparison, arm: str) -> list[str]:
 def divergences(arm: str, group: ComparisonSet) -> str:
     """A sentence about the runs of both arms that diverged in training; empty where none did.
 
-    A divergence is no damage by quantization: it has an exact two-sided sign test of its own, over the pairs in which
-    one arm alone diverged.
+    A divergence is not damage by quantization: it has its own exact two-sided sign test, over the pairs in which only
+    one arm diverged.
     """
     lost = [run for run in group.runs if run.diverged and run.arm in (BASELINE, arm)]
     if not lost:
@@ -441,7 +441,7 @@ def costs(comparison: Comparison, arm: str) -> str:
 def size(count: int, arm: str, group: ComparisonSet) -> str:
     """How many pairs a sentence is about, of how many steps."""
     said = "one pair" if count == 1 else f"{count} pairs"
-    if not all(run.diverged for run in group.runs):  # those that diverged did not get as far as they were to
+    if not all(run.diverged for run in group.runs):  # runs that diverged did not complete their steps
         said += f" of {group.steps:,} steps"
     if 0 < count < len(trained_pairs(group, arm)):
         return f"{said} in which it was measured"
@@ -456,7 +456,7 @@ def texts(comparison: Comparison) -> str:
 
 
 def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
-    """One pair is told as a fact."""
+    """The sentences about a single pair: its figures, without a test."""
     comparison = metric[PRIMARY]
     begin = f"Open: {size(1, arm, group)} (seed {comparison.seeds[0]}), no test"
     if not comparison.finite:
@@ -469,7 +469,7 @@ def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> s
 
 
 def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
-    """Several pairs, one with a loss that is not finite."""
+    """The sentences about several pairs, of which one has a loss that is not finite."""
     comparison = metric[PRIMARY]
     decided = comparison.lower + comparison.higher
     least = f"; {decided} pairs cannot give less than p = {min(1, 2 * 0.5**decided):.2g}" if decided else ""
@@ -485,7 +485,7 @@ def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> st
 
 
 def by_mean(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
-    """Several pairs, all finite."""
+    """The sentences about several pairs with finite losses."""
     comparison = metric[PRIMARY]
     retracted = retraction(comparison, metric.get(QUANTIZED), arm)
     said = rescue(comparison, arm, group) + verdict(comparison, arm) + retracted + few_pairs(comparison)
@@ -559,7 +559,7 @@ def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
 
 
 def answer(runs: list[Run], all_findings: list[Finding]) -> str:
-    """The answer from the headline's set, then from every other set with a pair; what cannot be concluded is said."""
+    """The answer from the headline's set, then from every other set with a pair; or why there is none."""
     trained = [run for run in runs if run.results]
     if trained and all(run.results["test_pipeline"] for run in trained):
         return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."

@@ -60,8 +60,8 @@ def arm_sections(runs: list[Run], sequences: int) -> list[str]:
         *(attention_sections(measured, sequences) if any(run.attention for run in measured) else []),
         "## Weights",
         weights_table(runs),
-        "*Excess kurtosis over all entries of a parameter, mean over parameters; the others: the largest parameter. "
-        "Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+        "*Excess kurtosis over all entries of a parameter, mean over parameters; the other columns: the parameter with "
+        "the largest value. Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
     ]
 
 
@@ -136,17 +136,17 @@ def activation_sections(runs: list[Run]) -> list[str]:
     return [
         "## Activations by place",
         places_table(runs),
-        "*Excess kurtosis (Gaussian = 0), mean over layers; infinity norm (mean over sequences) and share of the "
-        "squares in the largest channel: largest layer; mean over the runs of an arm. The residual stream is what "
-        "enters a LayerNorm. DEFINITIONS.md says what each column is.*",
+        "*Kurtosis is excess kurtosis (Gaussian = 0). Mean over layers; infinity norm (mean over sequences) and share "
+        "of the largest channel: the largest layer. Mean over the runs of an arm. The residual stream is what enters a "
+        "LayerNorm. DEFINITIONS.md defines every column.*",
         "## First token, separators, punctuation",
         classes_table(runs),
-        "*Excess kurtosis over the channels of a token (mean over tokens and layers), and the largest |x| of all; mean "
-        "and maximum over the runs of an arm.*",
+        "*Excess kurtosis over the channels of a token (mean over tokens, layers and runs of an arm), and the largest "
+        "|x| of all tokens, layers and runs.*",
         "## Massive activations",
         massive_table(runs),
         f"*Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times the median |x| of its "
-        "text. Numbers of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
+        "text. Counts of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
     ]
 
 
@@ -224,9 +224,9 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
     return [
         "## Attention",
         attention_table(runs),
-        f"*Mean over real queries, then over heads; a sink is a token that gets more than {SINK:g} of a sequence's "
-        f"attention (Gu et al. 2025), in texts of at least {SHORT} tokens; renormalised: every query's weights divided "
-        "by their sum; idle: what goes to the first token, separators, punctuation or nowhere.*",
+        f"*Mean over real queries, then over heads. A sink is a token that gets more than {SINK:g} of the attention of "
+        f"a text's mean query (Gu et al. 2025), in texts of at least {SHORT} tokens. Renormalised: every query's "
+        "weights divided by their sum. Idle: what goes to the first token, separators, punctuation or nowhere.*",
         "## Sinks and null mass, beside step 0 and uniform attention",
         sinks_table(runs),
         "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
@@ -235,18 +235,19 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
         *learned_section(runs),
         "## Vectors of the heads",
         vectors_table(runs),
-        "*L2 norms of value and key vectors by class of token; what the first token adds to the context, weight times "
-        "norm of the value; largest minus smallest logit of a query; share of a head's context entries of at most "
-        f"{NEAR_ZERO:.0%} of the layer's root mean square; excess kurtosis of the context of one head, and of heads "
-        f"with an idle mass of at most {IDLE[0]:.0%} (active); of the queries whose attention goes nowhere by at most "
-        f"{ATTENDING:.0%} (attending), head by head and of heads whose mean query is one. Mean over heads and runs; "
-        "largest logit: of all heads.*",
+        "*Mean over heads and runs; the largest logit is that of all heads. Norms are L2 norms of value and key "
+        "vectors, by class of token. What the first token adds to the context is its weight times the norm of its "
+        "value. The logit range is the largest minus the smallest logit of a query. Near zero: entries of a head's "
+        f"context of at most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis: of "
+        f"one head; of heads with an idle mass of at most {IDLE[0]:.0%} (active); of queries, head by head, of whose "
+        f"attention at most {ATTENDING:.0%} goes nowhere (attending queries); of heads of which that is true on "
+        "average (attending heads).*",
         "## Interventions",
         interventions_table(runs),
-        "*Each on the same masked held-out text, mean over the runs of an arm. A sink head: in more than "
-        f"{SINK:.0%} of the texts one token, or nowhere, gets more than {SINK:.0%} of the attention; its context is "
-        f"set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. Absent without such a head or with "
-        "too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
+        "*Each on the same masked held-out text, mean over the runs of an arm. In a sink head one token, or the null "
+        f"slot, gets more than {SINK:.0%} of the attention in more than {SINK:.0%} of the texts; without it means that "
+        f"its context is set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. A dash: a run has no "
+        "sink head, or too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
     ]
 
 

@@ -1,7 +1,7 @@
 """Paired differences: how two arms that share seed, text, tokenizer and steps differ in a metric, and how sure that is.
 
-Paired by seed, because both arms of a seed start from the same weights and see the same batches and masks; what is left
-of the difference is the arm's own. Which runs may be paired is decided in sets.py.
+Runs are paired by seed, because both runs of a seed start from the same weights and see the same batches and masks:
+what differs comes from the arm. sets.py decides which runs may be paired.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SIGN_TEST = "exact two-sided sign test over seeds"
 class Comparison:
     """One metric in two arms, by pairs. What could not be computed is None.
 
-    A value that is not finite (NaN or infinite) counts as worse than every finite one. Where there is one, `test` is
-    the sign test, and means, deviations and intervals that it would enter are None.
+    A value that is not finite (NaN or infinite) counts as worse than every finite one. Where a value is not finite,
+    `test` is the sign test, and the means, deviations and intervals that the value would enter are None.
     """
 
     pairs: int
@@ -67,9 +67,10 @@ class Comparison:
 def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tests: int = 1) -> Comparison | None:
     """Compare the seeds that both arms have; None where there is no such seed.
 
-    All values finite: Student's interval for the mean of the paired differences. It takes the differences for Gaussian,
-    and with two pairs (one degree of freedom, t = 12.7) says little. With one pair, or where all differences are equal,
-    there is no interval and no test. A value that is not finite: exact two-sided sign test over the pairs without ties.
+    Where all values are finite: Student's interval for the mean of the paired differences. It assumes that they are
+    Gaussian, and with two pairs (one degree of freedom, t = 12.7) it says little. With one pair, or where all
+    differences are equal, there is no interval and no test. Where a value is not finite: exact two-sided sign test over
+    the pairs without ties.
 
     Args:
         baseline, arm: {seed: value of the metric}, None where it was not measured, which leaves that seed out.
@@ -111,15 +112,15 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
 def compare_ratio(
     baseline: dict[int, float | None], arm: dict[int, float | None], shift: float = 0.0, tests: int = 1
 ) -> Comparison | None:
-    """Compare the natural logarithms of value + shift: what differs by factors is Gaussian, if at all, on that scale.
+    """Compare the natural logarithms of value + shift, for values that differ between seeds by factors.
 
-    A difference of means is the work of the one seed with the largest value where seeds differ by factors; here exp of
+    The seed with the largest value would decide a difference of means; logarithms are closer to a Gaussian. exp of
     `difference`, `low` and `high` is the ratio of geometric means, arm over baseline, and its interval. None where
-    there is no seed, or where value + shift has no logarithm, being 0 or less.
+    there is no seed, or where a value + shift is 0 or less.
 
     Args:
         baseline, arm, tests: as in `compare`.
-        shift: 3 for excess kurtosis: full kurtosis is never below 1.
+        shift: 3 for excess kurtosis, because full kurtosis is never below 1.
     """
     logs = []
     for values in (baseline, arm):
@@ -144,7 +145,7 @@ def _own(values: np.ndarray, level: float) -> tuple[float | None, float | None, 
 
 
 def _spread(values: np.ndarray, size: float = 0.0) -> bool:
-    """Whether values differ by more than the rounding of float64 in numbers of that size, or of their own."""
+    """Whether values differ by more than float64's rounding error in numbers of their size, or of `size` if larger."""
     rounding = 8 * np.finfo(float).eps * max(np.abs(values).max(), size)
     return bool(np.ptp(values) > rounding)
 

@@ -59,7 +59,7 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
 
 
 def spread_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
-    """How the runs of an arm are drawn, as a sentence; empty where every arm has one run."""
+    """A sentence about how several runs of an arm are drawn; empty where every arm has one run."""
     if len(runs) == len(arms(runs)):
         return ""
     thin = "" if all(look.leading for look in looks.values()) else " Of the arms drawn thin, the median alone."
@@ -114,7 +114,7 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 
 def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """Both losses of every run, one that diverged included, and the differences of those that have a partner."""
+    """Both losses of every run, also of runs that diverged, and the differences of pairs of runs of one seed."""
     trained = [run for run in runs if run.results]
     if not trained:
         return None
@@ -147,7 +147,7 @@ def history_of(run: Run, key: str) -> dict[int, float]:
 
 
 def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The gap of every scheme, and of an arm its mean with the interval over texts."""
+    """The gap of every scheme: of each run, and the mean of an arm with its interval over texts."""
     trained = [run for run in runs if not run.diverged]
     gaps: dict[str, dict[str, tuple]] = {}
     lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
@@ -167,7 +167,7 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     caption = (
         "Held-out loss of the quantized models over that in float32, in thousandths of a nat a masked token. "
         + ("A small mark is a run, the large one the mean of an arm; bar" if several else "Bar")
-        + ": 95% interval over texts (bootstrap), of these very models."
+        + ": 95% interval over texts (bootstrap), for these models only."
         + (f" Without a mark: {'; '.join(lost)}." if lost else "")
     )
     return Picture("Quantization damage", caption, plots.damage(gaps, looks))
@@ -176,7 +176,7 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
     """95 % bootstrap interval over texts of the mean gap of runs in nats; None where losses of texts are not known.
 
-    It is the difference to a model that the scheme leaves as it is.
+    It is the interval of the difference to a model that the scheme does not change.
     """
     harmed = mean_losses(runs, scheme)
     if harmed is None:
@@ -189,7 +189,7 @@ def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
 def by_place(
     runs: list[Run], looks: dict[str, plots.Look], statistic: str, axis: tuple[str, str], sequences: int
 ) -> Picture | None:
-    """A statistic of the activations over the layers, a panel a place."""
+    """A statistic of the activations over the layers, with a panel for each place."""
     curves: dict[str, list[tuple]] = {}
     for place in PANELS:
         for run in runs:
@@ -224,7 +224,7 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 
 def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The first run of every arm: two arms side by side on every text, more arms on the first text alone."""
+    """The first run of every arm: two arms side by side on every text, more arms on the first text only."""
     first = {arm: of_arm[0].maps for arm, of_arm in arms(runs).items()}
     shown = {arm: first[arm] for arm in looks if first.get(arm)}
     if not shown:
@@ -238,7 +238,7 @@ def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | No
         ]
         rows += [maps[i : i + 2] for i in range(0, len(maps), 2)]
     caption = (
-        "Attention of the head that does least (largest idle mass), first run of every arm: a row is a query, the last "
-        "column what goes nowhere (null mass). The scale of greys is that of a square root, up to the largest weight."
+        "Attention of the head that does least (largest idle mass), first run of every arm. A row is a query; the last "
+        "column is what goes nowhere (null mass). Grey shows the square root of the weight, up to the largest weight."
     )
     return Picture("Attention of the head that does least", caption, plots.attention(rows))

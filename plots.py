@@ -1,8 +1,8 @@
 """The pictures of the report, as PNG: readable in grey (lightness, markers and dashes differ) and on a phone (narrow).
 
-Every picture has a short title only; what it shows in detail is its caption, which the report prints below it. An arm
-looks the same in every picture (`looks`). A curve is (arm, values, steps), one a run: of the runs of an arm the median
-is drawn, and a band from the smallest to the largest.
+A picture has a short title; the report prints its caption, with the details, below it. An arm looks the same in every
+picture (`looks`). A curve is (arm, values, steps) of one run: the median over the runs of an arm is drawn, and a band
+from the smallest to the largest value.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Look:
     colour: str
     marker: str
     dash: str
-    leading: bool  # wide, and with the runs or their spread; of the other arms the median alone, thin
+    leading: bool  # drawn wide, with the runs or their spread; other arms are a thin median only
 
     def line(self, **more) -> dict:
         """Arguments for Axes.plot."""
@@ -61,7 +61,7 @@ class Look:
 
 
 def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
-    """The look of every arm, the leading ones first; all lead where there are three at most, or none of `leading`."""
+    """The look of every arm, leading arms first. All arms lead if there are at most three, or none is in `leading`."""
     few = len(arms) <= 3 or not set(arms) & set(leading)
     ordered = sorted(arms, key=lambda arm: leading.index(arm) if arm in leading else len(leading))
     return {arm: Look(*COLOURS[i % len(COLOURS)], few or arm in leading) for i, arm in enumerate(ordered)}
@@ -71,7 +71,7 @@ def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
 
 
 def _legend(figure, axes, more: list[Line2D] | tuple = ()) -> None:
-    """One legend below all panels, an entry a label; `more` are handles of their own."""
+    """One legend below all panels, with an entry for each label; `more` are additional handles."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True)) | {handle.get_label(): handle for handle in more}
     longest = max(map(len, unique), default=0)
@@ -87,7 +87,7 @@ def _png(figure) -> bytes:
 
 
 def _grid(count: int, height: float):
-    """Axes of `count` panels of that height in inches, two a row, in their order; the rest is hidden."""
+    """Axes of `count` panels, two in a row, each `height` inches high; a spare panel is hidden."""
     rows = (count + 1) // 2
     figure, axes = plt.subplots(
         rows, min(count, 2), figsize=(WIDTH, height * rows + 1.3), layout="constrained", squeeze=False
@@ -113,9 +113,9 @@ def _summary(runs: list[tuple]) -> tuple[list, np.ndarray]:
 
 
 def _draw(axes, curves: list[tuple], looks: dict[str, Look], **more) -> None:
-    """The median of every arm, and of a leading one with several runs the band from the smallest to the largest.
+    """The median of every arm; for a leading arm with several runs also the band from the smallest to the largest.
 
-    Arms are drawn in order: the dashes of a later one leave an earlier one that coincides visible.
+    Arms are drawn in order: where two coincide, the earlier one shows between the dashes of the later one.
     """
     for arm, look in looks.items():
         if not (runs := _of_arm(curves, arm)):
@@ -128,11 +128,12 @@ def _draw(axes, curves: list[tuple], looks: dict[str, Look], **more) -> None:
 
 
 def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
-    """Make an axis logarithmic where its values ask for it.
+    """Make an axis logarithmic where its values span a wide range.
 
     Args:
-        kind: "linear"; "log", where the values are above 0 and differ by a factor of 10; "symlog" (linear up to
-            `linear_to`, so that 0 is shown), where one is 30 times as large as that and as a quarter of all.
+        kind: "linear" leaves it linear. "log" makes it logarithmic if the values are above 0 and differ by a factor of
+            10. "symlog" makes it linear up to `linear_to`, so that 0 is shown, and logarithmic beyond, if the largest
+            size is over 30 times `linear_to` and the lower quartile of all sizes.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -159,7 +160,7 @@ def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
 def loss(
     training: list[tuple], held_out: list[tuple], differences: list[tuple], baseline: str, looks: dict[str, Look]
 ) -> bytes:
-    """Training and held-out loss, and below the difference of the held-out loss to `baseline`, pair by pair.
+    """Training and held-out loss; below them the held-out loss minus that of `baseline`, pair by pair.
 
     Args:
         training, held_out: curves, in nats a token.
@@ -199,7 +200,7 @@ def loss(
 def panels(
     curves: dict[str, list[tuple]], looks: dict[str, Look], title: str, xlabel: str, axes_of: dict[str, tuple[str, str]]
 ) -> bytes:
-    """A panel for each key of `curves`; those whose y axis has the same label share its scale.
+    """A panel for each key of `curves`; panels whose y axes have the same label share a scale.
 
     `axes_of` is {key: (label of the y axis, its kind as in `_scale`)}.
     """
@@ -234,7 +235,7 @@ def panels(
 
 @plt.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13})
 def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dict[str, tuple[str, str]]) -> bytes:
-    """Panels side by side, to be read at half the width: of leading arms a thin line a run, and every arm's median.
+    """Panels side by side, readable at half the width: medians of arms, and thin lines for the runs of leading arms.
 
     Args:
         curves: {title of the panel: curves}.
@@ -266,9 +267,9 @@ def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dic
 
 @plt.rc_context(STYLE)
 def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
-    """Gap of the held-out loss to float32 in thousandths of a nat: a row a scheme and arm, a small mark a run.
+    """Gap of the held-out loss to float32 in thousandths of a nat: a row for each scheme and arm.
 
-    The large mark is the mean of the runs of an arm. It is not drawn where one of them is not finite.
+    A small mark is a run. The large mark is the mean of the runs of an arm, drawn if all of them are finite.
 
     Args:
         gaps: {scheme: {arm: ([gap of each run], (low, high): interval of their mean, or None)}}, all in nats.
@@ -311,9 +312,9 @@ def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
 
 @plt.rc_context({**STYLE, "axes.grid": False})
 def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -> bytes:
-    """Attention maps in grey, at most two a row, the null mass as last column.
+    """Attention maps in grey, at most two in a row, with the null mass as the last column.
 
-    The scale ends at the largest weight of all maps, and its root is shown, so that small weights are seen too.
+    Grey is the square root of a weight over the largest weight of all maps, so that small weights are visible too.
 
     Args:
         rows: of (caption, tokens, weights (T, T), null mass (T,)).
@@ -340,9 +341,9 @@ def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -
 
 @plt.rc_context(STYLE)
 def histograms(of_layers: dict[str, list[tuple[str, np.ndarray]]], looks: dict[str, Look]) -> bytes:
-    """Densities of standardised activations beside a Gaussian, a panel a layer; (arm, counts in BINS) of every run.
+    """Densities of standardised activations beside a Gaussian, with a panel for each layer.
 
-    Of an arm, the mean density over its runs.
+    `of_layers` is {title: (arm, counts in BINS) of every run}; the mean density over the runs of an arm is drawn.
     """
     figure, axes = _grid(len(of_layers), 2.0)
     middles = (BINS[1:] + BINS[:-1]) / 2

@@ -253,11 +253,11 @@ def sinks(pairs: Pairs) -> Answered:
             "reduced": ", also among the attention that tokens get at all",
             "increased": ", but increases them among the attention that tokens get at all",
         }.get(kinds[SINKS[1]], ", but that is not shown among the attention that tokens get at all")
-    above = f"above step 0 ({figure(pairs.at_start(SINKS[0]))} %)" if known else "step 0 is not known"
+    above = f"minus that share at step 0 ({figure(pairs.at_start(SINKS[0]))} %)" if known else "step 0 is not known"
     sentence = (
-        f"{opening(kinds[SINKS[0]], raw, 'attention sinks')}{also}: heads and texts in which one token gets more than "
-        f"{SINK:.0%} of the attention, {above}, {points(raw)}; with every query's weights divided by their sum, "
-        f"{points(shares)}; {seen(raw, pairs)}."
+        f"{opening(kinds[SINKS[0]], raw, 'attention sinks')}{also}: share of heads and texts in which one token gets "
+        f"more than {SINK:.0%} of the attention, {above}: {points(raw)}; with every query's weights divided by their "
+        f"sum, {points(shares)}; {seen(raw, pairs)}."
     )
     return Answered(capital(sentence), kinds, {first: raw, second: shares})
 
@@ -266,8 +266,8 @@ def outliers(pairs: Pairs) -> Answered:
     """Infinity norm of the residual stream and kurtosis of the FFN output, with a conclusion about each."""
     said, kinds, compared = [], {}, {}
     for key, what, where in (
-        (NORM, "outliers by the infinity norm of the residual stream", "largest layer"),
-        (KURTOSIS, "outliers by the kurtosis of the FFN output", "full kurtosis, 3 of a Gaussian, mean of layers"),
+        (NORM, "outliers (infinity norm of the residual stream)", "largest layer"),
+        (KURTOSIS, "outliers (kurtosis of the FFN output)", "full kurtosis, 3 of a Gaussian, mean of layers"),
     ):
         comparison = pairs.compare(key)
         kinds[key] = removal(comparison, math.log(NO_OUTLIERS[key]))
@@ -360,8 +360,8 @@ def explanation(pairs: Pairs) -> Answered:
         ONE_PAIR: only(whole),
     }[kind]
     said = (
-        f"{capital(phrase)}{few_pairs(whole)}: full kurtosis, mean of layers, {factor(whole)}; of the (query, head) "
-        f"pairs alone that attend, {factor(attending)}; the second ratio over the first: {times(rest)}{facts(pairs)}; "
+        f"{capital(phrase)}{few_pairs(whole)}: full kurtosis, mean of layers, {factor(whole)}; of only the (query, "
+        f"head) pairs that attend, {factor(attending)}; the second ratio over the first: {times(rest)}{facts(pairs)}; "
         f"{seen(whole, pairs)}."
     )
     compared = {CONTEXT: whole, ATTENDS: attending, f"{ATTENDS}_over_{CONTEXT}": rest}
@@ -379,7 +379,7 @@ def facts(pairs: Pairs) -> str:
     """Figures of both arms that the explanation rests on besides, without a test."""
     said = ""
     for key, what in (
-        ("attending_share", "pairs that attend"),
+        ("attending_share", "(query, head) pairs that attend"),
         ("context_near_zero", f"entries near zero (at most {NEAR_ZERO:.0%} of the root mean square)"),
     ):
         if (comparison := pairs.compare(key)) is not None:

@@ -1,6 +1,7 @@
-"""The report: the question, the answer in a sentence, the tables with published figures beside, as Markdown.
+"""The report as Markdown: question, answers, comparisons, and tables with the published figures beside ours.
 
-Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py).
+Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py). Tables
+with a row for each arm are in arm_tables.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from runs import OPTIONAL, Run, arms, has
 from sets import NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
 from tables import duration, figure, gap_cell, machine, number, plus_minus, shortest, signed, table
 
+NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
+
 
 def trained_on(runs: list[Run]) -> str:
-    """Steps, text and hardware of the runs (and whether they are smoke runs), said once where they agree."""
+    """Steps, text and hardware of the runs, and --test_pipeline where they are test runs; once where they agree."""
     said = []
     for results in (run.results for run in runs if run.results):
         training, text = results["training"], results["dataset"]
@@ -37,7 +40,7 @@ def trained_on(runs: list[Run]) -> str:
 
 
 def watched_in_training(runs: list[Run]) -> str:
-    """What the training-time kurtosis of the runs is of: padded or packed batches, every step or some."""
+    """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
     said = []
     for settings in (run.results["settings"] for run in runs if run.results):
         steps = settings.get("statistics_steps", 1)
@@ -211,7 +214,7 @@ def scored_said(runs: list[Run]) -> str:
 
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
-    """A table for every arm of a set and under it what its intervals are; where `only` was compared, its alone."""
+    """For every arm of a set a table, and what its intervals are; for the arm `only` alone where that was compared."""
     parts = []
     for arm, comparisons in finding.compared.items():
         if only in finding.compared and arm != only:
@@ -231,7 +234,7 @@ def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
 
 
 def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
-    """A sentence a question, or why there is none."""
+    """A sentence for each question, or the reason why there is none."""
     if not asked:
         return [f"**Answer.** {answer(runs, findings)}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
@@ -241,12 +244,12 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
         f"*{trained_with(findings[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
         f"intervals share an error of 5% (Bonferroni, {level} each). The primary one, named beforehand, has its own. "
         f"The last sentence explores a cause ({EXPLAINING} intervals of {explaining}). ± is the sample standard "
-        "deviation over seeds; of what is compared by a ratio, means are geometric. DEFINITIONS.md has the rules.*",
+        "deviation over seeds; means that are compared by a ratio are geometric. DEFINITIONS.md has the rules.*",
     ]
 
 
 def trained_with(finding: Finding) -> str:
-    """What the sentences hold for besides their scale, in one sentence: length, batch, optimizer, number format."""
+    """The conditions of the runs besides their scale, in one sentence: length, batch, optimizer, number format."""
     run = finding.group.runs[0]
     named = {
         "effective_batch_size": "batches of {}",
@@ -257,7 +260,8 @@ def trained_with(finding: Finding) -> str:
         "dtype": "{}",
     }
     values = {key: recorded(run, key) for key in named}
-    return f"Seen with {', '.join(named[key].format(value) for key, value in values.items() if value != NOT_RECORDED)}."
+    told = [named[key].format(value) for key, value in values.items() if value != NOT_RECORDED]
+    return f"All these runs: {', '.join(told)}."
 
 
 def opening(
@@ -269,13 +273,14 @@ def opening(
     if glance:
         glance.append(
             "*In bold the one metric that was named beforehand; the others explain it and are not corrected for their "
-            "number here. In brackets with ×: the ratio of geometric means, of kurtosis that of full kurtosis (excess "
-            f"+ 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
-            "interval over texts is a bootstrap: how far the difference depends on which texts were scored.*"
+            "number here. In brackets with ×: the ratio of geometric means; for kurtosis, of full kurtosis (excess "
+            f"+ 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The interval over texts is a "
+            "bootstrap: how far the difference depends on which texts were scored. Renormalised: every query's weights "
+            "divided by their sum. Null mass: attention that goes nowhere (of softmax, rounding error).*"
         )
     return [
         "# Does softmax_n remove outliers and rescue quantization?",
-        *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
+        *NO_RECORD[record],
         '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
         "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
         "static ranges, which extremes break, then cost less?",
@@ -290,7 +295,7 @@ def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, A
 
 
 def dose_section(findings: list[Finding]) -> list[str]:
-    """Every arm of the headline's set beside the others, n by n; nothing of a set of two arms."""
+    """All arms of the headline's set side by side, ordered by n; nothing for a set of two arms."""
     by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
@@ -308,7 +313,7 @@ def dose_section(findings: list[Finding]) -> list[str]:
     return [
         "## Dose response: all arms",
         table(["", *order], rows),
-        "*Mean ± sample standard deviation over the seeds of an arm, those in a pair. No test: comparisons with "
+        "*Mean ± sample standard deviation over the seeds of an arm that are in a pair. No test: comparisons with "
         f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
     ]
 
@@ -326,9 +331,9 @@ def summary_section(runs: list[Run]) -> list[str]:
     return [
         "## Summary of the runs",
         table(["", *PUBLISHED, *(run.title for run in runs)], summary(runs)),
-        f"*n = 1 run a column. Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged one is the "
-        "mean over the last logging window; the held-out loss has the same masks in every run. Published: EsperBERTo "
-        f"(2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
+        f"*n = 1 run a column. Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged loss is the "
+        "mean since the one logged before; the masks of the held-out loss are the same in every run. Published: "
+        f"EsperBERTo (2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
     ]
 
 
@@ -342,9 +347,9 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
         parts += set_tables(finding, METRICS)
     return [
         *parts,
-        "*Exploratory but for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better except "
-        "for the sink rates, the null mass and the idle heads, which are neither: they differ between arms by "
-        "construction, and stand beside step 0 and uniform attention further down.*",
+        "*Exploratory except for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better, "
+        "except that sink rates, null mass and idle heads are neither better nor worse: they differ between arms by "
+        "construction, and a table below shows them beside step 0 and uniform attention.*",
     ]
 
 
@@ -364,13 +369,14 @@ def damage_section(runs: list[Run]) -> list[str]:
         "## Quantization damage",
         damage_table(runs),
         "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
-        f"{scored_said(runs)}. A gap stands with its standard error over texts (and draws of calibration texts); below "
-        "twice that it is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
+        f"{scored_said(runs)}. ± is the gap's standard error over texts (and over draws of calibration texts); a gap "
+        "below twice that is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
         f"beforehand on text that is not scored (running minimum and maximum, momentum {MOMENTUM}, "
         f"{calibrated_said(runs)}), arithmetic simulated. Percentile, least squares: other ranges from the first draw. "
         "As published: the setting of Bondarenko et al. 2023, calibrated on "
         f"{published_said(runs)} tokens of held-out text (there 65,536). "
-        f"Dynamic: a scale a token and a scale a row of weights. W4: weights only, a scale for {GROUP_SIZE} inputs. "
+        f"Dynamic: one scale for each token and each row of weights. W4: weights only, one scale for {GROUP_SIZE} "
+        "inputs. "
         "The last rows quantize one part alone, on some of the texts.*",
     ]
 
@@ -379,10 +385,10 @@ def self_check_section(runs: list[Run]) -> list[str]:
     return [
         "## Self-check of the instrument",
         self_check_table(runs),
-        "*On a few of the texts and the first run of every arm: models with an outlier that is compensated, so that "
-        "the function stays and static quantization breaks, in the layer that is known; and the same function in "
-        "another class. DEFINITIONS.md says when a check passes; it is undecided where a model has learnt too little "
-        "to lose.*",
+        "*On a few of the texts and the first run of every arm. The first two checks put a compensated outlier into a "
+        "layer: the model's function stays the same, and static quantization has to break in that layer. The third "
+        "computes the same function in another class. DEFINITIONS.md says when a check passes; it is undecided where a "
+        "model has learnt too little that quantization could destroy.*",
     ]
 
 
@@ -488,7 +494,7 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
         table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], lead),
         f"*{definition_said(runs, sequences, data_dir)} Last column: {spread_said(runs)} The published table leaves "
         "this module out, though the hypothesis points at the residual stream and the FFN output; the published rows "
-        "here come from its result files.*",
+        "above come from its result files.*",
     ]
 
 
@@ -537,7 +543,7 @@ def report(
 
 
 def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """The parts of a report, with the pictures of a section behind its heading."""
+    """The parts of a report, with its pictures behind the heading of each section."""
     whole = []
     for part in parts:
         whole.append(part)
@@ -548,14 +554,14 @@ def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[
 
 
 def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """Those of the pictures that there are, each with its caption below."""
+    """The pictures of these names that exist, each with its caption below."""
     there = {name: pictures[name] for name in names if name in pictures}
     return [part for name, (title, caption) in there.items() for part in (f"![{title}]({name})", f"*{caption}*")]
 
 
 # ------------------------------------------------------------------------------------ models outside the experiment
 
-# Of the headline: metrics of answer.py, then the schemes whose damage stands there.
+# Rows of the first table: metrics of answer.py, then quantization schemes.
 OF_A_MODEL = (
     "residual_inf_norm",
     "residual_ratio",
@@ -582,7 +588,7 @@ def absent_notes(runs: list[Run]) -> list[str]:
 
 
 def headline_of_models(runs: list[Run]) -> str:
-    """What a person wants to know about a model, a column a model: outliers, sinks, quantization damage."""
+    """The first table, with a column for each model: outliers, sinks, quantization damage."""
     values = [metrics(run) for run in runs]
     shown = [
         key for key in OF_A_MODEL if key != "null_mass" or any((of_model[key] or 0) > 0.01 for of_model in values)
@@ -603,7 +609,7 @@ def headline_of_models(runs: list[Run]) -> str:
 def models_report(
     runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, tuple[str, str]], record: bool
 ) -> str:
-    """The report of models that are no pair of the experiment; `source` is the dataset or the text file.
+    """The report of models that are not a pair of the experiment; `source` is the dataset or the text file.
 
     Arguments else as in `report`; none of the runs has diverged.
     """
@@ -616,7 +622,7 @@ def models_report(
     rows = "Further down, " + ("every model is an arm by itself." if one_each else "the runs that share n are an arm.")
     parts = [
         f"# Outliers, attention sinks and quantization damage: {names}",
-        *([] if record else ["**Made from a modified tree (or with results of one): not a record.**"]),
+        *NO_RECORD[record],
         headline_of_models(runs),
         f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode, "
         "padding left out. Infinity norm: largest magnitude of a text, mean over the texts. Excess kurtosis: 0 for a "

@@ -46,7 +46,7 @@ RESULTS = {  # what we read of a results file: dotted key -> kind
     "settings": dict,
     "test_pipeline": bool,
 }
-# What a results file may lack, having been written before there was such a thing.
+# Keys that a results file may lack.
 OPTIONAL = {
     "validation.unigram_loss": NUMBER,
     "validation.context_free_loss": NUMBER,
@@ -99,12 +99,12 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether training ended without a model, because the loss was no number any more: nothing is measured."""
+        """Whether training ended without a model, because the loss became NaN or infinite: nothing is measured."""
         return bool(self.results) and self.results.get("status") == "diverged"
 
     @property
     def title(self) -> str:
-        """The name, and that the run diverged if it did."""
+        """The name, with "(diverged)" behind it where the run diverged."""
         return f"{self.name} (diverged)" if self.diverged else self.name
 
     @property
@@ -173,12 +173,12 @@ def _refuse(constant: str):
 
 
 def has(results, key: str) -> bool:
-    """Whether a key that may be missing is there; null says that there is none."""
+    """Whether the results hold a value at a dotted key; null counts as none."""
     return look_up(results, key, None) is not None
 
 
 def _is(kind: str, value) -> bool:
-    """Whether a value of a results file is of that kind. A bool is an int in Python, but no number here."""
+    """Whether a value of a results file is of a kind. A bool is an int in Python, but not a number here."""
     if kind == ARM and value == LEARNED:
         return True
     if value is None:
@@ -192,7 +192,7 @@ def _is(kind: str, value) -> bool:
 
 
 def _numbers(key: str, value: list | dict) -> bool:
-    """Whether the lists and tables of numbers that a key holds are that, whatever else a key may hold."""
+    """Whether the lists and tables at the keys that hold numbers contain numbers only; True for other keys."""
     if key.endswith("_history"):
         return all(isinstance(pair, list) and len(pair) == 2 and all(_is(NUMBER, x) for x in pair) for pair in value)
     if key.endswith("_kurtosis"):
@@ -208,7 +208,7 @@ def _numbers(key: str, value: list | dict) -> bool:
 
 
 def refuse_missing(model: str) -> None:
-    """Exit with one line where what was named is neither a folder nor can be the name of a model on the Hub."""
+    """Exit with one line where `model` is no folder and cannot be the name of a model on the Hub."""
     if not Path(model or "-").is_dir() and (os.path.lexists(model) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)):
         what = ": that is a file, or a link that leads nowhere" if os.path.lexists(model) else ""
         sys.exit(f"error: no model folder {model}{what}")
@@ -225,9 +225,9 @@ def folder_name(model: str) -> str:
 
 
 def labelled(models: list[str]) -> list[str]:
-    """A name for the figures of each model: that of its folder, or the whole path where several share it.
+    """A name for the files of each model: the name of its folder, or its whole path where several folders share it.
 
-    A name is one part of a path, so that files can have it. Exits with one line where two models have the same.
+    The name has no slash, so that it can be the name of a file. Exits with one line where two models have the same.
     """
     names = [folder_name(model) for model in models]
     labels = [
@@ -243,7 +243,7 @@ def labelled(models: list[str]) -> list[str]:
 def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Run]:
     """The models named, or else every results file with its model folder, ordered by arm and seed.
 
-    A run that diverged has no model folder; of one that was measured before, its figures are enough.
+    A run that diverged has no model folder, and a run that was measured before needs none.
     """
     if models:
         runs = []

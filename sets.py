@@ -18,7 +18,7 @@ from experiment import BASELINE
 from record import look_up
 from runs import Run, arms
 
-# What shapes the weights, besides n and the seed: key in the results file -> name.
+# What determines the weights, besides n and the seed: {key in the results file: its name in a note}.
 SHAPING = {
     "dataset.sha256": "training text",
     "dataset.train_samples": "samples of the training text",
@@ -58,11 +58,11 @@ SHAPING = {
     "model.parameters": "number of parameters",
     "test_pipeline": "--test_pipeline",
 }
-PROCESSES = "processes"  # is computed from the batch sizes, which is all that a results file tells of it
-REACHED = ("steps", "samples seen")  # a run that diverged did not get as far as it was to
-# What has to agree within a pair, but may differ from one pair of a set to the next.
+PROCESSES = "processes"  # computed from the batch sizes, because a results file does not hold their number
+REACHED = ("steps", "samples seen")  # which a run that diverged did not complete
+# What has to agree within a pair, and may differ between the pairs of a set.
 OF_A_PAIR = {"settings.data_seed": "data seed", "model.initial_weights": "initial weights"}
-# What may change a result without being meant to: said, and compared nevertheless.
+# What may change a result without being meant to: a note says so, and the runs are compared nevertheless.
 CIRCUMSTANCES = {"git.commit": "commit", "hardware.device": "device", "hardware.name": "hardware"}
 NOT_RECORDED = "not recorded"
 
@@ -71,7 +71,7 @@ NOT_RECORDED = "not recorded"
 class ComparisonSet:
     """Runs that agree in everything that shapes the weights but n and seed.
 
-    `pairs` is {arm: {seed: (run of softmax0, run of the arm)}}; `refused` says, by name, which pairs are none.
+    `pairs` is {arm: {seed: (run of softmax0, run of the arm)}}; `refused` has a sentence for each refused pair.
     """
 
     runs: list[Run]
@@ -93,7 +93,7 @@ class ComparisonSet:
 
 
 def recorded(run: Run, key: str) -> str:
-    """The value at a dotted key of the results, as text that agrees where the values do; a lacking key is a value."""
+    """The value at a dotted key as text: equal texts mean equal values. A missing key counts as a value of its own."""
     value = look_up(run.results, key, NOT_RECORDED)
     if key == "settings.data_seed" and value is None:
         value = run.results["seed"]  # which the batches then depend on
@@ -103,7 +103,7 @@ def recorded(run: Run, key: str) -> str:
 
 
 def shaping(run: Run) -> dict[str, str]:
-    """{name: value as text} of what shapes the weights."""
+    """{name: value as text} of everything that shapes the weights."""
     values = {label: recorded(run, key) for key, label in SHAPING.items()}
     settings = run.results.get("settings", {})
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
@@ -120,9 +120,9 @@ def shaping(run: Run) -> dict[str, str]:
 def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
     """The sets of the runs that have results, the headline's first.
 
-    First come those that --test_pipeline did not make, among them those with a pair, then those trained on most.
-    A run that diverged belongs to the set it agrees with in all but how far it got; where there are several, to the
-    one trained on most.
+    Sets that --test_pipeline did not make come first; among them, sets with a pair; then those trained on most
+    sequences. A run that diverged belongs to the set that it agrees with in everything but the steps it completed; of
+    several such sets, to the one trained on most sequences.
     """
     trained = [run for run in runs if run.results]
     members_of: dict[tuple, list[Run]] = {}
@@ -142,7 +142,7 @@ def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
 
 
 def paired(group: ComparisonSet) -> ComparisonSet:
-    """The set with its pairs filled in. A run with the same arm and seed as another: see `refuse_duplicates`."""
+    """The set with its pairs filled in. Two runs with the same arm and seed: see `refuse_duplicates`."""
     by_arm = {arm: {run.results["seed"]: run for run in runs} for arm, runs in arms(group.runs).items()}
     baseline = by_arm.pop(BASELINE, {})
     for arm, runs in by_arm.items():
@@ -159,9 +159,9 @@ def paired(group: ComparisonSet) -> ComparisonSet:
 
 
 def headline(runs: list[Run]) -> list[Run]:
-    """The runs that tables of arms are made of: the first set's, and models without results, each its own arm.
+    """The runs in tables of arms: those of the first set, and models without results, each an arm by itself.
 
-    Where the set has a pair, only its runs that are in one: the arms of a table then have their seeds in common.
+    Of a set with pairs, only the runs that are in a pair, so that the arms of a table share their seeds.
     """
     first = [run for group in comparison_sets(runs)[:1] for run in in_a_pair(group) or group.runs]
     return [run for run in runs if run in first or not run.results]
@@ -216,7 +216,7 @@ def refuse_copies(runs: list[Run]) -> None:
 
 
 def notes(runs: list[Run], data_dir: Path) -> list[str]:
-    """What a reader has to know before comparing the columns."""
+    """Sentences that a reader has to know before comparing columns."""
     return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
@@ -260,7 +260,7 @@ def shortened(value: str) -> str:
 
 
 def _notes_on_circumstances(runs: list[Run]) -> list[str]:
-    """Differences inside a set that are not meant to matter."""
+    """Differences inside a set that should not matter."""
     lines = []
     for group in comparison_sets(runs):
         packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}

@@ -17,7 +17,7 @@ def figure(value: float | None) -> str:
     size = abs(value)
     if size >= 1e6:
         return f"{value:.2e}"
-    if 0 < size < 5e-4:  # an end of an interval is not to look like 0
+    if 0 < size < 5e-4:  # so that the end of an interval never looks like 0
         return f"{value:.1e}"
     decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4
     return unsigned_zero(f"{value:,.{decimals}f}")

@@ -84,7 +84,9 @@ def test_step_0_is_taken_away():
     """20 % of which 19.9 were there before training are no sinks that training made."""
     runs = with_values({"sinks": [20.0, 20.1, 20.2]}, {"sinks": [19.9, 20.0, 20.1]}, start=19.9)
     found = ask(runs, "sinks")
-    assert found.kinds["sink_rate_any"] == "nothing in either arm" and "above step 0 (19.9 %)" in found.said
+    assert (
+        found.kinds["sink_rate_any"] == "nothing in either arm" and "minus that share at step 0 (19.9 %)" in found.said
+    )
     runs[0].untrained = {}
     found = ask(runs, "sinks")
     assert found.kinds["sink_rate_any"] == "undecided" and "step 0 is not known" in found.said
@@ -133,7 +135,7 @@ def test_outliers(key, shift, before, after, kind):
     assert found.kinds[metric] == kind
     other = "ffn_output_kurtosis" if key == "norm" else "residual_inf_norm"
     assert found.kinds[other] == ("one pair" if len(before) == 1 else "nothing in either arm")
-    assert found.said.lower().count("outliers by the") == 2  # a verdict each
+    assert found.said.lower().count("outliers (") == 2  # a verdict each
     ratios = np.log(after) - np.log(before)
     assert found.comparisons[metric].difference == pytest.approx(ratios.mean())
     if len(before) > 1:
@@ -315,8 +317,8 @@ def test_the_report_leads_with_the_sentences():
     assert places == sorted(places)
     assert "share an error of 5% (Bonferroni, 98.8% each)" in text
     assert (
-        "Seen with batches of 16, at most 512 tokens a text, learning rate 5e-05, weight decay 0, adamw_torch_fused, "
-        "float32." in text
+        "All these runs: batches of 16, at most 512 tokens a text, learning rate 5e-05, weight decay 0, "
+        "adamw_torch_fused, float32." in text
     )
     assert "**Answer.** None: there is no pair here" in whole([made(0, 42)])
 

@@ -124,11 +124,11 @@ def weights_sha256(model: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> s
 
     Args:
         model: on any device.
-        leave_out: tensors with one of these in their name do not count.
+        leave_out: tensors with one of these in their name do not count, nor do empty ones.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not any(part in name for part in leave_out):
+        if tensor.numel() and not any(part in name for part in leave_out):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -927,6 +927,8 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
         _add_sinks(root, root.config.softmax_n_heads if n == LEARNED else {})
         if class_changes:
             _change_class(root, n)
+        elif isinstance(root, _SoftmaxNModel):
+            root._mark()
     return model
 
 
@@ -1194,7 +1196,21 @@ class _SoftmaxNModel:
         super().__init__(config, *args, **kwargs)
         if config.softmax_n == LEARNED:
             _add_sinks(self, config.softmax_n_heads)
+        self._mark()
         check_attention(self)
+
+    def _mark(self) -> None:
+        """Add the empty buffer `softmax_n`, unless n = 0: a softmax model does not load a state_dict that has it."""
+        self._buffers.pop("softmax_n", None)
+        if self.config.softmax_n != 0:
+            self.register_buffer("softmax_n", torch.empty(0, device=self.device))
+        for about in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+            setattr(self, about, {r"(^|\.)softmax_n$", *(getattr(self, about) or ())})
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if "softmax_n" in self._buffers:  # a state_dict of the stock class is taken too
+            state_dict.setdefault(f"{prefix}softmax_n", self.softmax_n)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initialize_weights(self) -> None:
         """Sinks that were not in the folder start at n = 1 too."""
@@ -1222,25 +1238,6 @@ def _add_sinks(model: nn.Module, heads: dict[str, int]) -> None:
         elif "log_n" not in module._parameters:
             like = next(module.parameters())
             module.log_n = nn.Parameter(like.new_zeros(heads[type(module).__name__]))
-
-
-class _Twin(_SoftmaxNModel):
-    """A model of any class into which apply_softmax_n has put a number or learned sinks.
-
-    The buffer `softmax_n` keeps the stock class from loading its state_dict; that of the stock class is taken.
-    """
-
-    def __init__(self, config: PretrainedConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self._mark()
-
-    def _mark(self) -> None:
-        n = self.config.softmax_n
-        self.register_buffer("softmax_n", torch.tensor(1.0 if n == LEARNED else n, device=self.device))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        state_dict.setdefault(f"{prefix}softmax_n", self.softmax_n)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _change_class(model: PreTrainedModel, n: float | str | None) -> None:
@@ -1278,7 +1275,7 @@ def softmax_n_class(stock: type) -> type:
     autos = about["config_class"].softmax_n_auto_map
     full = f"softmax1.SoftmaxN{stock.__name__}"
     about["_auto_class"] = next((auto for auto, name in autos.items() if name == full), "AutoModel")
-    return type(f"SoftmaxN{stock.__name__}", (_Twin, stock), about)
+    return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNModel, stock), about)
 
 
 def __getattr__(name: str) -> type:

@@ -594,7 +594,7 @@ def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, scheme):
 def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
     ours = learn(model_of("softmax1"))
     stock = RobertaForMaskedLM(RobertaConfig(**SMALL))
-    stock.load_state_dict(ours.state_dict())
+    stock.load_state_dict(ours.state_dict(), strict=False)  # strict, it is refused: its weights were made for softmax1
     without = StaticW8A8(stock, batches(2, seed=3)).ranges
     apply_softmax_n(stock, 1.0)
     first, second = (StaticW8A8(model, batches(2, seed=3)) for model in (ours, stock))

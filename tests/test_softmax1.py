@@ -29,6 +29,7 @@ from transformers import (
 from softmax1 import (
     RobertaSoftmaxNConfig,
     RobertaSoftmaxNForMaskedLM,
+    RobertaSoftmaxNModel,
     apply_softmax_n,
     softmax1,
     softmax_n,
@@ -389,6 +390,20 @@ def test_n0_equals_stock_roberta_with_the_same_seed():
     assert list(stock.state_dict()) == list(ours.state_dict())
     inputs = batch()
     assert torch.equal(logits(ours, **inputs), logits(stock, **inputs))
+
+
+@pytest.mark.parametrize("n", [1e-30, 1, "learned"])
+def test_a_softmax_model_takes_no_state_dict_of_softmax_n(n, tmp_path):
+    ours, stock = softmax_n_model(n), RobertaForMaskedLM(RobertaConfig(**ROBERTA))
+    for softmax in (stock, softmax_n_model(0), apply_softmax_n(softmax_n_model(1), 0)):
+        with pytest.raises(RuntimeError, match='"softmax_n"'):
+            softmax.load_state_dict(ours.state_dict())
+    ours.load_state_dict(stock.state_dict(), strict=n != "learned")
+    softmax_n_model(1).load_state_dict(apply_softmax_n(softmax_n_model(0), 1).state_dict())
+    ours.save_pretrained(tmp_path)  # the class without its head, and back
+    RobertaSoftmaxNModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "base")
+    back = RobertaSoftmaxNForMaskedLM.from_pretrained(tmp_path / "base", output_loading_info=True)[1]
+    assert not [name for names in back.values() for name in names if "softmax_n" in str(name)]
 
 
 def test_arms_start_from_the_same_weights():

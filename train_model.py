@@ -875,7 +875,7 @@ def visible_gpu() -> str | None:
     return None
 
 
-def check_attention(backend: str, args: TrainingArguments) -> None:
+def check_backend(backend: str, args: TrainingArguments) -> None:
     """Exit with one line when the backend that is forced cannot attend as training will."""
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     token = torch.zeros(1, 1, 8, device=args.device, dtype=half)
@@ -948,7 +948,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         sys.exit(
             f"error: {run} is complete ({results_path} is there): move it away, or pass --overwrite to train again"
         )
-    check_attention(experiment.attention, args)
+    check_backend(experiment.attention, args)
     if args.n_gpu > 1:
         sys.exit(f"error: {args.n_gpu} GPUs are visible but one process drives one: set CUDA_VISIBLE_DEVICES=0")
     # Pushing is the last thing done here. Trainer would push during training, with transformers' own card.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import math
 import shutil
 import sys
@@ -25,8 +25,9 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import command
 
@@ -44,6 +45,8 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 import record
 from corpus import load_data, load_tokenizer, tokenized
@@ -58,6 +61,7 @@ from experiment import (
     build_model,
 )
 from folder import refuse_unwritable
+from held_out import evenly_spread
 from kurtosis import ActivationKurtosis
 from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
 from softmax1 import attention_backend, softmax_n_attention
@@ -402,64 +406,139 @@ def projection(text: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def peer() -> Callable | None:
-    """softmax_n attention of the package flash-attention-softmax-n, where it is installed."""
-    try:
-        return importlib.import_module("flash_attention_softmax_n").flash_attention_n
-    except ImportError:
-        return None
+LENGTHS = (20, 36, *(64 << power for power in range(8)))  # 20 and 36 tokens: sentences
+REFERENCE_ROWS = 64  # queries, evenly spread, whose output is compared with the definition in float64
+
+
+def peers() -> dict[str, Callable]:
+    """Others' ways to the same two functions, of transformers and of packages that are installed here.
+
+    Arguments as in `contestants`. What is found may still refuse this device.
+    """
+    shape = {"sinks": None, "num_key_value_groups": 1, "training": True}
+
+    def transformers_eager(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        module = SimpleNamespace(**shape | {"sinks": sinks})
+        return gpt_oss_attention(module, query, key, value, None, HEAD_SIZE**-0.5)[0].transpose(1, 2)
+
+    def transformers_flex(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        module = SimpleNamespace(**shape)
+        return flex_attention_forward(module, query, key, value, None, HEAD_SIZE**-0.5, s_aux=sinks)[0].transpose(1, 2)
+
+    def flash_attention_softmax_n(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        package = importlib.import_module("flash_attention_softmax_n")
+        return package.flash_attention_n(query, key, value, softmax_n_param=1)
+
+    def flash_attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        attend = importlib.import_module("flash_attn.cute.interface").flash_attn_func
+        output = attend(*(x.transpose(1, 2) for x in (query, key, value)), learnable_sink=sinks.to(query.dtype))
+        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+    @cache
+    def engine() -> Callable:
+        package = importlib.import_module("transformer_engine.pytorch")
+        kind = {"softmax_type": "off-by-one", "qkv_format": "bshd", "attn_mask_type": "no_mask"}
+        return package.DotProductAttention(HEADS, HEAD_SIZE, attention_dropout=0.0, **kind)
+
+    def transformer_engine(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        output = engine()(*(x.transpose(1, 2).contiguous() for x in (query, key, value)))
+        return output.unflatten(-1, (HEADS, HEAD_SIZE)).transpose(1, 2)
+
+    found = {"sinks, transformers' eager": transformers_eager, "sinks, flex attention": transformers_flex}
+    for package, name, way in (
+        ("flash_attention_softmax_n", "softmax1, flash-attention-softmax-n", flash_attention_softmax_n),
+        ("flash_attn", "sinks, FlashAttention", flash_attention),
+        ("transformer_engine", "softmax1, TransformerEngine", transformer_engine),
+    ):
+        if importlib.util.find_spec(package):
+            found[name] = way
+    return found
 
 
 def contestants() -> dict[str, Callable]:
-    """Ways to attend, as functions of (query, key, value), each (batch, heads, tokens, size); the first is stock."""
+    """Ways to attend, as functions of query, key and value, each (batch, heads, tokens, size), and sinks (heads,).
 
-    def zero_key(*qkv: Tensor) -> Tensor:
-        with attention_backend("zero_key"):
-            return softmax_n_attention(*qkv)
+    The first word of a name says which function it computes: softmax, softmax1, or softmax_n with log n = sinks. The
+    first way is PyTorch's softmax.
+    """
 
-    def eager(*qkv: Tensor) -> Tensor:
-        with attention_backend("eager"):
-            return softmax_n_attention(*qkv)
+    def ours(backend: str, learned: bool) -> Callable:
+        def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+            with attention_backend(backend):
+                return softmax_n_attention(query, key, value, **({"log_n": sinks} if learned else {}))
 
-    found = {
-        "softmax (PyTorch)": F.scaled_dot_product_attention,
-        "softmax1 (ours)": softmax_n_attention,
-        "softmax1, zero key": zero_key,
-        "softmax1, eager": eager,
+        return attend
+
+    return {
+        "softmax (PyTorch)": lambda query, key, value, sinks: F.scaled_dot_product_attention(query, key, value),
+        "softmax1 (ours)": ours("auto", False),
+        "softmax1, zero key": ours("zero_key", False),
+        "softmax1, eager": ours("eager", False),
+        "sinks (ours)": ours("auto", True),
+        "sinks, zero key": ours("zero_key", True),
+        **peers(),
     }
-    if (package := peer()) is not None:
-        found["softmax1, flash-attention-softmax-n"] = lambda *qkv: package(*qkv, softmax_n_param=1)
-    return found
+
+
+def function_of(way: str) -> str:
+    """softmax, softmax1 or sinks."""
+    return way.replace(",", " ").split()[0]
+
+
+def exact_rows(kind: str, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, upstream: Tensor) -> list[Tensor]:
+    """By the definition in float64, for REFERENCE_ROWS queries of the first sample: [output, gradient of the query]."""
+    rows = evenly_spread(query.shape[2], REFERENCE_ROWS)
+    query, upstream = (x[:1, :, rows].detach().double() for x in (query, upstream))
+    key, value = (x[:1].detach().double() for x in (key, value))
+    query.requires_grad_()
+    log_n = {"softmax": torch.full_like(sinks, -math.inf), "softmax1": torch.zeros_like(sinks), "sinks": sinks}[kind]
+    scores = query @ key.transpose(-2, -1) * HEAD_SIZE**-0.5
+    denominator = torch.logaddexp(scores.logsumexp(-1, keepdim=True), log_n.detach().double()[:, None, None])
+    output = torch.exp(scores - denominator) @ value
+    return [output.detach(), torch.autograd.grad(output, query, upstream)[0]]
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest difference in the rows of `exact_rows`, as a share of the largest entry."""
+    rows = evenly_spread(found.shape[2], REFERENCE_ROWS)
+    return ((found[:1, :, rows].double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def attention_times(
     ways: dict[str, Callable], length: int, batch: int, rounds: int, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[tuple[str, str], list[float]], dict[str, int | None]]:
-    """({(way, part): seconds of every round}, {way: bytes taken}). A way that cannot do it is said, and left out."""
+) -> tuple[dict[tuple[str, str], list[float]], dict[str, int | None], dict[tuple[str, str], float]]:
+    """({(way, part): seconds of every round}, {way: bytes taken}, {(way, part): error}).
+
+    The errors are relative_error of the output and of the query's gradient. Failing ways are reported and skipped.
+    """
     shape = (batch, HEADS, length, HEAD_SIZE)
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    sinks = torch.linspace(-2, 4, HEADS, device=device).requires_grad_()
     upstream = torch.randn(shape, device=device, dtype=dtype)
+    exact = {kind: exact_rows(kind, *qkv, sinks, upstream) for kind in ("softmax", "softmax1", "sinks")}
 
     @torch.no_grad()
-    def forward(way: Callable) -> None:
-        way(*qkv)
+    def forward(name: str) -> Tensor:
+        return ways[name](*qkv, sinks)
 
-    def both(way: Callable) -> None:
-        torch.autograd.grad(way(*qkv), qkv, upstream)
+    def both(name: str) -> Tensor:
+        leaves = [*qkv, sinks] if function_of(name) == "sinks" else qkv
+        return torch.autograd.grad(ways[name](*qkv, sinks), leaves, upstream)[0]
 
     parts = {"forward": forward, "forward+backward": both}
-    bytes_taken = {}
-    for name, way in ways.items():  # and the warm-up
+    bytes_taken, errors = {}, {}
+    for name in ways:  # and the warm-up
         try:
-            forward(way)
-            bytes_taken[name] = peak(partial(both, way), device)
-        except (RuntimeError, ValueError) as error:  # no memory, or a dtype or device that it does not take
+            for (part, run), reference in zip(parts.items(), exact[function_of(name)], strict=True):
+                errors[name, part] = relative_error(run(name), reference)
+            bytes_taken[name] = peak(partial(both, name), device)
+        except Exception as error:  # no memory, or a dtype or device that it does not take: of others' packages, any
             tqdm.write(f"{name} at {length} tokens: {record.one_line(error)}", file=sys.stderr)
     seconds = {(name, part): [] for part in parts for name in bytes_taken}
     for _ in range(rounds):
         for name, part in seconds:
-            seconds[name, part].append(timed(partial(parts[part], ways[name]), device))
-    return seconds, bytes_taken
+            seconds[name, part].append(timed(partial(parts[part], name), device))
+    return seconds, bytes_taken, errors
 
 
 def benchmark_attention(args: argparse.Namespace, device: torch.device) -> dict:
@@ -467,9 +546,9 @@ def benchmark_attention(args: argparse.Namespace, device: torch.device) -> dict:
     ways = contestants()
     stock = next(iter(ways))
     rows = []
-    for length in tqdm([64 << power for power in range(8) if 64 << power <= args.max_length], desc="lengths"):
+    for length in tqdm([length for length in LENGTHS if length <= args.max_length], desc="lengths"):
         batch = max(1, min(16, args.max_length // length))  # as many tokens at every length, but no more than 16 rows
-        seconds, bytes_taken = attention_times(ways, length, batch, args.rounds, dtype, device)
+        seconds, bytes_taken, errors = attention_times(ways, length, batch, args.rounds, dtype, device)
         for (name, part), times in seconds.items():
             ratios = np.array(times) / np.array(seconds[stock, part])
             rows.append(
@@ -482,6 +561,7 @@ def benchmark_attention(args: argparse.Namespace, device: torch.device) -> dict:
                     "of_stock": float(np.median(ratios)),
                     "lowest": float(ratios.min()),
                     "highest": float(ratios.max()),
+                    "error": errors[name, part],
                     "peak_bytes": bytes_taken[name],
                     "seconds": times,
                 }
@@ -601,12 +681,17 @@ def attention_tables(result: dict) -> str:
             f"{1e3 * row['median_seconds']:,.2f}",
             f"{row['of_stock']:.2f}",
             f"{row['lowest']:.2f} – {row['highest']:.2f}",
+            f"{row['error']:.1e}",
             megabytes(row["peak_bytes"]),
         ]
         for row in sorted(result["attention"], key=lambda row: (row["part"], row["length"]))
     ]
-    header = ["part", "tokens", "batch", "way", "ms", "x stock's time", "over rounds", "peak MB"]
-    return f"{HEADS} heads of {HEAD_SIZE}, {result['dtype']}.\n\n" + table(header, rows)
+    header = ["part", "tokens", "batch", "way", "ms", "x stock's time", "over rounds", "error", "peak MB"]
+    about = (
+        f"{HEADS} heads of {HEAD_SIZE}, {result['dtype']}. Error: of the output, and of the query's gradient, against "
+        "the definition in float64, as a share of the largest entry."
+    )
+    return f"{about}\n\n{table(header, rows)}"
 
 
 def tokenize_tables(result: dict) -> str:
@@ -630,7 +715,8 @@ def step_plot(result: dict, figure) -> None:
 
 
 def attention_plot(result: dict, figure) -> None:
-    looks = [("#0B3C7D", "o"), ("#E8850C", "s"), ("#1B7F5C", "^"), ("#C06FA5", "D"), ("#56B4E9", "v")]
+    colours = ("#0B3C7D", "#E8850C", "#1B7F5C", "#C06FA5", "#56B4E9", "#8C2D04", "#7A7A7A", "#6A51A3", "#B8A500")
+    looks = [*zip(colours, "os^Dv<>pX", strict=True)] * 2
     panels = figure.subplots(1, 2, sharey=True)
     ways = dict.fromkeys(row["way"] for row in result["attention"])
     for axes, part in zip(panels, ("forward", "forward+backward"), strict=True):
@@ -679,8 +765,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--lines", type=command.positive, default=4_600_000, help="tokenize: lines (%(default)s)")
     args = parser.parse_args(argv)
-    if args.what == "attention" and args.max_length < 64:
-        parser.error("--max_length must be at least 64")
+    if args.what == "attention" and args.max_length < LENGTHS[0]:
+        parser.error(f"--max_length must be at least {LENGTHS[0]}")
     return args
 
 

@@ -397,20 +397,15 @@ class _Need(NamedTuple):
     wide: bool  # a head size over 192
 
 
-def _choose(
-    query: Tensor,
-    unsupported_inputs: str | None,
-    masked=False,
-    dropout=False,
-    packed=False,
-    rectangular=False,
-    wide=False,
-) -> str:
-    """The backend for this need."""
+_FLAGS = _Need._fields[3:]
+
+
+def _choose(query: Tensor, unsupported_inputs: str | None, **flags: bool) -> str:
+    """The backend for this need; flags of `_Need` that are not given are False."""
     if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model holds standard operators only
     # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
-    flags = [True if flag else False for flag in (masked, dropout, packed, rectangular, wide)]
+    flags = [True if flags.get(name, False) else False for name in _FLAGS]
     return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *flags)
 
 

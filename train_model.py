@@ -46,6 +46,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     AutoModelForMaskedLM,
     HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -960,6 +962,34 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         train_alone(experiment, args, command, results_path, push_to_hub)
 
 
+@dataclass
+class Inputs:
+    """What a run is trained on, and what it is judged on."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset  # or so much of it as --max_eval_samples says
+    watched: list[list[int]]  # texts on which outliers are watched growing
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_sha: str
+    manifest: dict  # of the dataset
+
+    @property
+    def data_sha(self) -> str:
+        return self.manifest["splits"]["train"]["sha256"]
+
+
+@dataclass
+class Outcome:
+    """How a training ended, over all its sessions."""
+
+    state: TrainerState
+    counts: dict[str, int]  # see ExperimentTrainer.counts
+    seconds: float
+    emerged: list[dict[str, float]]  # see Bookkeeping.watch
+    measured: dict  # "validation" and the statistics of the finished model
+    diverged: Diverged | None
+
+
 def train_alone(
     experiment: ExperimentArguments,
     args: PublishedTrainingArguments,
@@ -968,7 +998,53 @@ def train_alone(
     push_to_hub: bool,
 ) -> None:
     """Train where nobody else trains the same run."""
-    run = args.run_name
+    inputs = inputs_of(experiment, args)
+    model, described = model_of(experiment, args, inputs.tokenizer)
+    refuse_unwritable(experiment.results_dir)
+    checkpoint = checkpoint_of(experiment, args)
+    trainer = trainer_of(experiment, args, inputs, model)
+    is_main = trainer.is_world_process_zero()
+    if checkpoint is not None:
+        trainer.bookkeeping.restore(checkpoint)
+    if is_main:
+        if checkpoint is not None:
+            print(f"Going on from {checkpoint}")
+        print(
+            f"{args.run_name}: {described['parameters']:,} parameters, {len(inputs.train):,} samples, "
+            f"effective batch {effective_batch_size(args)}, "
+            f"{len(inputs.tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
+        )
+    diverged = fit(trainer, checkpoint)
+    outcome = saved_and_measured(trainer, experiment, inputs, diverged)
+    if torch.distributed.is_initialized():  # nothing is exchanged from here on; leaving it open can abort an exit
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if not is_main:
+        sys.exit(0 if outcome.diverged is None else 1)
+
+    asked = {"argv": command, "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub}}
+    made = {"git": record.git_state(), "versions": record.versions(), "hardware": record.hardware(model.device)}
+    result = result_of(experiment, args, asked, made, inputs, described, outcome)
+    record.write_json(results_path, result)
+    if outcome.diverged is not None:  # a result like any other: a run that is left out makes its arm look better
+        why = f"{args.run_name} diverged, {outcome.diverged}"
+        sys.exit(f"error: {why}: {results_path} records it; a lower --learning_rate may help")
+    delete_checkpoints(args.output_dir)  # they served to resume; the run is complete
+    training, validation = result["training"], result["validation"]
+    print(
+        f"{args.run_name}: {training['steps']} steps in {training['wall_seconds']:.0f} s, mean training loss "
+        f"{training['loss_mean']:.4f}, held-out loss {validation['loss']:.4f} over {validation['masked_tokens']:,} "
+        f"masked tokens\nmodel: {args.output_dir}\nresult: {results_path}"
+    )
+    if push_to_hub:
+        hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
+
+
+def inputs_of(experiment: ExperimentArguments, args: TrainingArguments) -> Inputs:
+    """Dataset, tokenized once for all runs, and tokenizer. Exits with one line where they are not what they should be.
+
+    Of several processes the first prepares them, and the others take what they find.
+    """
     with args.main_process_first(desc="preparing the data"):
         if experiment.test_pipeline:
             build_test_inputs(experiment.data_dir, experiment.tokenizer_dir)
@@ -978,17 +1054,26 @@ def train_alone(
         tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
         folder = Path(experiment.data_dir) / f"tokenized-{data_sha[:8]}-{tokenizer_sha[:8]}-{experiment.max_length}"
         data = tokenized(data, folder, tokenizer, experiment.max_length)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(data["train"]) < batch:
+        sys.exit(
+            f"error: a batch of {batch:,} is more than the {len(data['train']):,} training samples, so "
+            "--dataloader_drop_last leaves none: choose a smaller batch"
+        )
     validation = data["validation"]
+    watched = emergence_texts(validation)
     if experiment.max_eval_samples is not None:
         validation = validation.select(evenly_spread(len(validation), experiment.max_eval_samples))
+    return Inputs(data["train"], validation, watched, tokenizer, tokenizer_sha, manifest)
 
-    effective_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.dataloader_drop_last and len(data["train"]) < args.train_batch_size * args.world_size:
-        sys.exit(
-            f"error: a batch of {args.train_batch_size * args.world_size:,} is more than the {len(data['train']):,} "
-            "training samples, so --dataloader_drop_last leaves none: choose a smaller batch"
-        )
 
+def model_of(
+    experiment: ExperimentArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, dict]:
+    """The model with its first weights, and what the record says of it.
+
+    Exits with one line where the memory cannot hold it, or the disk not what will be written of it.
+    """
     overrides = config_overrides(experiment.config_overrides)
     design = (experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control)
     with torch.device("meta"):  # without memory, to see first whether there is room
@@ -1003,22 +1088,33 @@ def train_alone(
         model = build_model(*design)
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"error: no memory for {parameters:,} parameters ({record.one_line(error)}): choose a smaller model")
-    # Says that both arms of a pair started from the same point; gates and sinks are what an arm has beyond the other.
-    initial_weights = record.weights_sha256(model, leave_out=OWN_PARAMETERS)
-    sinks = sum(parameter.numel() for parameter in learned_sinks(model).values())
-    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name)
-    refuse_unwritable(experiment.results_dir)
+    described = {
+        "path": args.output_dir,
+        "parameters": parameters,
+        "gate_parameters": sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name),
+        "sink_parameters": sum(parameter.numel() for parameter in learned_sinks(model).values()),
+        # Says that both arms of a pair started from the same point; gates and sinks are what one has beyond the other.
+        "initial_weights": record.weights_sha256(model, leave_out=OWN_PARAMETERS),
+    }
+    return model, described
 
-    if experiment.overwrite and args.process_index == 0:
-        delete_checkpoints(args.output_dir)
-    checkpoint = None
+
+def checkpoint_of(experiment: ExperimentArguments, args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from; None to start at the beginning, as --overwrite does, which deletes the old ones."""
     if not experiment.overwrite:
         with args.main_process_first(desc="looking for checkpoints"):  # the others find what is left of them
-            checkpoint = checkpoint_to_go_on_from(args.resume_from_checkpoint, args.output_dir)
+            return checkpoint_to_go_on_from(args.resume_from_checkpoint, args.output_dir)
+    if args.process_index == 0:
+        delete_checkpoints(args.output_dir)
+    return None
 
-    masking = {"tokenizer": tokenizer, "mlm_probability": experiment.mlm_probability}
+
+def trainer_of(
+    experiment: ExperimentArguments, args: TrainingArguments, inputs: Inputs, model: PreTrainedModel
+) -> ExperimentTrainer:
+    masking = {"tokenizer": inputs.tokenizer, "mlm_probability": experiment.mlm_probability}
     held_out = held_out_batches(
-        validation, MaskedLMCollator(**masking, seed=HELD_OUT_SEED), args.per_device_eval_batch_size
+        inputs.validation, MaskedLMCollator(**masking, seed=HELD_OUT_SEED), args.per_device_eval_batch_size
     )
     collator = MaskedLMCollator(
         **masking,
@@ -1028,20 +1124,18 @@ def train_alone(
         process=args.process_index,
         processes=args.world_size,
     )
-    settings = shaping_settings(experiment, args, data_sha, tokenizer_sha)
-    watched = emergence_texts(data["validation"])
-    emergence = Emergence(padded_batches(tokenizer, watched, EMERGENCE_BATCH), tokenizer)
-    bookkeeping = Bookkeeping(settings, emergence)
+    emergence = Emergence(padded_batches(inputs.tokenizer, inputs.watched, EMERGENCE_BATCH), inputs.tokenizer)
+    bookkeeping = Bookkeeping(shaping_settings(experiment, args, inputs.data_sha, inputs.tokenizer_sha), emergence)
     # Trainer takes the model's **kwargs for the wish to be told the number of labels, and would count them every step.
     model.accepts_loss_kwargs = False
     with refused("transformers' Trainer"):
         trainer = ExperimentTrainer(
             model=accept_packed_batches(model),
             args=args,
-            train_dataset=data["train"],
-            eval_dataset=validation,
+            train_dataset=inputs.train,
+            eval_dataset=inputs.validation,
             data_collator=collator,
-            processing_class=tokenizer,
+            processing_class=inputs.tokenizer,
             callbacks=[bookkeeping],
             held_out=held_out,
             statistics=ActivationKurtosis(model),
@@ -1051,18 +1145,11 @@ def train_alone(
     bookkeeping.trainer, trainer.bookkeeping = trainer, bookkeeping
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LogLines() if args.disable_tqdm else Bar())
-    first = trainer.is_world_process_zero()
-    if checkpoint is not None:
-        bookkeeping.restore(checkpoint)
-    if first:
-        if checkpoint is not None:
-            print(f"Going on from {checkpoint}")
-        print(
-            f"{run}: {parameters:,} parameters, {len(data['train']):,} samples, "
-            f"effective batch {effective_batch_size}, "
-            f"{len(tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
-        )
+    return trainer
 
+
+def fit(trainer: ExperimentTrainer, checkpoint: str | None) -> Diverged | None:
+    """Train to the last step; how it diverged, if it did. Exits when a signal has asked to stop before."""
     stop = StopWhenAsked()
     trainer.add_callback(stop)
     diverged = None
@@ -1081,101 +1168,103 @@ def train_alone(
     finally:
         stop.restore()
     if stop.asked is not None and trainer.state.global_step < trainer.state.max_steps:
-        print(f"{run} stopped at step {trainer.state.global_step:,}: the same command goes on from there")
+        step = trainer.state.global_step
+        print(f"{trainer.args.run_name} stopped at step {step:,}: the same command goes on from there")
         sys.exit(128 + stop.asked)
-    seconds = bookkeeping.seconds
+    return diverged
 
-    unigram, context_free = losses_without_context(data["train"], held_out, tokenizer, experiment.vocab_size)
-    without_context = {"unigram_loss": unigram, "context_free_loss": context_free, "samples": len(validation)}
-    measured = {"validation": {"loss": None, "perplexity": None, "masked_tokens": 0, **without_context}}
-    measured |= {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}, "log_n": {}}
-    counts = trainer.counts()
+
+def saved_and_measured(
+    trainer: ExperimentTrainer, experiment: ExperimentArguments, inputs: Inputs, diverged: Diverged | None
+) -> Outcome:
+    """Save the model, unless it diverged, look whether what was saved is it, and measure it. Every process calls it."""
+    seconds = trainer.bookkeeping.seconds
     if diverged is None:
         trainer.save_model()  # first of all: nothing below may cost the trained model
-        args.distributed_state.wait_for_everyone()
-        loss, masked_tokens = saved_loss(trainer, held_out, experiment)
+        trainer.args.distributed_state.wait_for_everyone()
+    unigram, context_free = losses_without_context(
+        inputs.train, trainer.held_out, inputs.tokenizer, experiment.vocab_size
+    )
+    validation = {"loss": None, "perplexity": None, "masked_tokens": 0}
+    validation |= {"unigram_loss": unigram, "context_free_loss": context_free, "samples": len(inputs.validation)}
+    statistics = {"weight_excess_kurtosis": {}, "activation_excess_kurtosis": {}, "log_n": {}}
+    counts = trainer.counts()
+    if diverged is None:
+        loss, masked_tokens = saved_loss(trainer, trainer.held_out, experiment)
         if not math.isfinite(loss):
             diverged = Diverged("the held-out loss", loss, trainer.state.global_step)
-        measured = {
-            "validation": {
-                "loss": loss,
-                "perplexity": perplexity(loss),
-                "masked_tokens": masked_tokens,
-                **without_context,
-            },
-            "weight_excess_kurtosis": weight_excess_kurtosis(model),
+        validation |= {"loss": loss, "perplexity": perplexity(loss), "masked_tokens": masked_tokens}
+        statistics = {
+            "weight_excess_kurtosis": weight_excess_kurtosis(trainer.model),
             "activation_excess_kurtosis": trainer.statistics.result(),
-            "log_n": sinks_by_layer(model),
+            "log_n": sinks_by_layer(trainer.model),
         }
-    if torch.distributed.is_initialized():  # nothing is exchanged from here on; leaving it open can abort an exit
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if not first:
-        sys.exit(0 if diverged is None else 1)
+    measured = {"validation": validation, **statistics}
+    return Outcome(trainer.state, counts, seconds, trainer.bookkeeping.emerged, measured, diverged)
 
-    step = trainer.state.global_step
-    history = trainer.state.log_history
+
+def effective_batch_size(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def result_of(
+    experiment: ExperimentArguments,
+    args: TrainingArguments,
+    asked: dict,
+    made: dict,
+    inputs: Inputs,
+    described: dict,
+    outcome: Outcome,
+) -> dict:
+    """What results/<run>.json says, out of what is known; nothing is looked up or measured here.
+
+    Args:
+        asked: {"argv", "settings"}.
+        made: {"git", "versions", "hardware"}, see record.py.
+        described: what `model_of` says of the model.
+    """
+    step, diverged, seconds = outcome.state.global_step, outcome.diverged, outcome.seconds
+    history = outcome.state.log_history
     loss_history = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     validation_history = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if (loss := measured["validation"]["loss"]) is not None:
+    if (loss := outcome.measured["validation"]["loss"]) is not None:
         validation_history[step] = loss
-    hardware = record.hardware(model.device)
     usd_per_hour = experiment.usd_per_hour
     if usd_per_hour is None:
-        usd_per_hour = USD_PER_HOUR.get(hardware["name"])
-    result = {
-        "run": run,
+        usd_per_hour = USD_PER_HOUR.get(made["hardware"]["name"])
+    return {
+        "run": args.run_name,
         "status": "complete" if diverged is None else "diverged",
         "diverged": None if diverged is None else {"step": diverged.step, "reason": str(diverged)},
         "softmax_n": experiment.softmax_n,
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
-        "argv": command,
-        "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub},
-        "effective_batch_size": effective_batch_size,
-        "git": record.git_state(),
-        "versions": record.versions(),
-        "hardware": hardware,
+        **asked,
+        "effective_batch_size": effective_batch_size(args),
+        **made,
         "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "dataset": {
-            "sources": [source["name"] for source in manifest["sources"]],
-            "train_samples": len(data["train"]),
-            "validation_samples": len(validation),
-            "sha256": data_sha,
+            "sources": [source["name"] for source in inputs.manifest["sources"]],
+            "train_samples": len(inputs.train),
+            "validation_samples": len(inputs.validation),
+            "sha256": inputs.data_sha,
         },
-        "tokenizer": {"entries": len(tokenizer), "sha256": tokenizer_sha},
-        "model": {
-            "path": args.output_dir,
-            "parameters": parameters,
-            "gate_parameters": gates,
-            "sink_parameters": sinks,
-            "initial_weights": initial_weights,
-        },
+        "tokenizer": {"entries": len(inputs.tokenizer), "sha256": inputs.tokenizer_sha},
+        "model": described,
         "training": {
             "steps": step,
-            "planned_steps": trainer.state.max_steps,
-            **counts,
+            "planned_steps": outcome.state.max_steps,
+            **outcome.counts,
             "wall_seconds": seconds,
             "cost_usd": None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
             "loss_mean": mean_over_steps(loss_history),
         },
         "loss_history": loss_history,
         "validation_loss_history": sorted(validation_history.items()),
-        **measured,
-        "emergence": bookkeeping.emerged,
-        "emergence_texts": len(watched),
+        **outcome.measured,
+        "emergence": outcome.emerged,
+        "emergence_texts": len(inputs.watched),
     }
-    record.write_json(results_path, result)
-    if diverged is not None:  # a result like any other: a run that is left out makes its arm look better
-        sys.exit(f"error: {run} diverged, {diverged}: {results_path} records it; a lower --learning_rate may help")
-    delete_checkpoints(args.output_dir)  # they served to resume; the run is complete
-    print(
-        f"{run}: {step} steps in {seconds:.0f} s, mean training loss {mean_over_steps(loss_history):.4f}, "
-        f"held-out loss {loss:.4f} over {masked_tokens:,} masked tokens\n"
-        f"model: {args.output_dir}\nresult: {results_path}"
-    )
-    if push_to_hub:
-        hub.push(args.output_dir, results_path, private=bool(args.hub_private_repo))
 
 
 def remedy(error: Exception, args: TrainingArguments) -> str | None:

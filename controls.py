@@ -1,7 +1,7 @@
-"""Models whose quantization damage is known: is the instrument right, and does it see a rescue where there is one?
+"""Controls: models whose quantization damage is known beforehand, and models with a published remedy for outliers.
 
     compensated_outlier   the same function with an outlier in the FFN output of one layer: static W8A8 must break there
-    self_check            what quantization.py makes of such models, on a trained model
+    self_check            whether quantization.py measures that on a trained model
     build_control         RoBERTa with a published remedy: clipped softmax, or a gate on the attention's output
 
 The two remedies are those of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023). Importing this module makes
@@ -44,19 +44,20 @@ CHECKS = {
     "rounding": "every activation on 256 levels",
 }
 LARGE, SMALL = 1000.0, 100.0  # sizes of the outliers; the residual stream of these models is of size 1 to 10
-CHECK_BATCHES = 3  # of the scored ones, and of the calibration
-FELT = 0.1  # nats that a large outlier costs at least: it takes the layer all of its 256 levels
-UNCHANGED = 1e-3  # nats of float32 rounding that an outlier of 1,000 may cost, and a change of class
-LEARNT = 0.5  # nats by which a model must use its context, or there is too little that quantization could destroy
-NEARLY_ZERO = 1e-300  # an n that stands for 0 even where all logits of a row are below -69, the logarithm of 1e-30
+CHECK_BATCHES = 3  # used of the scored batches, and of the calibration batches
+FELT = 0.1  # nats that a large outlier must cost at least: it leaves the layer one of its 256 levels
+UNCHANGED = 1e-3  # nats that float32 rounding may change with an outlier of 1,000, or in another class
+LEARNT = 0.5  # nats that a model must lose without its context, or there is too little that quantization could destroy
+NEARLY_ZERO = 1e-300  # an n that acts as 0 even where all logits of a row are below -69, the logarithm of 1e-30
 
 
 @torch.no_grad()
 def compensated_outlier(model: PreTrainedModel, layer: int, channel: int, size: float) -> PreTrainedModel:
     """A copy that computes the same function in float32, with an outlier of `size` in one layer's FFN output.
 
-    The bias of the FFN output gets `size` in one channel, that of the LayerNorm before the FFN loses it, and the FFN's
-    first bias makes up for that: the sum that enters the layer's last LayerNorm is what it was.
+    In one channel, `size` is added to the bias of the FFN output and subtracted from the bias of the LayerNorm before
+    the FFN; the FFN's first bias compensates what it then reads. So the sum that enters the layer's last LayerNorm is
+    the same as before.
 
     Args:
         model: a BERT-shaped masked-LM (post-LayerNorm).
@@ -99,7 +100,7 @@ def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dict]) -> dict:
-    """Whether the instrument sees, on this model, what is known beforehand.
+    """Whether the instrument measures, on this model, what is known beforehand.
 
     Args:
         model: a trained BERT-shaped masked-LM in float32.
@@ -143,7 +144,7 @@ def undecided(why: str) -> dict[str, dict]:
 
 
 def spread_out(batches: list[dict]) -> list[dict]:
-    """A few of the batches, from the middles of equal parts."""
+    """CHECK_BATCHES of the batches, from the middles of equal parts."""
     count = min(CHECK_BATCHES, len(batches))
     return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
@@ -216,7 +217,7 @@ STOP_STOCK = ", in a control of this experiment: import controls, then use an Au
 
 
 class _ControlConfig(RobertaConfig):
-    """RobertaConfig whose saved form no stock class loads: it does not find the activation, whose name says why."""
+    """RobertaConfig whose saved form no stock class loads: it names an activation function that does not exist."""
 
     def __init__(self, **kwargs):
         if isinstance(kwargs.get("hidden_act"), str):

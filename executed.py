@@ -5,13 +5,13 @@
     quantize              static QDQ quantization by ONNX Runtime, calibrated by MinMax or Percentile
 
 quantization.py simulates 8 bits: it rounds, and multiplies in float32. Here 8-bit integers are multiplied. Both score
-the same texts with the same masks and are calibrated on the same training texts, so their gaps compare text by text.
-DEFINITIONS.md has side by side what each of them covers.
+the same texts with the same masks and are calibrated on the same training texts, so their gaps can be compared text by
+text. DEFINITIONS.md compares what each of them covers.
 
 Nothing is padded: texts of equal length run together. So the graph has no attention mask, and no masked score can
-widen a range. Both arms get one graph: softmax over one more logit, log n (minus infinity for n = 0), whose weight is
-thrown away. That logit is no activation of the model, and its value says which class the model is of; so what lies
-between the scores and the weights stays in float32, and scores and weights are rounded to 8 bits on either side of it.
+widen a range. All arms get the same graph: softmax over one more logit, log n (minus infinity for n = 0), whose weight
+is dropped. That logit is not an activation of the model, and its value would tell the arm. So everything between the
+scores and the weights stays in float32; the scores before it and the weights behind it are rounded to 8 bits.
 
 Needs onnx, onnxscript and onnxruntime.
 """
@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import onnxscript  # noqa: F401  (torch.onnx needs it: better to miss it here than after hours)
+import onnxscript  # noqa: F401  (torch.onnx needs it; if it is missing, the error comes now and not after hours)
 import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -49,20 +49,20 @@ from packing import IGNORED
 from quantization import ATTENTION, EXECUTED, PERCENTILE, gap_error, measured_copy
 from record import hardware, one_line
 
-OPSET = 20  # the first with GELU as one operator; in pieces, every piece would be rounded
-TOKENS = 1024  # that run at a time: the percentile calibrator holds all activations of one run in memory
+OPSET = 20  # the first with GELU as one operator; otherwise each of its steps would be rounded
+TOKENS = 1024  # in one call: the percentile calibrator holds all activations of a call in memory
 UNCHANGED = 1e-4  # nats by which the exported model's float32 loss may differ from PyTorch's
-LATENCY_LENGTH = 128  # tokens of the one text whose latency is measured, or as many as the model takes
-REPETITIONS, WARM_UP = 30, 3  # of every format in turn
-MASKED_EVERY = 7  # tokens: one in seven is predicted there, about the share of masked tokens
-# The same with quantization.py's name: attention without a mask, for nothing is padded.
+LATENCY_LENGTH = 128  # tokens of the text whose latency is measured, or as many as the model takes
+REPETITIONS, WARM_UP = 30, 3  # calls of each format, in turn
+MASKED_EVERY = 7  # in that text every seventh token is predicted, about the share of masked tokens
+# The attention of quantization.py without a mask, because nothing is padded.
 UNMASKED = "softmax_n_unmasked"
 AttentionInterface.register(UNMASKED, AttentionInterface()[ATTENTION])
 AttentionMaskInterface.register(UNMASKED, lambda *args, **kwargs: None)
 
 METHODS = {"int8_minmax": CalibrationMethod.MinMax, "int8_percentile": CalibrationMethod.Percentile}
 SIMULATED = {"int8_minmax": "w8a8_static", "int8_percentile": "w8a8_percentile"}
-# They move values and compute nothing, so they run in whatever format their input has.
+# Operators that only move values, so they run in the format of their input.
 MOVES = (
     "Cast Concat Expand Flatten Gather GatherElements Identity Pad Range Reshape Shape Slice Split Squeeze Transpose "
     "Unsqueeze"
@@ -75,8 +75,8 @@ class NotExecuted(RuntimeError):
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Turn whatever the three libraries raise into NotExecuted: between them they raise some twenty classes."""
-    logging.disable(logging.WARNING)  # the exporter misses torchvision
+    """Turn any error of the three libraries into NotExecuted: they raise about twenty classes."""
+    logging.disable(logging.WARNING)  # the exporter warns that torchvision is missing
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the percentile calibrator prints
             warnings.simplefilter("ignore")
@@ -94,7 +94,7 @@ def step(what: str) -> Iterator[None]:
 
 @dataclass
 class Group:
-    """Texts of one length, unpadded: what one run of the model takes, and what it has to predict."""
+    """Texts of one length, unpadded, that run together, and what has to be predicted."""
 
     texts: list[int]  # their numbers, in the order of the batches
     input_ids: np.ndarray  # (texts, tokens)
@@ -134,7 +134,7 @@ def groups_of(batches: list[dict]) -> list[Group]:
 
 
 class Reader:
-    """The groups as ONNX Runtime's calibration wants them, in slices that it asks for."""
+    """The groups in the form that ONNX Runtime's calibration reads, in slices that it asks for."""
 
     def __init__(self, groups: list[Group]):
         self.feeds = [group.feed for group in groups]
@@ -189,10 +189,10 @@ class _Exported(nn.Module):
 
 
 def _flatten(linear: nn.Linear) -> None:
-    """Make a linear layer see (tokens, channels): it is exported as one Gemm, whose bias gets 32 bits.
+    """Give a linear layer inputs of shape (tokens, channels), so that it is exported as one Gemm with a 32-bit bias.
 
-    With a batch dimension it would be a MatMul and an Add, and ONNX Runtime would round the bias to 8 bits and the
-    product to another 8 before it is added.
+    With a batch dimension it would become a MatMul and an Add: ONNX Runtime would round the bias to 8 bits, and the
+    product to 8 bits before the addition.
     """
     shapes = []
 
@@ -235,7 +235,7 @@ def export(model: PreTrainedModel, path: Path) -> None:
             verbose=False,
         )
         exported = program.model_proto
-        # The exporter notes the classes and source lines that nodes come from: half a megabyte, no part of the model.
+        # The exporter stores classes and source lines of the nodes: half a megabyte that is not part of the model.
         for part in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
             del part.metadata_props[:]
         onnx.save(exported, path)
@@ -247,11 +247,11 @@ def export(model: PreTrainedModel, path: Path) -> None:
 def quantize(path: Path, output: Path, scheme: str, groups: list[Group]) -> None:
     """Static quantization by ONNX Runtime: QDQ format, activations QUInt8, weights QInt8, one range a tensor.
 
-    Calibration runs one group after the other and merges what it found (`CalibStridedMinMax`, which holds for every
-    calibrator), so that no more than one group's activations are in memory; the result of MinMax is the same, and the
-    histograms of Percentile are merged. Its bins keep the width that the first group gives them, and more are added for
-    every wider one: the shortest text, in which a head may attend to nothing, made millions of bins and took 20 GB. So
-    the group with the most tokens comes first. Percentile cuts off the same share at each end as w8a8_percentile does.
+    Calibration runs one group after the other and merges the results (`CalibStridedMinMax`, for every calibrator), so
+    that only one group's activations are in memory. MinMax gives the same result so; Percentile merges histograms. Its
+    bins keep the width that the first group gives them, and bins are added for wider ranges: when the shortest text
+    came first, in which a head may attend to nothing, that made millions of bins and took 20 GB. So the group with the
+    most tokens comes first. Percentile cuts off the same share at each end as w8a8_percentile does.
 
     Args:
         path: an ONNX file that quant_pre_process has written.
@@ -276,7 +276,7 @@ def quantize(path: Path, output: Path, scheme: str, groups: list[Group]) -> None
             weight_type=QuantType.QInt8,
             calibrate_method=METHODS[scheme],
             nodes_to_exclude=behind_softmax(onnx.load(path)),
-            # ONNX Runtime halves what is to be cut off; ours is cut off at each end.
+            # ONNX Runtime divides the share that it cuts off between both ends; our share is that of each end.
             extra_options={"CalibStridedMinMax": 1, "CalibPercentile": 100 * (2 * PERCENTILE - 1)},
         )
         leave_logits(output)
@@ -299,10 +299,10 @@ def behind_softmax(model: onnx.ModelProto) -> list[str]:
 
 
 def leave_logits(path: Path) -> None:
-    """Take the rounding behind the logits out of a quantized model, in place.
+    """Remove the rounding of the logits from a quantized model, in place.
 
-    ONNX Runtime rounds the output of every Gemm. The largest of some thousand logits is the very one that percentile
-    ranges cut off, so that rounding would hide what the rest costs; the simulated schemes leave the logits out too.
+    ONNX Runtime rounds the output of every Gemm. Percentile ranges would cut off exactly the largest of the thousands
+    of logits, which would hide what everything else costs; the simulated schemes do not round the logits either.
     """
     model = onnx.load(path)
     producer = {name: node for node in model.graph.node for name in node.output}
@@ -323,7 +323,7 @@ def session_of(path: Path, threads: int, optimized: bool = True, written: Path |
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; a saved optimized graph warns that it is for this machine
-    # An x86 CPU without 8-bit dot products (VNNI) saturates sums of U8 x S8 products: the exact kernels there, please.
+    # On x86 CPUs without 8-bit dot products (VNNI), sums of U8 x S8 products saturate: this chooses the exact kernels.
     options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -400,7 +400,7 @@ def operators(quantized: Path, running: Path) -> dict:
 
 
 def latency(paths: dict[str, Path], model: PreTrainedModel) -> dict:
-    """Milliseconds of one text on one thread, the formats in turn, so that a slow moment meets all of them.
+    """Milliseconds of one text on one thread. The formats run in turn, so that a slow moment affects all of them.
 
     Returns:
         {"batch": 1, "tokens", "predicted": tokens that the head runs at, "threads": 1, "repetitions",
@@ -437,7 +437,7 @@ def latency(paths: dict[str, Path], model: PreTrainedModel) -> dict:
 
 
 def agreement(changes: np.ndarray, simulated: np.ndarray, masked: np.ndarray) -> dict:
-    """How the loss's changes by execution compare with those by simulation.
+    """How the changes of the loss by execution compare with those by simulation.
 
     Args:
         changes, simulated: (texts,) loss in 8 bits minus that in float32, executed and simulated.
@@ -458,7 +458,7 @@ def agreement(changes: np.ndarray, simulated: np.ndarray, masked: np.ndarray) ->
 
 
 def execute(model: PreTrainedModel, batches: list[dict], calibration: list[dict], damage: dict) -> dict:
-    """What ONNX Runtime makes of a model in 8 bits, beside what quantization.py simulated of it.
+    """Run a model in 8 bits by ONNX Runtime, and compare it with what quantization.py simulated.
 
     Args:
         model: a masked-LM in float32.

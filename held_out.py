@@ -1,11 +1,11 @@
 """The held-out text of the masked-LM: its masks, its batches and its loss, the same for every run and every arm.
 
-held_out_batches        texts masked once and for all, sorted by length, padded
-padded_batches          texts as they are, sorted by length, padded
+held_out_batches        texts with fixed masks, sorted by length, padded
+padded_batches          unmasked texts, sorted by length, padded
 held_out_loss           mean cross-entropy over the masked tokens
-per_text_loss           the same text by text, for intervals
-losses_without_context  what token frequencies alone reach on the same tokens
-kept_positions          lets the masked-LM head see chosen positions only, for it is half of the arithmetic
+per_text_loss           the same for each text, which intervals need
+losses_without_context  the loss that token frequencies alone reach on the same tokens
+kept_positions          runs the masked-LM head on chosen positions only, because it is half of the arithmetic
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, 
 
 
 def evenly_spread(total: int, count: int) -> np.ndarray:
-    """Indices of `count` of `total` items from the first to the last; of all where there are fewer.
+    """Indices of `count` of `total` items, evenly spread from the first to the last; all indices if there are fewer.
 
-    The sources of a split lie one behind the other, so its first items are no sample of it.
+    A split holds one source after the other, so its first items do not represent it.
     """
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def longest_text(model: PreTrainedModel) -> int:
-    """Tokens that the model surely has positions for; RoBERTa counts them from its padding id + 1."""
+    """Number of tokens that the model has positions for; RoBERTa counts positions from its padding id + 1."""
     return model.config.max_position_embeddings - (model.config.pad_token_id or 0) - 1
 
 
@@ -47,9 +47,9 @@ def perplexity(loss: float) -> float:
 
 
 def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
-    """Masked and padded batches, the same for every run: a sample's masks depend on nothing but the sample.
+    """Masked and padded batches, the same for every run: a sample's mask depends on the sample alone.
 
-    `collator` pads, and masks for one process.
+    `collator` masks and pads, for one process.
     """
     samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
     pad = collator.tokenizer.pad_token_id
@@ -66,7 +66,7 @@ def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: i
 
 
 def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
-    """Unmasked texts, sorted by length, so that little is padded: input_ids and attention_mask (B, T) of each batch."""
+    """Batches of unmasked texts, sorted by length to need little padding: input_ids and attention_mask (B, T)."""
     samples = [torch.tensor(text) for text in sorted(ids, key=len)]
     batches = []
     for start in range(0, len(samples), batch_size):
@@ -80,7 +80,7 @@ def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], bat
 def losses_without_context(
     train: Dataset, batches: list[dict], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[float, float]:
-    """What a model can reach that looks at no other token: (unigram loss, context-free loss) in nats a masked token.
+    """The losses of models without context: (unigram loss, context-free loss) in nats per masked token.
 
     The unigram loss is the cross-entropy of the token frequencies p of the training split (one is added to every
     count, special tokens are left out). The context-free loss also uses how tokens are masked: where a token to be
@@ -116,7 +116,7 @@ def losses_without_context(
 
 @contextmanager
 def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
-    """Inside, the head of `model` sees the positions `keep` of the encoder's output only, as one row.
+    """A context in which the head of `model` runs only on the positions `keep` of the encoder's output, as one row.
 
     The decoder is half of a masked-LM's matrix arithmetic (48 % with 84M parameters and 52,032 entries), and a loss
     needs 15 % of the positions.
@@ -166,7 +166,7 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
 
 
 def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, shared by the processes."""
+    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, divided among processes."""
     distributed = torch.distributed.is_initialized()
     if distributed:
         batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

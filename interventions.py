@@ -1,14 +1,14 @@
-"""What a trained masked-LM does when one thing about its attention is changed: causes, where statistics correlate.
+"""What a trained masked-LM does when one thing about its attention is changed: statistics alone cannot show causes.
 
     as_trained              nothing is changed
-    as_softmax0             the same weights attend with n = 0: the null slot is taken from softmax1
-    as_softmax1             the same weights attend with n = 1: a null slot is given to softmax0
-    without_sink_heads      the context of the heads that are sinks is set to zero
-    without_random_heads    that of as many heads outside them, at random, the mean of 3 draws
-    without_first_token     <s> is left out of the input; positions start again behind it
+    as_softmax0             the same weights attend with n = 0: softmax1 loses its null slot
+    as_softmax1             the same weights attend with n = 1: softmax0 gets a null slot
+    without_sink_heads      the context of the sink heads is set to zero
+    without_random_heads    the context of as many other heads, chosen at random, is set to zero; mean of 3 draws
+    without_first_token     <s> is left out of the input, and positions start at the next token
 
-Nothing here asks for the class of the model: every arm gets the same interventions, so that for softmax0 the second is
-the first (and for softmax1 the third), to rounding. DEFINITIONS.md says what is measured.
+Every arm gets the same interventions, whatever the class of its model: as_softmax0 of softmax0, and as_softmax1 of
+softmax1, equal as_trained up to rounding. DEFINITIONS.md says what is measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INTERVENTIONS = {
     "without_random_heads": "without as many other heads",
     "without_first_token": "without the first token",
 }
-DRAWS = 3  # of random heads
+DRAWS = 3  # how often random heads are drawn
 
 Heads = set[tuple[str, int]]  # (layer.<i>, head)
 
@@ -72,7 +72,7 @@ def interventions(
         for n in (0, 1):
             try:
                 changed = apply_softmax_n(copy.deepcopy(model), n)
-            except ValueError:  # an attention of it would stay as it is
+            except ValueError:  # an attention of the model cannot be changed
                 continue
             if changed.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
                 results[f"as_softmax{n}"], _ = _measure(changed, batches, tokenizer)
@@ -106,7 +106,7 @@ def _without(
 def _measure(
     model: PreTrainedModel, batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
-    """(the figures of `interventions`, attention by layer). The head sees the masked positions alone."""
+    """(the figures of `interventions`, attention by layer). The masked-LM head runs on masked positions only."""
     loss = masked = 0
     with (
         eager_attention(model),
@@ -140,7 +140,7 @@ def _measure(
 
 @contextmanager
 def _zeroed(model: PreTrainedModel, heads: Heads) -> Iterator[None]:
-    """Inside, nothing of what these heads attend to reaches attention.output.dense."""
+    """A context in which attention.output.dense reads zeros in place of these heads' outputs."""
 
     def hook(kept: Tensor):
         def zero(module, inputs):

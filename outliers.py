@@ -323,10 +323,10 @@ class _Place:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 SINK = 0.3  # a token is a sink of a head when it gets more than this of the mean query's attention (Gu et al. 2025)
-# Sequences of fewer tokens are kept apart: uniform attention alone gives a key of a sequence of 3 tokens 1/3 under
-# softmax and 1/4 under softmax1, so that the bound above would tell the functions apart and not the models.
+# Sequences of fewer tokens are counted separately: in a sequence of 3 tokens, uniform attention gives each key 1/3
+# under softmax and 1/4 under softmax1, so the bound above would distinguish the functions and not the models.
 SHORT = 16
-NO_MASS = 1e-12  # a query whose weights sum to less attends to nothing: it has no shares that could be renormalised
+NO_MASS = 1e-12  # a query whose weights sum to less attends to nothing, so its weights cannot be renormalised
 SINK_RATES = tuple(
     f"sink_rate_{kind}{length}"
     for length in ("", "_short")
@@ -341,8 +341,8 @@ ATTENDING = IDLE[0]
 def hides_attention(model: nn.Module) -> bool:
     """Whether the model does not take its attention from transformers' attention interface.
 
-    What the attention modules of such a model hand out is not always a weight for every key (Nystroemformer), nor all
-    that its context is made of (ConvBERT), so its attention is not measured.
+    The attention modules of such a model do not always return one weight for every key (Nystroemformer), or their
+    weights are not all that the context is made of (ConvBERT), so its attention is not measured.
     """
     return not getattr(model, "_supports_attention_backend", True)
 
@@ -356,9 +356,9 @@ def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` materialises its attention weights, whichever softmax_n it attends with.
+    """A context in which `model` materialises its attention weights, whichever softmax_n it attends with.
 
-    A model that `hides_attention` stays as it is.
+    A model that `hides_attention` is left as it is.
     """
     if hides_attention(model):
         yield
@@ -505,7 +505,7 @@ def _mean(heads: list[dict[str, float]], key: str) -> float:
     return sum(head[key] for head in heads) / len(heads)
 
 
-# One number a layer: kurtosis of the context of heads that do something, of heads that attend, of queries that do.
+# One number for each layer: kurtosis of the context of active heads, of heads that attend, of queries that attend.
 CONTEXTS = ("context_kurtosis_active", "context_kurtosis_attending_heads", "context_kurtosis_attending")
 NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
 
@@ -627,7 +627,7 @@ class HeadVectors(BatchStatistics):
 
 # ------------------------------------------------------------------------------------------- the whole model, on texts
 
-LOGIT_STRIDE = 8  # every 8th real token's logits are measured: they are 70 times as many numbers as its hidden state
+LOGIT_STRIDE = 8  # only every 8th real token's logits are measured: they are 70 times as large as its hidden state
 
 
 def watched(
@@ -636,7 +636,7 @@ def watched(
     tokenizer: PreTrainedTokenizerBase,
     *statistics: BatchStatistics,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """Each batch on the model's device with its mask and token classes, once `statistics` have been told of it."""
+    """Each batch on the model's device, with its mask and token classes, after `batch` of each statistic was called."""
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         mask = batch["attention_mask"].bool()
@@ -671,7 +671,7 @@ def measure_model(
     ):
         for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
             sequence, position = mask.nonzero().unbind(1)
-            # Counted over all batches, so that the choice does not depend on how the texts are batched.
+            # Tokens are counted over all batches, so that the choice does not depend on the batch size.
             chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
             keep = torch.zeros_like(mask)
             keep[sequence[chosen], position[chosen]] = True
@@ -697,10 +697,10 @@ def measure_model(
 
 
 class Emergence:
-    """A few numbers of a model in training, on a few fixed held-out texts, so that outliers are seen growing.
+    """A few numbers of a model in training, on a few fixed held-out texts, which show when outliers grow.
 
-    The texts are of the kind that the analysis of the final model has, and go the same way: unmasked, eval mode,
-    padding left out. Calling it leaves the model as it was: train mode, attention, hooks and random numbers.
+    The texts are measured as in the analysis of the final model: unmasked, in eval mode, padding left out. A call
+    leaves train mode, attention, hooks and random numbers of the model as they were.
 
     Args:
         batches: of `held_out.padded_batches`: input_ids and attention_mask (B, T). A few dozen texts are enough.

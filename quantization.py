@@ -5,8 +5,8 @@
     w8a8_percentile   the same with activations clipped at their 99.99 % percentiles
     w8a8_mse          the same with the ranges, of weights too, that make the mean squared rounding error smallest
     w8a8_published    the setting of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023)
-    w8a8_dynamic      8-bit weights (a scale a row) and inputs (a scale a token, found as it comes) of every nn.Linear
-    w4_weight_only    4-bit weights (a scale for 128 inputs of a row) of every nn.Linear, float32 activations
+    w8a8_dynamic      8-bit weights (one scale a row) and inputs (one scale a token, at run time) of every nn.Linear
+    w4_weight_only    4-bit weights (one scale for 128 inputs of a row) of every nn.Linear, float32 activations
 
 In the four static ones weights are symmetric, activations asymmetric (0 is exact), both per tensor, and arithmetic is
 simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al. published
@@ -27,8 +27,8 @@ three others are ours and differ from it; DEFINITIONS.md has all differences sid
 Every scheme computes through the one attention function of this file, whatever class the model is of: two models that
 compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
 
-The rounding is torch's own fake quantization everywhere. torchao has the last two schemes, but not the first; and where
-it is installed, transformers imports it into every script, with four warnings each time.
+The rounding is torch's own fake quantization everywhere. We do not use torchao: it has the last two schemes only, and
+where it is installed, transformers imports it into every script, with four warnings each time.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ from kurtosis import weights_of
 from outliers import hides_attention
 from softmax1 import apply_softmax_n, log_n_of
 
-CALIBRATION_BATCHES = 16  # a draw, unless told otherwise; and the momentum: Bondarenko et al., their code's defaults
+# Defaults of the code of Bondarenko et al.: batches of a draw, and the weight of the range so far in a running range.
+CALIBRATION_BATCHES = 16
 MOMENTUM = 0.9
 PUBLISHED_LENGTH = 128  # tokens of a sequence that the published setting calibrates on
-DRAWS = 4  # of calibration texts: w8a8_static is their mean, and their spread is part of its error
+DRAWS = 4  # of calibration texts: w8a8_static is the mean over them, and their spread is part of its error
 PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", among 0.999 to 0.999999
 GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
-PART_BATCHES = 8  # of the held-out text, evenly spread, for the damage of one part alone
+PART_BATCHES = 8  # batches of held-out text, evenly spread, that the damage of one part alone is measured on
 
 SCHEMES = {
     "float32": "float32",
@@ -78,7 +79,7 @@ EXECUTED = {
     "int8_minmax": "INT8, executed, MinMax ranges",
     "int8_percentile": "INT8, executed, percentile ranges",
 }
-ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
+ESTIMATORS = ("minmax", "percentile", "mse")  # how static ranges are found
 # The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
 ATTENTION = "softmax_n_fake_quantized"
 
@@ -89,7 +90,7 @@ def int8_weight(weight: Tensor) -> Tensor:
 
 
 def int8_rows(values: Tensor) -> Tensor:
-    """The same with a scale for each row, which is what lies along the last dimension."""
+    """The same with one scale for each row (the last dimension)."""
     return _symmetric(values.detach().reshape(-1, values.shape[-1]), 127).reshape(values.shape)
 
 
@@ -103,7 +104,7 @@ def int4_weight(weight: Tensor) -> Tensor:
 
 
 def _symmetric(rows: Tensor, levels: int) -> Tensor:
-    # A row of zeros needs some scale; any will do.
+    # A row of zeros needs a scale above 0; any one will do.
     scale = (rows.abs().amax(1).float() / levels).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
     return torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, -levels - 1, levels).to(rows.dtype)
@@ -138,11 +139,12 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------- ranges of a tensor
 #
 # Percentiles and squared errors come from a histogram whose bins begin at the bfloat16 numbers: the upper 16 bits of a
-# float32 are its bin. So one pass is enough, whatever the scale, and a bin is at most 1/128 as wide as its values.
+# float32 number are its bin. So one pass over the values is enough at any scale, and the width of a bin is at most
+# 1/128 of the values in it.
 
 FINITE = 0x7F80  # bins of one sign; the one with this number is infinity
 BIN_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-SHRINKAGE = np.logspace(0, -3, 61)  # of a range, in the search for the best one: in steps of 11 %
+SHRINKAGE = np.logspace(0, -3, 61)  # factors that the search for the best range tries, in steps of 11 %
 
 
 def _histogram(values: Tensor) -> Tensor:
@@ -179,8 +181,8 @@ def _rounding_error(
 ) -> np.ndarray:
     """Mean squared error of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
 
-    Inside a bin the values are taken as evenly spread, so its mean is an integral: with k the integer that x is rounded
-    to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, which is continuous where k steps.
+    Values are taken as evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that x is
+    rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, continuous where k changes.
 
     Args:
         left, right, count: (bins,).
@@ -195,7 +197,7 @@ def _rounding_error(
     def integral(x: np.ndarray) -> np.ndarray:
         k = np.rint(x / scale).clip(lowest, highest)
         rest = x - k * scale
-        return k * cube + rest * rest * rest / 3  # a power would take ten times as long
+        return k * cube + rest * rest * rest / 3  # rest**3 would take ten times as long
 
     return (integral(right) - integral(left)) / (right - left) @ count / count.sum()
 
@@ -203,7 +205,7 @@ def _rounding_error(
 def _mse_range(bins: tuple, low: float, high: float) -> tuple[float, float]:
     """The range inside (low, high) with the smallest mean squared rounding error.
 
-    Not every pair of ends is tried: first both shrink together, then each by itself, the upper one once more.
+    Not every pair of ends is tried: first both ends shrink together, then each alone, the upper end once more.
     """
     for ends in ((True, True), (False, True), (True, False), (False, True)):
         lows, highs = (end * SHRINKAGE**shrinks for end, shrinks in zip((low, high), ends, strict=True))
@@ -215,9 +217,9 @@ def _mse_range(bins: tuple, low: float, high: float) -> tuple[float, float]:
 
 
 class _Range:
-    """One activation tensor: first its range is estimated, then it is rounded to 256 levels of that range.
+    """One activation tensor: its range is estimated, then it is rounded to 256 levels of that range.
 
-    `low` and `high` are the range in use, None before there is one.
+    `low` and `high` are the range in use; None before the calibration.
     """
 
     def __init__(self, owner: StaticW8A8, part: str, name: str):
@@ -249,13 +251,13 @@ class _Range:
 
     def _round(self, values: Tensor) -> Tensor:
         scale = max((self.high - self.low) / 255, torch.finfo(torch.float32).tiny)
-        if not math.isfinite(scale):  # of a model that has diverged
+        if not math.isfinite(scale):  # the model has diverged
             return values * math.nan
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
     def _observe(self, values: Tensor, chosen: Tensor | None) -> None:
-        # Most tensors enter several modules: what was found of the one before is kept while it is the same one.
+        # A tensor often enters several modules one after the other: its range and histogram are computed once.
         if self.owner.observed is None or self.owner.observed[0] is not values:
             real = (values if chosen is None else values[chosen]).detach()
             low, high = (value.item() for value in torch.aminmax(real))
@@ -355,7 +357,7 @@ def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class UnsetRange(RuntimeError):
-    """Activations without a range after calibration: they would pass through unquantized."""
+    """Activations have no range after calibration, so they would pass through unquantized."""
 
 
 class StaticW8A8:
@@ -365,11 +367,11 @@ class StaticW8A8:
         model: a BERT-shaped masked-LM that takes its attention from transformers' attention interface.
         calibration: batches of `held_out_batches`.
         published: quantize what Bondarenko et al. quantize, and find the ranges as they do.
-        histograms: count all values, for percentile and mse ranges.
+        histograms: count all values, which percentile and mse ranges need.
 
     Attributes:
         model: the copy, quantized throughout.
-        parts: "embeddings", "layer.<i>" and "head", in order; "head" is lacking where it is left in float32.
+        parts: "embeddings", "layer.<i>" and "head", in order; without "head" where that stays in float32.
         ranges: {name of an activation: its range}, whose `low` and `high` are the ones in use.
 
     Raises:
@@ -426,7 +428,7 @@ class StaticW8A8:
         self._activate(self.parts)
 
     def choose(self, estimator: str) -> None:
-        """Use the ranges by one of ESTIMATORS; "mse" is for the weights too. The others need histograms."""
+        """Use the ranges by one of ESTIMATORS; "mse" changes the weights too. All but "minmax" need histograms."""
         for activation in self.ranges.values():
             activation.choose(estimator)
         self._round_weights(mse_weight if estimator == "mse" else int8_weight)
@@ -434,7 +436,7 @@ class StaticW8A8:
 
     @contextmanager
     def only(self, part: str) -> Iterator[PreTrainedModel]:
-        """Inside, nothing but that part is quantized."""
+        """A context in which only that part is quantized."""
         self._activate([part])
         try:
             yield self.model
@@ -469,7 +471,7 @@ class StaticW8A8:
         for name, module in self.model.named_modules():
             part = _part(name, inside)
             if self.published and (part == "head" or name.endswith(".attention.self.gate")):
-                continue  # stay float32 there
+                continue  # these stay in float32 there
             self._attach_weight(module, part)
             inputs, outputs = _published_places(name, module) if self.published else _our_places(name, module)
             if inputs:

@@ -194,7 +194,7 @@ def text_server(text: bytes) -> ThreadingHTTPServer:
 
 
 class Experiment:
-    """The tiny experiment in a folder of its own, with a Hub of its own; `start` runs runner.sh once."""
+    """The tiny experiment in a folder of its own, with a Hub of its own; `begin` runs runner.sh once."""
 
     def __init__(self, project: Path, python: str, server: subprocess.Popen | None, hub: HubServer):
         self.project, self.work, self.log = project, project / "work", project / "log"
@@ -282,8 +282,10 @@ class Experiment:
             for pid in self.processes():
                 left = True
                 with contextlib.suppress(ProcessLookupError):
-                    if (group := os.getpgid(pid)) != os.getpgid(0):
-                        os.killpg(group, signal.SIGKILL)
+                    if self.server and os.getpgid(pid) == self.server.pid:  # forked just now
+                        os.kill(pid, signal.SIGKILL)
+                    else:
+                        os.killpg(os.getpgid(pid), signal.SIGKILL)
         if self.server:
             self.server.send_signal(signal.SIGCONT)
 
@@ -362,6 +364,7 @@ def experiment(import_each_time: bool) -> Iterator[Experiment]:
         made = Experiment(project, sys.executable, None, hub)
         if not import_each_time:
             made.python, made.server = stack.enter_context(forking(project, made.environment()))
+        stack.callback(made.kill)
         yield made
 
 
@@ -378,12 +381,14 @@ def survive(made: Experiment, kills: int, seed: int, keep: Path | None = None) -
     draw = random.Random(seed)
     seconds = made.watched(parallel=1)
     expected = made.artefacts()
-    if missing := set(STAGES) - set(seconds):
-        sys.exit(f"error: the undisturbed run was not seen in these stages: {', '.join(sorted(missing))}")
+    for stage in set(STAGES) - set(seconds):  # shorter than a look, on a busy machine
+        seconds[stage] = [LOOK_SECONDS]
     print({stage: [round(one, 3) for one in seconds[stage]] for stage in STAGES}, file=sys.stderr)
     fell: Counter = Counter()
     experiments = 0
     while fell.total() < kills:
+        if experiments > kills + 5:
+            sys.exit(f"error: only {fell.total()} of {kills} kills met their stage: is this machine too busy?")
         made.new()
         parallel = 2 - experiments % 2
         experiments += 1

@@ -222,7 +222,7 @@ class ActivationKurtosis(Hooks):
             return state
         states = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(states, state)
-        return {name: [sum(other[name][i] for other in states) for i in (0, 1)] for name in state}
+        return {name: [sum(other.get(name, (0.0, 0))[i] for other in states) for i in (0, 1)] for name in state}
 
     def load_state(self, state: dict[str, list]) -> None:
         """Go on from what `state()` returned. Of several processes only one may do so, or it is counted repeatedly."""

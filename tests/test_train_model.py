@@ -657,23 +657,57 @@ train_model.main(sys.argv[1:])
 """
 
 
+def by_two_processes(sample, results: str, driver: str, *flags, status: int = 0) -> dict | None:
+    """The results of a softmax1 run in batches of 2 x 32, in the working directory; None where it is to fail."""
+    Path("driver.py").write_text(driver)
+    places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
+    numbers = {"per_device_train_batch_size": 32, "max_length": 64, "vocab_size": 1024, "logging_steps": 1}
+    numbers |= {"eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
+    argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
+    command += [*argv, *flags, "--output_dir", f"{results}-models", "--use_cpu", "--ddp_backend", "gloo"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
+    return json.loads(Path(results, "esperberto-softmax1.json").read_text(encoding="utf-8")) if status == 0 else None
+
+
+# Ends both processes at once in their fifth step, as when the machine goes away.
+KILLED = """
+import os
+import train_model
+step = train_model.ExperimentTrainer.training_step
+def killed(self, *args, **kwargs):
+    return os._exit(9) if self.state.global_step == 4 else step(self, *args, **kwargs)
+train_model.ExperimentTrainer.training_step = killed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sample, workers):
+    flags = ["--use_softmax1", "--max_steps", "8", "--dataloader_num_workers", workers]
+    driver = DRIVER.format(architecture=SMALL)
+    expected = by_two_processes(sample, "whole", driver, *flags)
+    by_two_processes(sample, "killed", KILLED + driver, *flags, status=1)
+    assert {path.name for path in Path("killed-models").glob("checkpoint-*")} == {"checkpoint-3"}
+    resumed = by_two_processes(sample, "killed", driver, *flags)
+    for name in ("loss_history", "validation", "emergence"):
+        assert resumed[name] == expected[name], name
+    # The sums of both processes go on in the first one, so they are added in another order.
+    kurtosis = expected["activation_excess_kurtosis"]
+    assert resumed["activation_excess_kurtosis"] == pytest.approx(kurtosis, rel=1e-12)
+    weights = [Path(f"{name}-models", "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("flags", [[], pytest.param(["--padded"], marks=pytest.mark.slow)])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
     monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
     # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
     flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
     one = train(*flags, "--per_device_train_batch_size", "64")
-    (tmp_path / "driver.py").write_text(DRIVER.format(architecture=WITHOUT_DROPOUT))
-    places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": "two"}
-    numbers = {"per_device_train_batch_size": 32, "max_length": 64, "vocab_size": 1024, "logging_steps": 1}
-    numbers |= {"eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
-    argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
-    command += [*argv, *flags, "--output_dir", "two-models", "--use_cpu", "--ddp_backend", "gloo"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "two/esperberto-softmax1.json").read_text(encoding="utf-8"))
+    two = by_two_processes(sample, "two", DRIVER.format(architecture=WITHOUT_DROPOUT), *flags)
     assert two["effective_batch_size"] == one["effective_batch_size"] == 64
     np.testing.assert_allclose(two["loss_history"], one["loss_history"], rtol=ROUNDING)
     assert two["validation"]["loss"] == pytest.approx(one["validation"]["loss"], rel=ROUNDING)

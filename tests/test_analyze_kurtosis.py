@@ -459,6 +459,8 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     for name, run in found.items():
         folder = workplace / "models" / name
         for parameter, values in load_file(folder / "model.safetensors").items():
+            if parameter == "softmax_n":  # the empty mark of a softmax_n model
+                continue
             expected = scipy.stats.kurtosis(values.double().numpy().ravel())
             assert run["parameters"][parameter]["kurtosis"] == pytest.approx(expected, rel=1e-9)
             assert run["parameters"][parameter]["inf_norm"] == values.abs().max().item()
@@ -523,9 +525,9 @@ def test_a_model_folder_without_results_file(workplace, capsys):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplace, capsys):
-    here = workplace / "models" / "esperberto-softmax0"
-    there = workplace / "other" / "esperberto-softmax0"
+def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplace, capsys, monkeypatch):
+    monkeypatch.chdir(workplace)  # names come from paths, and a whole path twice may be too long for a folder's name
+    here, there = Path("models/esperberto-softmax0"), Path("other/esperberto-softmax0")
     shutil.copytree(here, there)
     analyse(workplace, f"{here}/")
     table_rows = rows(capsys.readouterr().out, "Summary of the runs")

@@ -130,19 +130,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Newer ones that are not whole are deleted, with a line each: what was interrupted while it was written, and what is
     damaged. Exits when the only one that was written to its end is damaged, since all its work would be lost unseen.
     """
-    useless = []
+    whole, useless = None, []
     for checkpoint in checkpoints(folder):
         if (why := damage(checkpoint)) is None:
+            whole = str(checkpoint)
             break
         useless.append((checkpoint, why))
-    else:
-        checkpoint = None
-    if checkpoint is None and (damaged := [said for said in useless if "damaged" in said[1]]):
+    if whole is None and (damaged := [said for said in useless if "damaged" in said[1]]):
         sys.exit(f"error: {damaged[0][0]} {damaged[0][1]}: delete that folder and start again")
     for path, why in useless:
         print(f"{path} {why}: deleted")
         shutil.rmtree(path)
-    return None if checkpoint is None else str(checkpoint)
+    return whole
 
 
 def checkpoint_to_go_on_from(wanted: str | None, folder: str) -> str | None:

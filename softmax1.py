@@ -400,9 +400,14 @@ class _Need(NamedTuple):
 _FLAGS = _Need._fields[3:]
 
 
+def _is_exporting() -> bool:
+    # What torch.compiler.is_exporting() returns; torch.compile of PyTorch 2.11 takes that call for true.
+    return torch.compiler._is_exporting_flag
+
+
 def _choose(query: Tensor, unsupported_inputs: str | None, **flags: bool) -> str:
     """The backend for this need; flags of `_Need` that are not given are False."""
-    if _forced == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if _forced == "auto" and (_is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model holds standard operators only
     # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
     flags = [True if flags.get(name, False) else False for name in _FLAGS]
@@ -552,8 +557,13 @@ class _StockKernel(torch.autograd.Function):
             )
             output = output[0]
         if not _is_softmax(log_n):
-            # In place on the fresh output, so that half precision is computed in float32 and rounded once.
-            output.mul_(torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None])
+            share = torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None]
+            # Half precision is computed in float32, rounded once. PyTorch 2.11's torch.compile returns zero gradients
+            # where the last operation returns its own input, as mul_ does, or a .to() without effect.
+            if torch.compiler.is_compiling():
+                output = (output * share).to(output.dtype, copy=True)
+            else:
+                output.mul_(share)
         return output, lse, *random
 
     @staticmethod
@@ -651,7 +661,11 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
         bias = bias.expand(*query.shape[:3], key.shape[2])
     if isinstance(log_n, Tensor):
         log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
-    run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
+    with_gradient = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():  # torch.compile cannot trace `apply` where no input needs a gradient
+        inputs = (query, key, value, log_n)
+        with_gradient = with_gradient and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    run = _StockKernel.apply if with_gradient else _StockKernel.forward
     output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
@@ -849,7 +863,7 @@ def softmax_n_attention_forward(
         )
         weights = None
     output = output.transpose(1, 2)
-    if torch.compiler.is_exporting():  # a copy in the graph: what ONNX makes of the attention has other strides
+    if _is_exporting():  # a copy in the graph: what ONNX makes of the attention has other strides
         return output.clone(memory_format=torch.contiguous_format), weights
     return output.contiguous(), weights
 

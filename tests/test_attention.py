@@ -487,6 +487,24 @@ def test_torch_compile(path, dynamic):
     assert_close(torch.autograd.grad(compiled, inputs, upstream), torch.autograd.grad(eager, inputs, upstream))
 
 
+@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"flash": [BF16], "efficient": [F32]}))
+def test_torch_compile_where_nothing_needs_a_gradient(path):
+    query, key, value = (x.detach() for x in leaves(path))
+
+    def attention(query, key, value):
+        return softmax_n_attention(query, key, value, n=0.5)
+
+    torch.compiler.reset()
+    with attention_backend(path[0]):
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(query, key, value), attention(query, key, value))
+        # And where one does, which is another graph.
+        key.requires_grad_()
+        upstream = torch.randn_like(query)
+        found = torch.autograd.grad(compiled(query, key, value), key, upstream)
+        assert_close(found, torch.autograd.grad(attention(query, key, value), key, upstream))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SOME_PATHS)
 def test_torch_compile_with_inductor(path):

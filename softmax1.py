@@ -286,6 +286,7 @@ def softmax_n_attention_varlen(
     lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
     call = _Call(mask, dropout_p, is_causal, scale, log_n)
+    backend = _choose(query, unsupported_inputs, masked=mask is not None, dropout=dropout_p > 0, wide=wide)
     return _attend(backend, *rows, call)[sequence, :, position]
 
 
@@ -449,6 +450,9 @@ def _obstacle(backend: str, need: _Need) -> str | None:
         return "it has no dropout"
     if backend == "efficient" and not (half or need.dtype == torch.float32):
         return f"it does not take {need.dtype}"
+    if backend == "efficient" and need.packed and need.dropout:
+        # https://github.com/pytorch/pytorch/issues/115590: forward, all heads and sequences share one mask.
+        return "packed, its backward pass draws another dropout mask than its forward pass"
     if backend == "flash":
         if not half:
             return f"it takes half precision, not {need.dtype}"

@@ -118,7 +118,7 @@ def outputs_and_gradients(function, inputs, upstream, dtype):
 
 
 def assert_within_2x(path, inputs, upstream, ours, formula, stock):
-    """Error of `ours` at most 2x (gradients 3x) that of the plain formula in the same dtype.
+    """Error of `ours` at most 2x (gradients 3x, of sinks 6x) that of the plain formula in the same dtype.
 
     `formula(attend)` is the definition as a function of (query, key, value) and of sinks, where there are any. What
     rests on a kernel may take delta as
@@ -142,8 +142,11 @@ def assert_within_2x(path, inputs, upstream, ours, formula, stock):
         yardsticks.append((stock[0], outputs_and_gradients(stock[1], inputs, upstream, F64)))
     errors = [largest_errors(outputs_and_gradients(f, inputs, upstream, dtype), exact) for f, exact in yardsticks]
     allowed = [max(x) for x in zip(*errors, strict=True)]
+    for limit, exact in zip(allowed, expected, strict=True):  # what errs more is no yardstick
+        assert limit <= torch.finfo(dtype).eps ** 0.5 * exact.abs().max()
     errors = largest_errors(results, expected)
-    factors = (2, 3, 3, 3, 3)[: len(results)]
+    # The gradient of the sinks is a number a head, whose largest error varies more than that of many numbers.
+    factors = (2, 3, 3, 3, 6)[: len(results)]
     for factor, result, exact, error, limit in zip(factors, results, expected, errors, allowed, strict=True):
         assert result.shape == exact.shape
         assert error <= factor * limit + torch.finfo(dtype).eps * exact.abs().max().item()
@@ -226,10 +229,10 @@ def test_dense(path, n, case):
         )
 
     def stock(query, key, value, sinks=None):  # the same function: one more key and value of zeros
-        shared = query.shape[1] != key.shape[1]
         log_n = softmax1._log(n, None) if sinks is None else sinks
-        call = softmax1._Call(mask, 0.0, options.get("is_causal", False), None, log_n, shared)
-        return softmax1._zero_key_attention(query, key, value, call)
+        call = softmax1._Call(mask, 0.0, options.get("is_causal", False), None, log_n, False)
+        # With a key for every head: for shared ones PyTorch leaves the kernel for plain operations.
+        return softmax1._zero_key_attention(query, *softmax1._shared_heads(query, key, value, dim=-3), call)
 
     assert_within_2x(path, with_sinks(inputs, n), upstream, ours, formula, (stock, formula(by_definition)))
 
@@ -345,7 +348,8 @@ def test_packed(path, n, case):
 
     def stock(query, key, value, sinks=None):
         log_n = softmax1._log(n, None) if sinks is None else sinks
-        call = softmax1._Call(None, 0.0, is_causal, scale, log_n)
+        call = softmax1._Call(None, 0.0, is_causal, scale, log_n, False)
+        key, value = softmax1._shared_heads(query, key, value, dim=-2)
         return each_alone(lambda *x: softmax1._zero_key_attention(*x, call), (query, key, value))
 
     upstream = torch.randn_like(inputs[0])
@@ -409,8 +413,14 @@ def test_dropout_with_the_same_mask(path, n, layout):
         return output.transpose(1, 2).flatten(0, 1)
 
     identity = torch.cat([torch.eye(64, device=device)[:length] for _, length in rows])[:, None].expand(-1, 3, -1)
+    # With gradients, as below: PyTorch chooses its kernel by that, and each has masks of its own.
+    given_inputs = [*(x.to(dtype) for x in inputs[:2]), identity.to(dtype).contiguous(), SINKS[:3].to(device)]
+    if backend == "efficient" and layout == "packed":
+        with attention_backend(backend), pytest.raises(ValueError, match="draws another dropout mask"):
+            ours(*given_inputs)
+        return
     with attention_backend(backend):
-        weights = ours(*(x.to(dtype) for x in inputs[:2]), identity.to(dtype).contiguous(), SINKS[:3].to(device))
+        weights = ours(*(x.requires_grad_() for x in given_inputs))
     keeps = [weights[start : start + length, :, :length].transpose(0, 1)[None] != 0 for start, length in rows]
     kept = torch.cat([keep.flatten() for keep in keeps]).double()
     assert abs(kept.mean() - (1 - dropout_p)) < 5 * (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
@@ -453,7 +463,8 @@ def test_dropout_in_distribution(path):
     for sample, expected in zip(runs, run(0.0), strict=True):
         assert sample.std(0).min() > 0
         # 640 entries in all: 5 sigma has odds of about 1 in 3,000; half precision rounds each by half an eps.
-        slack = 0 if dtype == F32 else torch.finfo(dtype).eps * expected.abs()
+        # Of a row's largest entry, since what is summed in half precision is rounded on the way.
+        slack = 0 if dtype == F32 else torch.finfo(dtype).eps * expected.abs().amax(-1, keepdim=True)
         assert ((sample.mean(0) - expected).abs() < 5 * sample.std(0) / len(sample) ** 0.5 + slack).all()
 
 
@@ -645,7 +656,8 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
         (BF16, {"rectangular": True}, "efficient"),
         (BF16, {"wide": True}, "efficient"),
         (F32, {"dropout": True}, "efficient"),
-        (F32, {"packed": True, "dropout": True}, "efficient"),
+        (F32, {"packed": True}, "efficient"),
+        (F32, {"packed": True, "dropout": True}, "zero_key"),  # and then, in rows, "efficient"
         (F64, {}, "zero_key"),
         (F32, {"unsupported_inputs": "for a reason"}, "zero_key"),
     ],
@@ -664,7 +676,7 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
     if expected == "flash":  # a Turing card
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         softmax1._chosen.cache_clear()
-        assert softmax1._choose(query, **options) == "efficient"
+        assert softmax1._choose(query, **options) == ("zero_key" if "dropout" in options else "efficient")
 
 
 def test_forced_backend_says_why_it_cannot():
@@ -827,15 +839,17 @@ def test_a_second_copy_in_one_process():
 @pytest.mark.parametrize("path", paths({}, {"flash": [BF16], "efficient": [F32], "zero_key": [F32]}))
 def test_packed_never_waits_for_the_gpu(path):
     backend, device, dtype = path
+    dropout_p = 0.0 if backend == "efficient" else 0.1  # which it cannot do
     inputs, cu_seqlens = packed(device, dtype)
     inputs = [x.requires_grad_() for x in inputs]
     upstream = torch.randn_like(inputs[0])
+    sinks = SINKS.exp().float().to(device).requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with attention_backend(backend):
-            for n in (0.0, 1.0, SINKS.exp().float().to(device).requires_grad_()):
+            for n in (0.0, 1.0, sinks):
                 leaves = [*inputs, n] if isinstance(n, torch.Tensor) else inputs
-                output = softmax_n_attention_varlen(*inputs, cu_seqlens, 40, 0.1, n=n)
+                output = softmax_n_attention_varlen(*inputs, cu_seqlens, 40, dropout_p, n=n)
                 torch.autograd.grad(output, leaves, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -875,7 +889,7 @@ def test_packed_in_a_cuda_graph(path):
         assert_close(captured, step())
 
 
-@pytest.mark.parametrize("path", paths({}, {"flash": [BF16], "efficient": [F32]}))
+@pytest.mark.parametrize("path", paths({}, {"flash": [BF16], "auto": [F32]}))
 def test_dropout_in_a_cuda_graph_differs_from_replay_to_replay(path):
     backend, device, dtype = path
     inputs, cu_seqlens = packed(device, dtype)

@@ -208,7 +208,7 @@ def test_flags_that_make_no_sense_get_one_line(flags, said, runner):
     status, error, calls = runner(*flags)
     assert status == 2 and calls == []
     assert error.startswith(f"error: {said}") and len(error.splitlines()) == 1
-    assert "(recipes: published small test_pipeline; all flags: bash runner.sh --help)" in error
+    assert "(recipes: published replication small test_pipeline; all flags: bash runner.sh --help)" in error
 
 
 @pytest.mark.parametrize("flags", [["--parallel"], ["--parallel", "0"], ["--parallel", "x"], ["--seeds", "--parallel"]])

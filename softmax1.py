@@ -213,6 +213,7 @@ def softmax_n_attention(
         dropout=dropout_p > 0,
         rectangular=is_causal and query.shape[-2] != key.shape[-2],
         wide=max(query.shape[-1], value.shape[-1]) > 192,
+        one_more_key=attn_mask is None and not is_causal and not isinstance(log_n, Tensor) and log_n == 0,
     )
     return _attend(backend, query, key, value, call)
 
@@ -396,6 +397,7 @@ class _Need(NamedTuple):
     packed: bool
     rectangular: bool  # causal with L != S
     wide: bool  # a head size over 192
+    one_more_key: bool  # n = 1 without a mask, for which the zero key needs none either
 
 
 _FLAGS = _Need._fields[3:]
@@ -428,6 +430,9 @@ def _chosen(forced: str, *need) -> str:
         # Without a kernel, dropout has the weights materialised: on a CPU the plain formula does it faster.
         last = "eager" if need.device.type == "cpu" and need.dropout else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
+        # From Hopper on, PyTorch's own attention takes cuDNN's kernel, which was faster on an H200 (docs/h200/).
+        if backend == "flash" and need.one_more_key and torch.cuda.get_device_capability(need.device) >= (9, 0):
+            backend = "zero_key"
     elif obstacles[forced]:
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:

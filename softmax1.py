@@ -430,7 +430,7 @@ def _chosen(forced: str, *need) -> str:
         # Without a kernel, dropout has the weights materialised: on a CPU the plain formula does it faster.
         last = "eager" if need.device.type == "cpu" and need.dropout else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
-        # From Hopper on, PyTorch's own attention takes cuDNN's kernel, which was faster on an H200 (docs/h200/).
+        # From Hopper on, PyTorch's own attention prefers cuDNN, which was faster on an H200 (docs/h200/README.md).
         if backend == "flash" and need.one_more_key and torch.cuda.get_device_capability(need.device) >= (9, 0):
             backend = "zero_key"
     elif obstacles[forced]:

@@ -193,9 +193,10 @@ def softmax_n_attention(
         )
     if is_causal and scale is not None and scale <= 0:  # torch's CPU kernel computes NaN: docs/softmax_n.md
         query, scale = query * scale, 1.0
-    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
     if _is_softmax(log_n):
-        return _sdpa(query, key, value, call)
+        options = (attn_mask, dropout_p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
+    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
     query, key, value = _autocast(query, key, value)
     unsupported_inputs = None
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -208,15 +209,7 @@ def softmax_n_attention(
         unsupported_inputs = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         unsupported_inputs = "no kernel computes the mask's gradient"
-    backend = _choose(
-        query,
-        unsupported_inputs,
-        masked=attn_mask is not None,
-        dropout=dropout_p > 0,
-        rectangular=is_causal and query.shape[-2] != key.shape[-2],
-        wide=max(query.shape[-1], value.shape[-1]) > 192,
-    )
-    return _attend(backend, query, key, value, call)
+    return _attend(_choose(query, key, value, call, unsupported_inputs), query, key, value, call)
 
 
 def softmax_n_attention_varlen(
@@ -267,11 +260,11 @@ def softmax_n_attention_varlen(
         nothing = sum(x[:0].sum() for x in (query, key, value, log_n) if isinstance(x, Tensor))
         return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
     unsupported_inputs = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
-    wide = max(query.shape[-1], value.shape[-1]) > 192
-    backend = _choose(query, unsupported_inputs, dropout=dropout_p > 0, packed=True, wide=wide)
-    call = _Call(None, dropout_p, is_causal, scale, log_n)
+    call = _Call(None, dropout_p, is_causal, scale, log_n, True, cu_seqlens, max_seqlen)
+    backend = _choose(query, key, value, call, unsupported_inputs)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, call._replace(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
+        return _stock_attention(backend, query, key, value, call)
+    call = call._replace(cu_seqlens=None, max_seqlen=None)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # One sequence after the other: no padding, no mask, no copy. Training on 16 sentences takes half the time of
         # batches of similar length, and a quarter of the time of padding all to the longest.
@@ -287,9 +280,8 @@ def softmax_n_attention_varlen(
     rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
     lengths = cu_seqlens.diff().clamp_min(1)  # because softmax of no key at all is NaN, and so is its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
-    call = _Call(mask, dropout_p, is_causal, scale, log_n)
-    backend = _choose(query, unsupported_inputs, masked=mask is not None, dropout=dropout_p > 0, wide=wide)
-    return _attend(backend, *rows, call)[sequence, :, position]
+    call = call._replace(attn_mask=mask)
+    return _attend(_choose(*rows, call, unsupported_inputs), *rows, call)[sequence, :, position]
 
 
 class _Call(NamedTuple):
@@ -392,16 +384,21 @@ def _is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def _choose(query: Tensor, unsupported_inputs: str | None, **needs: bool) -> str:
-    """The backend to be used. `unsupported_inputs` says why no kernel accepts the inputs.
-
-    Needs: masked, dropout, packed, rectangular (causal with L != S), wide (a head size over 192).
-    """
+def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_inputs: str | None) -> str:
+    """The backend to be used. `unsupported_inputs` says why no kernel accepts the inputs."""
     if _forced == "auto" and (_is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model contains standard operators only
+    packed = call.cu_seqlens is not None
+    needs = {
+        "packed": packed,
+        "masked": call.attn_mask is not None,
+        "dropout": call.dropout_p > 0,
+        "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
+        "wide": max(query.shape[-1], value.shape[-1]) > 192,
+    }
     # Under torch.compile a need may be symbolic. A branch on it makes it a constant; bool() does not.
-    given = [need for need in needs if needs[need]]
-    return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *given)
+    needs = [name for name, needed in needs.items() if needed]
+    return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *needs)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing
@@ -477,12 +474,6 @@ def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call
     if backend == "eager":
         return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), call)[0]
     return _stock_attention(backend, query, key, value, call)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
-    """Stock attention, without n."""
-    options = {"scale": call.scale, "enable_gqa": call.enable_gqa}
-    return F.scaled_dot_product_attention(query, key, value, *call[:3], **options)
 
 
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -669,9 +660,10 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
     It adds one key and value of zeros, the null key. The null key's score is its mask entry log n, which adds n to the
     denominator; its value adds nothing to the numerator. Dropout acts on all other weights as in softmax_n attention.
     """
-    attn_mask, _, is_causal, _, log_n, *_ = call
+    attn_mask, dropout_p, is_causal, scale, log_n, enable_gqa, *_ = call
+    options = {"scale": scale, "enable_gqa": enable_gqa}
     if _is_softmax(log_n):
-        return _sdpa(query, key, value, call)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     length, keys = query.shape[-2], key.shape[-2]
     null_logits = _null_logits(log_n, query.dtype)
     key = F.pad(key, (0, 0, 0, len(null_logits)))
@@ -695,7 +687,7 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
                 attn_mask = torch.cat([attn_mask, null], -1)
             else:
                 attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
-    return _sdpa(query, key, value, call._replace(attn_mask=attn_mask, is_causal=False))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
 
 
 def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
@@ -1292,7 +1284,7 @@ def check_attention(model: PreTrainedModel) -> None:
     hidden = torch.arange(3 * size, **on_cpu).cos().mul((size // heads) ** -0.25).reshape(1, 3, size)
     mask = torch.tensor([[[[0.0, 0.0, -math.inf]]]], **on_cpu)
     identity = {
-        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(len(parameter))
+        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.zeros(len(parameter), **on_cpu)
         for name, parameter in attention.named_parameters()
     }
     training = attention.training

@@ -214,9 +214,14 @@ def trained_pairs(group: ComparisonSet, arm: str) -> dict[int, tuple[Run, Run]]:
 
 
 def noise(runs: list[Run], scheme: str) -> float | None:
-    """Noise of the mean gap of runs in nats: sqrt(sum of squared floors) / runs; None where a floor is unknown."""
-    floors = np.array([run.damage["schemes"][scheme].get("floor") for run in runs], dtype=float)  # None becomes NaN
-    return float(np.sqrt((floors**2).sum()) / len(floors)) if np.isfinite(floors).all() else None
+    """Noise of the mean gap of runs in nats; None where a floor is unknown."""
+    return noise_of_mean([run.damage["schemes"][scheme].get("floor") for run in runs])
+
+
+def noise_of_mean(floors: list[float | None]) -> float | None:
+    """sqrt(sum of squared floors) / runs; None where a floor is unknown."""
+    known = np.array(floors, dtype=float)  # None becomes NaN
+    return float(np.sqrt((known**2).sum()) / len(known)) if np.isfinite(known).all() else None
 
 
 def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None, float | None]:

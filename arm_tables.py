@@ -30,7 +30,7 @@ from outliers import (
     TOKEN_CLASSES,
 )
 from runs import Run, arms
-from tables import figure, spread, table
+from tables import figure, over_runs, table
 
 # {sink_rate_first_renormalised_short: "sink rate, first token, renormalised, short"}
 SINK_LABELS = {
@@ -100,11 +100,6 @@ def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> floa
 
 
 def qualcomm_table(runs: list[Run]) -> str:
-    def over_runs(values: list[float]) -> str:
-        if not np.isfinite(values).all():
-            return f"not finite in {int((~np.isfinite(values)).sum())} of {len(values)}"
-        return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
-
     def perplexity(measured: list[Run], scheme: str) -> str:
         schemes = [run.damage["schemes"] for run in measured]
         values = [of_run[scheme]["perplexity"] for of_run in schemes if scheme in of_run]

@@ -19,15 +19,39 @@ import argparse
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+
+ENDS_WITH = "ESPERBERTO_ENDS_WITH"  # in the environment: the id of the process without which a script is not to go on
+LOOK_SECONDS = 1.0
 
 
 def begin() -> None:
-    """Refuse Windows at once, and let Ctrl-C end the imports that follow without a traceback."""
+    """Refuse Windows at once, let Ctrl-C end the imports that follow without a traceback, and watch the parent."""
     if os.name == "nt":
         sys.exit("error: this runs on Linux and macOS; on Windows it runs inside WSL (wsl --install)")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # behind nohup or a shell's & it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.pop(ENDS_WITH, "") == str(os.getppid()):
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM when its parent has gone, which SIGKILL keeps from ending its children itself.
+
+    A training then writes a checkpoint and ends, rather than going on unnoticed. Only runner.sh and train_runs.py ask
+    for it: what a user starts behind nohup outlives its shell.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    print("What had started this has gone, so it ends", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment for a script that is to end with this process."""
+    return {**os.environ, ENDS_WITH: str(os.getpid()), **more}
 
 
 def run(main: Callable[[], None]) -> None:

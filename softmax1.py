@@ -388,13 +388,15 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_
     """The backend to be used. `unsupported_inputs` says why no kernel accepts the inputs."""
     if _forced == "auto" and (_is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model contains standard operators only
-    packed = call.cu_seqlens is not None
+    packed, is_number = call.cu_seqlens is not None, not isinstance(call.log_n, Tensor)
     needs = {
         "packed": packed,
         "masked": call.attn_mask is not None,
         "dropout": call.dropout_p > 0,
         "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
         "wide": max(query.shape[-1], value.shape[-1]) > 192,
+        # n = 1 without a mask: then the null key needs no mask entry.
+        "one_more_key": is_number and call.log_n == 0 and not (packed or call.is_causal) and call.attn_mask is None,
     }
     # Under torch.compile a need may be symbolic. A branch on it makes it a constant; bool() does not.
     needs = [name for name, needed in needs.items() if needed]
@@ -413,6 +415,9 @@ def _chosen(forced: str, device: torch.device, dtype: torch.dtype, unsupported_i
         # For dropout without a kernel PyTorch computes the weights too: on a CPU the plain formula is faster.
         last = "eager" if device.type == "cpu" and "dropout" in needs else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
+        # From Hopper on, PyTorch's own attention prefers cuDNN, which was faster on an H200 (docs/h200/README.md).
+        if backend == "flash" and "one_more_key" in needs and torch.cuda.get_device_capability(device) >= (9, 0):
+            backend = "zero_key"
     elif obstacles.get(forced):
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:

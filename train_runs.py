@@ -43,6 +43,7 @@ UNPUSHED = 4  # exit status, which runner.sh reads
 LOOK_SECONDS = 1.0  # between looks at the logs
 TELL_SECONDS = 60.0  # between two lines where there is no terminal to redraw one in
 STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # as train_model.py writes it where there is no terminal
+ERROR = re.compile(rb"^error: (.+)$", re.MULTILINE)  # the one line that a training ends with
 TAIL_BYTES = 4096
 
 
@@ -72,19 +73,27 @@ class Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env=command.child_environment(OMP_NUM_THREADS=str(threads)),
                 start_new_session=True,  # Ctrl-C reaches it through us, once
             )
 
-    def look(self) -> None:
-        """Read from the end of the log how far the run has come."""
+    def tail(self) -> bytes:
+        """The end of what this session has logged."""
         with open(self.log, "rb") as log:
             log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - TAIL_BYTES))
-            found = STEP.findall(log.read())
-        if found:
+            return log.read()
+
+    def look(self) -> None:
+        """Read from the end of the log how far the run has come."""
+        if found := STEP.findall(self.tail()):
             self.step, self.steps = (int(number.replace(b",", b"")) for number in found[-1])
             if self.first_step is None:
                 self.first_step, self.started = self.step, time.monotonic()
+
+    def failure(self) -> str:
+        """The line that the training ended with, and where the rest is."""
+        found = ERROR.findall(self.tail())
+        return f"{found[-1].decode(errors='replace')} (see {self.log})" if found else f"see {self.log}"
 
     @property
     def seconds_a_step(self) -> float | None:
@@ -115,7 +124,8 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
 
 def train_alone(job: Job) -> bool:
     """Run one job in this terminal; whether it has left its results file. Ends it too when it is interrupted."""
-    process = subprocess.Popen(job.command, start_new_session=True)  # Ctrl-C reaches it through us, once
+    # In a session of its own: Ctrl-C reaches it through us, once.
+    process = subprocess.Popen(job.command, env=command.child_environment(), start_new_session=True)
     try:
         process.wait()
     except BaseException:
@@ -146,7 +156,7 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
                         push(job)
                     else:
                         failed.append(job)
-                        print(f"\n{job.name} failed: see {job.log}", file=sys.stderr)
+                        print(f"\n{job.name} failed: {job.failure()}", file=sys.stderr)
             if terminal:
                 print(f"\r\033[K{line(jobs, waiting, running, parallel)}", end="", file=sys.stderr, flush=True)
             elif time.monotonic() - told > TELL_SECONDS:
@@ -173,7 +183,8 @@ class Push:
         if not self.wanted or not Path(job.model).is_dir():  # a run that diverged leaves no model
             return
         print(f"== Push of {job.model}", flush=True)
-        done = subprocess.run([sys.executable, str(HUB), "push", job.model, "--results", str(job.results)])
+        argv = [sys.executable, str(HUB), "push", job.model, "--results", str(job.results)]
+        done = subprocess.run(argv, env=command.child_environment())
         if done.returncode in (130, -signal.SIGINT):  # Ctrl-C is meant for the whole script
             sys.exit(130)
         if done.returncode:

@@ -67,7 +67,9 @@ CUT_OUT = [
     (r"results/report\.(md|html)", rb" *\d+ m \d+ s", "time"),
     (r"data/.*state\.json", rb'"_fingerprint": "\w+"', "datasets makes it out of the time"),
 ]
-NOT_COMPARED = r".*\.lock|results/logs/.*"  # ids of processes; lines with the time that is left
+NOT_COMPARED = (
+    r".*\.lock|results/logs/.*|results/analysed\.txt"  # ids of processes; lines with the time left; digests of results
+)
 
 
 # ------------------------------------------------------------------------------- scripts that are forked, not started

@@ -1,10 +1,13 @@
 """runner.sh with a stand-in for Python: which stages run, in which order, and what a failure stops."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,7 +99,11 @@ def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, 
     status, _, calls = runner()
     assert status == 0 and stages(calls) == ALL[:3] and all("--keep" in call for call in calls[:2])
     results = tmp_path / "results" / "esperberto-softmax0.json"
-    os.utime(results, (results.stat().st_atime, results.stat().st_mtime + 60))
+    results.write_text('{"seed": 42}')
+    os.utime(results, (0, 0))  # by a clock that was set back
+    assert stages(runner()[2]) == ALL
+    assert stages(runner()[2]) == ALL[:3]
+    shutil.copy(results, results.with_name("esperberto-softmax1.json"))
     assert stages(runner()[2]) == ALL
 
 
@@ -170,6 +177,39 @@ def test_every_recipe_has_flags_that_the_scripts_know(recipe, runner, tmp_path):
         read[script] = parsers[script](flags)
     for job in train_runs.jobs_of(read["train_runs.py"]):
         train_model.parse(job.command[2:])
+
+
+# Stands for a stage that goes on for hours.
+HANGS = """import os, time
+import command
+
+command.begin()
+with open("pid", "w") as file:
+    print(os.getpid(), file=file, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stage_does_not_go_on_when_runner_alone_is_killed(runner, tmp_path, how):
+    for name in ("command.py", "runner.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "build_dataset.py").write_text(HANGS)
+    (tmp_path / "hub.py").write_text("raise SystemExit(3)")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    process = subprocess.Popen(["bash", "runner.sh"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(how)
+        assert process.wait(30) == -how
+        assert b"What had started this has gone" in process.stderr.read()  # at the end of which the stage has ended
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_interpreter_at_hand_is_taken_and_what_it_lacks_is_named(runner, tmp_path):

@@ -29,11 +29,7 @@ import command
 if __name__ == "__main__":
     command.begin()
 
-import huggingface_hub
-import transformers
-
 from answer import PRIMARY, Finding, answer, findings
-from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from folder import refuse_unwritable
 from measurement import (
     CALIBRATION_SIZE,
@@ -51,6 +47,7 @@ from measurement import (
 from outliers import FFN
 from page import html_page
 from pictures import pictures
+from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
 from record import by_layer, git_state, one_line, versions, write_json
@@ -268,11 +265,7 @@ def measure_all(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # The libraries' own messages would stand around our one line about an error.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-
+    command.silence_libraries()
     execute = executor(args.onnxruntime)
     if args.results_dir.exists():
         refuse_unwritable(args.results_dir)

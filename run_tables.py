@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from answer import noise_of_mean
-from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
+from experiment import STEPS
 from outliers import FFN
 from pairs import below_noise
+from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from record import by_layer, look_up
 from runs import Run, arms

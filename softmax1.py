@@ -621,8 +621,8 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
     multiple = 1 if backend == "cpu" else 8
     size = -(-max(sizes) // multiple) * multiple
     if backend == "efficient" and cu_seqlens is not None:
-        # The packed operator is called without a scale, so with 1 / sqrt(size): in torch 2.13 the shape function of its
-        # backward, which torch.compile calls, has no parameter for it.
+        # The packed operator is called without a scale, so with 1 / sqrt(size): if its backward operator is given one,
+        # torch.compile fails (docs/softmax_n.md).
         if abs(scale * size**0.5 - 1) > 1e-9:
             query = query * (scale * size**0.5)
         max_seqlen = min(max_seqlen, len(query))  # the backward operator raises for more

@@ -33,7 +33,7 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 
 
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
-    """A row for each metric: both arms, the paired difference, its interval over seeds; of a gap, that over texts too."""
+    """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
 
     def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
         return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)

@@ -80,7 +80,7 @@ def can_be_compensated(model: PreTrainedModel) -> bool:
 
 
 def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The same weights and the same function in the other class: stock RoBERTa in ours, ours in stock RoBERTa.
+    """The same weights and the same function in the other class: stock RoBERTa as our class, ours as stock RoBERTa.
 
     None for a model that is neither.
     """
@@ -230,7 +230,7 @@ class _ControlConfig(RobertaConfig):
 
 
 class ClippedSoftmaxConfig(_ControlConfig):
-    """Weights clip((zeta - gamma) softmax + gamma, 0, 1); the defaults are those of their BERT."""
+    """Weights clip((zeta - gamma) softmax + gamma, 0, 1); the defaults are Bondarenko et al.'s for BERT."""
 
     model_type = "roberta-clipped-softmax"
 

@@ -47,7 +47,7 @@ Heads = set[tuple[str, int]]  # (layer.<i>, head)
 def interventions(
     model: PreTrainedModel, batches: list[dict], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
-    """Measure the model on the same masked text under each intervention. It is left as it was, in eval mode.
+    """Measure the model on the same masked text under each intervention. The model is left in eval mode.
 
     A head is a sink head when in more than 30 % (SINK) of the sequences one token, or nowhere, gets more than 30 % of
     the attention: `sink_rate_any_or_null`, the same for every n.

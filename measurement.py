@@ -516,9 +516,9 @@ def keep_measured(run: Run, file: Path, made: dict) -> None:
 def _encoded(value):
     """`value` as strict JSON can hold it, which has no NaN, infinity or arrays."""
     if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: _encoded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
+        return [_encoded(entry) for entry in value]
     if isinstance(value, np.ndarray):
         return {"array": _encoded(value.tolist()), "dtype": str(value.dtype)}
     if isinstance(value, np.generic):

@@ -491,7 +491,8 @@ def run_by_run(runs: list[Run]) -> list[str]:
     if parts_rows := parts_table(measured):
         parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
     if executed := executed_in(columns):
-        parts += ["### INT8 that is executed", executed_table(executed)]
+        over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
+        parts += ["### INT8 that is executed", executed_table(executed), over]
     for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):
         ours = [[label, *cells] for label, _, _, *cells in rows]
         parts += [f"### {title} of attention.output: excess kurtosis", transposed(["run", *columns], ours)]

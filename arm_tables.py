@@ -30,7 +30,7 @@ from outliers import (
     TOKEN_CLASSES,
 )
 from runs import Run, arms
-from tables import figure, spread, table
+from tables import figure, over_runs, table
 
 # {sink_rate_first_renormalised_short: "sink rate, first token, renormalised, short"}
 SINK_LABELS = {
@@ -88,7 +88,7 @@ def same(names) -> dict[str, str]:
 
 
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
-    """Mean over runs of what `reduce` makes of a statistic's layers; NaN where a model lacks the place."""
+    """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
     values = []
     for run in runs:
         layers = [of_place[statistic] for name, of_place in run.places.items() if name.rpartition(".")[2] == place]
@@ -100,11 +100,6 @@ def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> floa
 
 
 def qualcomm_table(runs: list[Run]) -> str:
-    def over_runs(values: list[float]) -> str:
-        if not np.isfinite(values).all():
-            return f"not finite in {int((~np.isfinite(values)).sum())} of {len(values)}"
-        return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
-
     def perplexity(measured: list[Run], scheme: str) -> str:
         schemes = [run.damage["schemes"] for run in measured]
         values = [of_run[scheme]["perplexity"] for of_run in schemes if scheme in of_run]
@@ -299,7 +294,7 @@ def sinks_table(runs: list[Run]) -> str:
 
 
 def learned_section(runs: list[Run]) -> list[str]:
-    """What n became in the heads of every layer where it was trained; nothing of other runs."""
+    """The trained n of the heads of every layer; an empty list where no run trained its n."""
     learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
     if not learned:
         return []

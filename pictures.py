@@ -32,7 +32,7 @@ SEEDS = {  # of emergence_seeds.png, in the same way
     "attention.sink_rate_any": ("Attention sinks", 100, ("% of heads and texts", "linear")),
     "ffn_residual.inf_norm": ("Residual stream", 1, ("largest entry", "log")),
 }
-LEADING = (BASELINE, PRIMARY_ARM)  # what the question is about: drawn wide, with the spread over seeds
+LEADING = (BASELINE, PRIMARY_ARM)  # what the question is about: drawn wide, with every run
 
 
 class Picture(NamedTuple):
@@ -58,12 +58,12 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
     return {name: picture for name, picture in made.items() if picture}
 
 
-def spread_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
+def drawn_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
     """A sentence about how several runs of an arm are drawn; empty where every arm has one run."""
     if len(runs) == len(arms(runs)):
         return ""
-    thin = "" if all(look.leading for look in looks.values()) else " Of the arms drawn thin, the median alone."
-    return f" Line: median over the seeds of an arm; band: from the lowest to the highest.{thin}"
+    others = "" if all(look.leading for look in looks.values()) else " Of an arm without a thick line, only the median."
+    return f" Thin line: a run; thick line: the median of its arm.{others}"
 
 
 # ------------------------------------------------------------------------------------------------- during the training
@@ -92,9 +92,8 @@ def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | 
     caption = (
         f"Sinks: heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual stream: "
         f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on."
+        f"{drawn_said(runs, looks)}"
     )
-    if len(runs) > len(arms(runs)):
-        caption += " Thin line: a run; thick line: the median of an arm."
     axes_of = {title: axis for title, _, axis in SEEDS.values()}
     return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
 
@@ -107,7 +106,7 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     caption = (
         f"{title}, from before the first update on: {watched} texts evenly spread over the held-out split, unmasked, "
         "eval mode, padding left out, as in the analysis. Kurtosis and attention: mean of the layers; norms: the "
-        f"largest layer.{spread_said(runs, looks)}"
+        f"largest layer.{drawn_said(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in EMERGING.values()}
     return Picture(title, caption, plots.panels(curves, looks, title, "step", axes_of))
@@ -132,8 +131,9 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
     gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in trained if run.diverged]
     caption = (
-        f"Training loss (thin: median over the runs) and held-out loss (thick), in nats a masked token.{below}"
-        f"{spread_said(trained, looks)}{''.join(gone)}"
+        "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats a masked "
+        f"token.{below}"
+        f"{drawn_said(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
 
@@ -202,7 +202,7 @@ def by_place(
     caption = (
         f"{title} by layer and place, on {sequences:,} held-out texts, eval mode"
         + (", a Gaussian has 0" if axis is KURTOSIS else "")
-        + f". All panels have one scale. The residual stream is what enters a LayerNorm.{spread_said(runs, looks)}"
+        + f". All panels have one scale. The residual stream is what enters a LayerNorm.{drawn_said(runs, looks)}"
     )
     return Picture(title, caption, plots.panels(curves, looks, title, "layer", dict.fromkeys(curves, axis)))
 

@@ -1,14 +1,15 @@
 """The pictures of the report, as PNG: readable in grey (lightness, markers and dashes differ) and on a phone (narrow).
 
 A picture has a short title; the report prints its caption, with the details, below it. An arm looks the same in every
-picture (`looks`). A curve is (arm, values, steps) of one run: the median over the runs of an arm is drawn, and a band
-from the smallest to the largest value.
+picture (`looks`). A curve is (arm, values, steps) of one run: it is drawn thin, and the median over the runs of an arm
+thick.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib
@@ -51,11 +52,11 @@ class Look:
     colour: str
     marker: str
     dash: str
-    leading: bool  # drawn wide, with the runs or their spread; other arms are a thin median only
+    leading: bool  # drawn wide, and its runs with it; of other arms a thin median only
 
     def line(self, **more) -> dict:
         """Arguments for Axes.plot."""
-        width, size = (2.4, 6) if self.leading else (1.2, 4)
+        width, size = (2.8, 6) if self.leading else (1.2, 4)
         look = {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
         return {**look, "linewidth": width, "markersize": size, **more}
 
@@ -102,29 +103,30 @@ def _of_arm(curves: list[tuple], arm: str) -> list[tuple]:
     return [(steps, values) for other, values, steps in curves if other == arm]
 
 
-def _summary(runs: list[tuple]) -> tuple[list, np.ndarray]:
-    """(steps that more than half of the runs reached, (3, steps): lowest, median and highest of these runs)."""
-    at = [dict(zip(steps, values, strict=True)) for steps, values in runs]
-    there = {step: [of_run[step] for of_run in at if step in of_run] for step in sorted(set().union(*at))}
-    there = {step: np.array(values, dtype=float) for step, values in there.items() if 2 * len(values) > len(at)}
-    finite = [values[np.isfinite(values)] for values in there.values()]
-    ends = [(values.min(), np.median(values), values.max()) if len(values) else (np.nan,) * 3 for values in finite]
-    return list(there), np.array(ends).reshape(-1, 3).T
+def _median(runs: list[tuple]) -> tuple[list, np.ndarray]:
+    """(steps that more than half of the runs reached, the median of these runs there); only finite numbers count."""
+    reached = [dict(zip(steps, values, strict=True)) for steps, values in runs]
+    at_step = {step: [of_run[step] for of_run in reached if step in of_run] for step in sorted(set().union(*reached))}
+    common = {step: np.array(values, float) for step, values in at_step.items() if 2 * len(values) > len(reached)}
+    finite = [values[np.isfinite(values)] for values in common.values()]
+    return list(common), np.array([np.median(values) if len(values) else np.nan for values in finite])
 
 
-def _draw(axes, curves: list[tuple], looks: dict[str, Look], **more) -> None:
-    """The median of every arm; for a leading arm with several runs also the band from the smallest to the largest.
+def _draw(axes, curves: list[tuple], looks: dict[str, Look], label: Callable = lambda arm, runs: arm, **more) -> None:
+    """The median of every arm, below it a thin line for each run of a leading arm with several.
 
-    Arms are drawn in order: where two coincide, the earlier one shows between the dashes of the later one.
+    Arms are drawn in order: where two coincide, the earlier one shows between the dashes of the later one. `label` is
+    (arm, number of its runs) -> its text in the legend.
     """
     for arm, look in looks.items():
         if not (runs := _of_arm(curves, arm)):
             continue
-        steps, (lowest, median, highest) = _summary(runs)
         if len(runs) > 1 and look.leading:
-            axes.fill_between(steps, lowest, highest, color=look.colour, alpha=0.2, linewidth=0)
+            for steps, values in runs:
+                axes.plot(steps, values, **look.line(marker="", linestyle="-", linewidth=0.8, alpha=0.45, zorder=1.5))
+        steps, median = _median(runs)
         every = max(1, len(steps) // 7)  # markers at some of many steps
-        axes.plot(steps, median, **look.line(label=arm, markevery=every, **more))
+        axes.plot(steps, median, **look.line(label=label(arm, len(runs)), markevery=every, **more))
 
 
 def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
@@ -179,8 +181,7 @@ def loss(
     upper, lower = axes[0, 0], axes[-1, 0]
     for arm, look in looks.items():
         if runs := _of_arm(training, arm):
-            steps, (_, median, _) = _summary(runs)
-            upper.plot(steps, median, **look.line(marker="", linewidth=1, alpha=0.7))
+            upper.plot(*_median(runs), **look.line(marker="", linestyle=":", linewidth=1.6))
     _draw(upper, held_out, looks)
     upper.set(ylabel="nats a token", title="Masked-LM loss")
     if differences:
@@ -189,9 +190,8 @@ def loss(
         lower.set(ylabel="nats a token", title=f"Held-out loss minus that of {baseline}, same seed")
     lower.set_xlabel("step")
     lower.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=(1, 2, 5, 10)))
-    kinds = [
-        Line2D([], [], color="0.3", linewidth=width, label=name) for name, width in (("held-out", 2.4), ("training", 1))
-    ]
+    kinds = [Line2D([], [], color="0.3", marker="o", label="held-out")]
+    kinds += [Line2D([], [], color="0.3", linestyle=":", linewidth=1.6, label="training")]
     _legend(figure, upper, kinds)
     return _png(figure)
 
@@ -241,19 +241,14 @@ def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dic
         curves: {title of the panel: curves}.
         axes_of: {title: (label of the y axis, its kind as in `_scale`; a linear one shows 0)}.
     """
+
+    def counted(arm: str, runs: int) -> str:
+        return f"{arm}: median of {runs} runs" if runs > 1 else f"{arm}: one run"
+
     figure, axes = plt.subplots(1, len(curves), figsize=(3.7 * len(curves), 4.0), layout="constrained", squeeze=False)
     for place, (name, lines) in zip(axes.flat, curves.items(), strict=True):
         label, scale = axes_of[name]
-        for arm, look in looks.items():
-            if not (runs := _of_arm(lines, arm)):
-                continue
-            steps, (_, median, _) = _summary(runs)
-            if look.leading and len(runs) > 1:
-                for run_steps, values in runs:
-                    place.plot(run_steps, values, **look.line(marker="", linestyle="-", linewidth=0.9, alpha=0.5))
-            what = f"median of {len(runs)} runs" if len(runs) > 1 else "one run"
-            width = 3.2 if look.leading else 1.2
-            place.plot(steps, median, **look.line(marker="", linewidth=width, label=f"{arm}: {what}"))
+        _draw(place, lines, looks, label=counted, marker="")
         _scale(place.yaxis, scale, np.concatenate([values for _, values, _ in lines]).astype(float))
         if scale == "linear":
             place.set_ylim(bottom=min(0, place.get_ylim()[0]))

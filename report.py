@@ -1,7 +1,7 @@
 """The report as Markdown: question, answers, comparisons, and tables with the published figures beside ours.
 
 Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py). Tables
-with a row for each arm are in arm_tables.py.
+with a column for each run are in run_tables.py, those with a row for each arm in arm_tables.py.
 """
 
 from __future__ import annotations
@@ -11,94 +11,29 @@ import numpy as np
 from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from arm_tables import arm_sections
 from controls import CHECKS
-from experiment import ACTIVATIONS, BASELINE, PRIMARY_ARM, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
-from outliers import FFN, SHORT, SINK
+from experiment import BASELINE, PRIMARY_ARM
+from outliers import SHORT, SINK
 from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
-from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
+from quantization import SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
-from record import by_layer, look_up
-from runs import OPTIONAL, Run, arms, has
-from sets import NOT_RECORDED, comparison_sets, headline, in_a_pair, recorded
-from tables import duration, figure, gap_cell, machine, number, plus_minus, shortest, signed, table
+from run_tables import (
+    damage_section,
+    executed_section,
+    lead_section,
+    published_sections,
+    run_by_run,
+    scored_said,
+    summary_section,
+)
+from runs import Run, arms
+from sets import NOT_RECORDED, headline, in_a_pair, recorded
+from tables import figure, gap_cell, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
 
 
-def trained_on(runs: list[Run]) -> str:
-    """Steps, text and hardware of the runs, and --test_pipeline where they are test runs; once where they agree."""
-    said = []
-    for results in (run.results for run in runs if run.results):
-        training, text = results["training"], results["dataset"]
-        sources = ", ".join(text["sources"][:3]) + f" and {len(text['sources']) - 3} more" * (len(text["sources"]) > 3)
-        said.append(
-            f"{training['steps']:,} steps, {training['samples']:,} sequences of {sources} "
-            f"({text['train_samples']:,} samples), {machine(results['hardware'])}"
-            + ", --test_pipeline"
-            * results["test_pipeline"]
-        )
-    return " / ".join(dict.fromkeys(said)) or "no results file"
-
-
-def watched_in_training(runs: list[Run]) -> str:
-    """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
-    said = []
-    for settings in (run.results["settings"] for run in runs if run.results):
-        steps = settings.get("statistics_steps", 1)
-        said.append(
-            ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
-            + (", every step" if steps == 1 else f", every {steps}th step")
-        )
-    return " / ".join(dict.fromkeys(said)) or "no results file"
-
-
-def summary(runs: list[Run]) -> list[list[str]]:
-    """Rows of the first table: label, published softmax0, published softmax1, ours."""
-
-    def ours(key: str, show=number) -> list[str]:
-        known = [run.results and (key not in OPTIONAL or has(run.results, key)) for run in runs]
-        return [show(look_up(run.results, key)) if there else "–" for run, there in zip(runs, known, strict=True)]
-
-    extra = []
-    sets = comparison_sets(runs)
-    if len(sets) > 1:
-        names = {run: str(i) + " (headline)" * (i == 1) for i, group in enumerate(sets, start=1) for run in group.runs}
-        extra.append(["comparison set", "–", "–", *(names.get(run, "–") for run in runs)])
-    if any(run.diverged for run in runs):
-        state = [
-            f"diverged at step {run.results['diverged']['step']:,}"
-            if run.diverged
-            else "complete"
-            if run.results
-            else "–"
-            for run in runs
-        ]
-        extra.append(["training", "complete", "complete", *state])
-    return [
-        *extra,
-        ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
-        ["seed", "42", "42", *ours("seed", str)],
-        ["steps", f"{STEPS:,}", f"{STEPS:,}", *ours("training.steps", "{:,}".format)],
-        ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,}".format)],
-        ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
-        # Published: the mean of the last 1,000 steps.
-        ["training loss, last logged", "3.79", "3.78", *ours("loss_history", last)],
-        ["held-out loss", "–", "–", *ours("validation.loss")],
-        ["held-out loss by token frequencies alone", "–", "–", *ours("validation.unigram_loss")],
-        ["held-out loss, the best without context", "–", "–", *ours("validation.context_free_loss")],
-        ["held-out perplexity", "–", "–", *ours("validation.perplexity")],
-        ["runtime", "9 h 16 m", "9 h 16 m", *ours("training.wall_seconds", duration)],
-        # Published: at 1.212 USD an hour (AWS g5.2xlarge).
-        ["cost, USD", "11.22", "11.24", *ours("training.cost_usd")],
-        ["hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", *ours("hardware", machine)],
-    ]
-
-
-def last(history: list[list]) -> str:
-    return number(history[-1][1]) if history else "–"
-
-
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
-    """A row a metric: both arms, the paired difference, its interval over seeds and, of gaps, that over texts."""
+    """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
 
     def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
         return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
@@ -138,24 +73,6 @@ def ratio_cell(comparison: Comparison) -> str:
     )
 
 
-def damage_table(runs: list[Run]) -> str:
-    rows = []
-    for scheme, label in SCHEMES.items():
-        row = [label]
-        for run in runs:
-            of_run = run.damage["schemes"].get(scheme)
-            loss = of_run and f"{of_run['loss']:.4f} / {figure(of_run['perplexity'])} / {gap_cell(of_run)}"
-            row.append(loss or "–")
-        rows.append(row)
-    for part in dict.fromkeys(part for run in runs for part in run.damage["parts"]):
-        rows.append([f"W8A8 static in {part} alone", *(part_cell(run.damage, part) for run in runs)])
-    return table(["loss / perplexity / gap", *(run.name for run in runs)], rows)
-
-
-def part_cell(damage: dict, part: str) -> str:
-    return gap_cell({"gap": damage["parts"].get(part), "floor": damage["part_floors"].get(part)})
-
-
 VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 
 
@@ -183,38 +100,8 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 # ----------------------------------------------------------------------------------------------- sections of the report
 
 
-def spread_said(runs: list[Run]) -> str:
-    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs if not run.diverged}))
-    return (
-        f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); one "
-        "seed a column, so ± is no interval over seeds."
-    )
-
-
-def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
-    tokens, cut = (
-        "/".join(f"{number:,}" for number in sorted({getattr(run, name) for run in runs if not run.diverged}))
-        for name in ("tokens", "max_length")
-    )
-    return (
-        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
-        f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
-        f"(evenly spread over the validation split of {data_dir}, cut at {cut} tokens, as in training; {tokens} real "
-        "tokens)."
-    )
-
-
-def scored_said(runs: list[Run]) -> str:
-    return " / ".join(
-        sorted(
-            {f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs}
-        )
-    )
-
-
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
-    """For every arm of a set a table, and what its intervals are; for the arm `only` alone where that was compared."""
+    """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
     parts = []
     for arm, comparisons in finding.compared.items():
         if only in finding.compared and arm != only:
@@ -327,16 +214,6 @@ def over_seeds(values: list[float | None], floor: float | None) -> str:
     return own_mean(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None, floor)
 
 
-def summary_section(runs: list[Run]) -> list[str]:
-    return [
-        "## Summary of the runs",
-        table(["", *PUBLISHED, *(run.title for run in runs)], summary(runs)),
-        f"*n = 1 run a column. Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged loss is the "
-        "mean since the one logged before; the masks of the held-out loss are the same in every run. Published: "
-        f"EsperBERTo (2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
-    ]
-
-
 def comparisons_section(findings: list[Finding]) -> list[str]:
     if not findings:
         return []
@@ -353,34 +230,6 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
     ]
 
 
-def calibrated_said(runs: list[Run]) -> str:
-    """How much calibration text the static ranges of the runs come from."""
-    of_runs = [run.damage["calibration_tokens"]["draws"] for run in runs]
-    said = [f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs]
-    return " / ".join(dict.fromkeys(said))
-
-
-def published_said(runs: list[Run]) -> str:
-    return " / ".join(dict.fromkeys(f"{run.damage['calibration_tokens']['published']:,}" for run in runs))
-
-
-def damage_section(runs: list[Run]) -> list[str]:
-    return [
-        "## Quantization damage",
-        damage_table(runs),
-        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
-        f"{scored_said(runs)}. ± is the gap's standard error over texts (and over draws of calibration texts); a gap "
-        "below twice that is noise. W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed "
-        f"beforehand on text that is not scored (running minimum and maximum, momentum {MOMENTUM}, "
-        f"{calibrated_said(runs)}), arithmetic simulated. Percentile, least squares: other ranges from the first draw. "
-        "As published: the setting of Bondarenko et al. 2023, calibrated on "
-        f"{published_said(runs)} tokens of held-out text (there 65,536). "
-        f"Dynamic: one scale for each token and each row of weights. W4: weights only, one scale for {GROUP_SIZE} "
-        "inputs. "
-        "The last rows quantize one part alone, on some of the texts.*",
-    ]
-
-
 def self_check_section(runs: list[Run]) -> list[str]:
     return [
         "## Self-check of the instrument",
@@ -389,112 +238,6 @@ def self_check_section(runs: list[Run]) -> list[str]:
         "layer: the model's function stays the same, and static quantization has to break in that layer. The third "
         "computes the same function in another class. DEFINITIONS.md says when a check passes; it is undecided where a "
         "model has learnt too little that quantization could destroy.*",
-    ]
-
-
-def executed_section(runs: list[Run]) -> list[str]:
-    """What ONNX Runtime made of the runs in 8 bits; nothing where it was not asked for."""
-    executed = {run.name: run.damage["executed"] for run in runs if "executed" in run.damage}
-    complete = {name: result for name, result in executed.items() if "error" not in result}
-    refused = [
-        f"**{name} was not executed in INT8**: {executed[name]['error']}" for name in executed if name not in complete
-    ]
-    header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
-    rows = [
-        [f"{label}, {name}", *executed_cells(result, scheme)]
-        for name, result in complete.items()
-        for scheme, label in EXECUTED.items()
-    ]
-    parts = [*refused, *([table(header, rows), executed_said(list(complete.values()))] if rows else [])]
-    return ["## INT8 that is executed", *parts] if parts else []
-
-
-def executed_cells(result: dict, scheme: str) -> list[str]:
-    """A row's cells: what executed.execute returned of one scheme."""
-    executed, speed = result["schemes"][scheme], result["latency"]["formats"][scheme]
-    agreement = ["–"] * 3  # of float32 there is nothing simulated
-    if twin := result["agreement"].get(scheme):
-        difference = f"{signed(twin['difference'])} ± {twin['error']:.4f}"
-        agreement = [difference, figure(twin["correlation"]), signed(twin["arithmetic"])]
-    return [
-        f"{executed['loss']:.4f}",
-        gap_cell(executed),
-        *agreement,
-        f"{executed['bytes'] / 1e6:.1f}",
-        f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
-        figure(speed["speedup"]),
-    ]
-
-
-def kernels_said(result: dict) -> str:
-    """Which kernels run in which format, of one model."""
-    counts = {kind: result["operators"]["kernels"][kind] for kind in ("int8", "float32")}
-    listed = {kind: ", ".join(f"{count} {name}" for name, count in of_kind.items()) for kind, of_kind in counts.items()}
-    return " and ".join(f"{names} in {kind}" for kind, names in listed.items())
-
-
-def latency_said(result: dict) -> str:
-    latency = result["latency"]
-    return (
-        f"one text of {latency['tokens']} tokens, {latency['predicted']} of them predicted, one thread, median and "
-        f"quartiles of {latency['repetitions']} runs, the formats in turn, {result['hardware']['name']}"
-    )
-
-
-def executed_said(results: list[dict]) -> str:
-    latency, kernels = (" / ".join(dict.fromkeys(map(said, results))) for said in (latency_said, kernels_said))
-    return (
-        "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
-        "float32 by ONNX Runtime, with its standard error over texts. Minus simulated: gap minus that of W8A8 static "
-        "(MinMax) or W8A8 percentile; correlation: of the losses' changes, text by text; where the gaps are below "
-        "their noise it says little. Minus rounding alone: gap minus that of the same 8-bit graph computed in float32, "
-        f"which is what integer arithmetic itself does. Latency: {latency}; speedup: of the times in one turn. Kernels "
-        f"that run: {kernels}. DEFINITIONS.md has what each covers.*"
-    )
-
-
-def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
-    """The published tables, ours beside them, a column a run."""
-    columns = ["excess kurtosis", *PUBLISHED, *(run.title for run in runs)]
-    weights = [
-        [label, *published, *(plus_minus(by_layer(run.weight_kurtosis, suffix)) for run in runs)]
-        for label, suffix, *published in WEIGHTS
-    ]
-    activations = [
-        [f"{label}, training", *published, *(plus_minus(by_layer(run.training, suffix)) for run in runs)]
-        for label, suffix, *published in ACTIVATIONS
-    ] + [
-        [f"{label}, held-out", "–", "–", *(plus_minus(by_layer(run.held_out, suffix)) for run in runs)]
-        for label, suffix, *_ in ACTIVATIONS
-    ]
-    return [
-        "## Weights of attention.output, as published",
-        table(columns, weights),
-        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained_on(runs)}): "
-        f"{spread_said(runs)}*",
-        "## Activations of attention.output, as published",
-        table(columns, activations),
-        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs)} The dropout row carries no "
-        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the "
-        "identity.*",
-    ]
-
-
-def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
-    depth = max([6, *(len(by_layer(run.held_out, FFN)) for run in runs)])
-    lead = [[f"{name}, training", *published] for name, published in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
-    for run in runs:
-        for when, kurtosis in (("training", run.training), ("held-out", run.held_out)):
-            values = by_layer(kurtosis, FFN)
-            lead.append([f"{run.title}, {when}", *map(number, values), plus_minus(values)])
-    for row in lead:
-        row[-1:-1] = ["–"] * (depth + 2 - len(row))  # models of different depth
-    return [
-        "## A lead, not a result: the FFN output (output.dense), layer by layer",
-        table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], lead),
-        f"*{definition_said(runs, sequences, data_dir)} Last column: {spread_said(runs)} The published table leaves "
-        "this module out, though the hypothesis points at the residual stream and the FFN output; the published rows "
-        "above come from its result files.*",
     ]
 
 
@@ -520,7 +263,7 @@ def report(
 ) -> str:
     """The whole report as Markdown; `pictures` is {file name: (title, caption)}.
 
-    `found` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
+    `findings` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
     Tables with a column a run show all runs, tables of arms the headline's alone.
     """
     measured = [run for run in runs if not run.diverged]
@@ -533,11 +276,13 @@ def report(
         *dose_section(findings),
         *summary_section(runs),
         *comparisons_section(findings),
-        *(damage_section(measured) + self_check_section(measured) if measured else []),
-        *executed_section(measured),
+        *damage_section(runs),
+        *(self_check_section(measured) if measured else []),
+        *executed_section(runs),
         *arm_sections(headline(runs), sequences),
         *published_sections(runs, sequences, data_dir),
         *lead_section(runs, sequences, data_dir),
+        *run_by_run(runs),
     ]
     return "\n\n".join(illustrated(parts, pictures)) + "\n"
 
@@ -637,5 +382,6 @@ def models_report(
         *self_check_section(runs),
         *executed_section(runs),
         *arm_sections(runs, sequences),
+        *run_by_run(runs),
     ]
     return "\n\n".join(illustrated(parts, pictures)) + "\n"

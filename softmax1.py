@@ -4,21 +4,21 @@ Evan Miller, "Attention Is Off By One" (2023), https://www.evanmiller.org/attent
 
     softmax_n(x)_i = exp(x_i) / (n + sum_j exp(x_j))          n = 0 is softmax, n = 1 is his softmax1
 
-An attention head with n > 0 may attend to nothing: its weights sum to less than 1, and the rest, n / (n + sum exp), is
-the null mass. softmax_n is softmax over one more logit of value log n whose weight is thrown away; everything below
-rests on that.
+With n > 0 an attention head can attend to nothing: its weights sum to less than 1. The rest, n / (n + sum exp), is its
+null mass. Everything below uses one fact: softmax_n is softmax over one additional logit, log n, without the weight
+that this logit gets.
 
-    softmax_n, softmax1        the function
-    softmax_n_attention        scaled dot product attention with it, exact at the speed of torch's own kernels
-    softmax_n_attention_varlen the same for sequences packed one behind the other, without padding
-    attention_backend          forces the kernel that computes it
-    apply_softmax_n            puts it into a transformers model: a number, learned sinks, or the sinks that it has
-    softmax_n_class            the class of such a model, which keeps n through save_pretrained and from_pretrained
-    RobertaSoftmaxN...         those of RoBERTa
+    softmax_n, softmax1         the function
+    softmax_n_attention         scaled dot product attention with softmax_n, exact, at the speed of PyTorch's kernels
+    softmax_n_attention_varlen  the same for packed sequences: one after the other, without padding
+    attention_backend           forces one implementation of it
+    apply_softmax_n             puts it into a transformers model: a number n, learned sinks, or the model's own sinks
+    softmax_n_class             the class of such a model, which save_pretrained and from_pretrained keep
+    RobertaSoftmaxN...          the classes of RoBERTa
 
-n is a number, or a trained one for each head, whose logarithm is known as the head's attention sink. Derivations, and
-which models are taken and how they are saved: docs/softmax_n.md. The file is copied to the Hub with every softmax_n
-model, so it imports nothing of this project.
+n is one number, or one trained number for each head, whose logarithm is called the head's attention sink.
+docs/softmax_n.md has the derivations, and says which models are accepted and how they are saved. This file is copied to
+the Hub with every softmax_n model, so it imports nothing of this project.
 
 Shape legend: B batch, H query heads, G key and value heads (H is a multiple of G), L query length, S key length,
 E head size, V value head size, T tokens of all packed sequences.
@@ -33,7 +33,8 @@ import math
 import numbers
 import sys
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +45,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
-# The names under which transformers knows this attention. The eager one materialises the weights on every call, for
-# models that do not hand the keyword output_attentions down to their attention (GPT-2). The additive one gets masks
-# that are added to the scores, always, for models that compute with their mask (DeepSeek-V4).
+# The names of this attention in transformers. The eager one always computes the weights, for models that do not pass
+# output_attentions on to their attention (GPT-2). The additive one always gets masks that are added to the scores, for
+# models that compute with their mask (DeepSeek-V4).
 ATTENTION = "softmax_n"
 EAGER_ATTENTION = "softmax_n_eager"
 ADDITIVE_ATTENTION = "softmax_n_additive"
 
-# What config.softmax_n may be beside a number: the model's own sinks, or a parameter of each head, `log_n`.
+# Values of config.softmax_n other than a number: the model's own sinks, or a parameter `log_n` of each attention.
 OWN, LEARNED = "own", "learned"
 
 
@@ -63,13 +64,13 @@ def checked_softmax_n(n: float) -> float:
 
 
 def _log(n: float | Tensor, log_n: float | Tensor | None) -> float | Tensor:
-    """log n, of whichever of the two was given: a float, or a tensor in float32 at least; -inf is softmax."""
+    """log n of whichever is given: a float, or a tensor in float32 or float64; -inf is softmax."""
     if log_n is None and not isinstance(n, Tensor):
         n = checked_softmax_n(n)
         return math.log(n) if n > 0 else -math.inf
     if log_n is None:
         n = n.to(torch.promote_types(n.dtype, torch.float32))
-        zero = n == 0  # kept out of the logarithm, whose gradient there is not finite
+        zero = n == 0  # there the gradient of the logarithm is not finite
         return n.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
     if isinstance(n, Tensor) or n != 1:
         raise ValueError("softmax_n takes n or its logarithm log_n, not both")
@@ -97,22 +98,23 @@ def softmax_n(
 ) -> Tensor:
     """exp(x_i) / (n + sum_j exp(x_j)) along `dim`, with the signature of `torch.softmax` plus n.
 
-    Exact at any logits: the row is shifted by max(max_j x_j, log n), so nothing overflows and a row far below log n
-    goes to 0 smoothly; a row of -inf gives 0 with gradient 0 (for n > 0). n = 0 is `torch.softmax` itself, bit for bit.
-    Half precision is computed in float32 and rounded once, as torch's own kernel does.
+    Exact for all logits: each row is shifted by max(max_j x_j, log n), so nothing overflows. A row of -inf gives 0 with
+    gradient 0 (for n > 0). n = 0 is `torch.softmax` itself, bit for bit. Half precision is computed in float32 and
+    rounded once, as in torch's own kernel.
 
     Args:
         input: any shape, floating point (other dtypes need `dtype`).
-        n: finite real number >= 0, or a tensor of them that broadcasts with `input`, of size 1 along `dim`.
+        n: finite real number >= 0, or a tensor of such numbers that broadcasts with `input` and has size 1 along `dim`.
         dim: the dimension that is normalised.
         dtype: dtype of the result; `input` is cast to it first.
-        log_n: the logarithm of n, in its place; -inf is softmax.
+        log_n: the logarithm of n, given instead of n; -inf is softmax.
 
     Returns:
         Tensor of the shape of `input`; sums along `dim` lie in [0, 1].
 
     Raises:
-        ValueError: n is a number and negative, NaN or infinite, or both n and log_n are given.
+        ValueError: n is negative, NaN or infinite (the values of a tensor are not checked), or both n and log_n are
+            given.
         TypeError: `input` is not floating point and no `dtype` is given.
     """
     log_n = _log(n, log_n)
@@ -125,7 +127,7 @@ def softmax_n(
     x = x.to(torch.promote_types(result_dtype, torch.float32))
     if x.numel() == 0:
         return x.to(result_dtype)
-    # The shift cancels, so no gradient needs to pass through it.
+    # The result does not depend on the shift, so the shift needs no gradient.
     shift = x.detach().amax(dim, keepdim=True)
     shift = shift.clamp_min(log_n.detach() if isinstance(log_n, Tensor) else log_n)
     exponentials = torch.exp(x - shift)
@@ -154,31 +156,32 @@ def softmax_n_attention(
     log_n: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax_n(query key^T * scale + mask) value: `F.scaled_dot_product_attention` plus n, and exact for any real n.
+    """softmax_n(query key^T * scale + mask) value: `F.scaled_dot_product_attention` plus n, exact for any real n >= 0.
 
-    A row in which every key is masked gives output 0 and gradient 0 when n > 0. Forward-mode derivatives and second
-    ones exist only where the weights are materialised: `with attention_backend("eager")`.
+    A row whose keys are all masked gives output 0 and gradient 0 when n > 0. Second derivatives and forward-mode
+    derivatives need `with attention_backend("eager")`.
 
     Args:
         query: (B, H, L, E).
         key: (B, G, S, E), with G = H unless `enable_gqa`.
         value: (B, G, S, V).
-        attn_mask: broadcastable to (B, H, L, S); boolean (True takes part) or floating point, added to the scores.
-        dropout_p: dropout of the attention weights; applied whatever the module's mode, as in torch.
+        attn_mask: broadcastable to (B, H, L, S); boolean (True: the query sees the key), or floating point and added to
+            the scores.
+        dropout_p: dropout of the attention weights, in training and in evaluation, as in torch.
         is_causal: query i sees keys 0..i (upper left aligned); not together with `attn_mask`.
         scale: factor of the scores; default 1 / sqrt(E).
-        n: finite real number >= 0; 0 is stock attention. Or a tensor of them, (H,) or (1, H, 1, 1), one for each head
-            and on the device; it may require a gradient (which is 0 where n is 0: train log_n).
-        log_n: the logarithm of n, in its place: the form in which models store attention sinks. -inf is softmax.
-        enable_gqa: heads of key and value are shared by H / G query heads each.
+        n: finite real number >= 0; 0 is stock attention. Or a tensor (H,) or (1, H, 1, 1) of such numbers, one for each
+            head, on the device of `query`. It may require a gradient, which is 0 where n is 0: to train n, give log_n.
+        log_n: the logarithm of n, given instead of n: the form in which models store attention sinks. -inf is softmax.
+        enable_gqa: each head of key and value serves H / G heads of query.
 
     Returns:
         (B, H, L, V).
 
     Raises:
-        ValueError: n is a number and negative, NaN or infinite, both n and log_n or both `attn_mask` and `is_causal`
-            are given, the mask holds whole numbers, the shapes do not fit, or the backend that `attention_backend`
-            forces cannot do this.
+        ValueError: n is negative, NaN or infinite (the values of a tensor are not checked), both n and log_n or both
+            `attn_mask` and `is_causal` are given, the mask has an integer dtype, the shapes do not fit, or the backend
+            that `attention_backend` forces cannot do this.
     """
     log_n = _log(n, log_n)
     if not _is_softmax(log_n) and is_causal and attn_mask is not None:
@@ -189,11 +192,12 @@ def softmax_n_attention(
         raise ValueError(
             f"query and key need the same size, key and value the same length, got {_shapes(query, key, value)}"
         )
-    if is_causal and scale is not None and scale <= 0:  # NaN, or worse, in torch's CPU kernel: docs/softmax_n.md
+    if is_causal and scale is not None and scale <= 0:  # torch's CPU kernel computes NaN: docs/softmax_n.md
         query, scale = query * scale, 1.0
-    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
     if _is_softmax(log_n):
-        return _sdpa(query, key, value, call)
+        options = (attn_mask, dropout_p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
+    call = _Call(attn_mask, dropout_p, is_causal, scale, _per_head(log_n, query, -3), enable_gqa)
     query, key, value = _autocast(query, key, value)
     unsupported_inputs = None
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -206,15 +210,7 @@ def softmax_n_attention(
         unsupported_inputs = "a tensor is empty"
     elif attn_mask is not None and attn_mask.requires_grad:
         unsupported_inputs = "no kernel computes the mask's gradient"
-    backend = _choose(
-        query,
-        unsupported_inputs,
-        masked=attn_mask is not None,
-        dropout=dropout_p > 0,
-        rectangular=is_causal and query.shape[-2] != key.shape[-2],
-        wide=max(query.shape[-1], value.shape[-1]) > 192,
-    )
-    return _attend(backend, query, key, value, call)
+    return _attend(_choose(query, key, value, call, unsupported_inputs), query, key, value, call)
 
 
 def softmax_n_attention_varlen(
@@ -230,12 +226,12 @@ def softmax_n_attention_varlen(
     n: float | Tensor = 1.0,
     log_n: float | Tensor | None = None,
 ) -> Tensor:
-    """softmax_n attention of sequences packed one behind the other ("variable length", padding-free).
+    """softmax_n attention of packed sequences: one after the other, without padding ("variable length").
 
-    Every sequence attends to itself alone. Nothing waits for the device: `cu_seqlens` stays on it.
+    Each sequence attends only to itself. On a GPU nothing waits for the device: `cu_seqlens` stays there.
 
     Args:
-        query: (T, H, E), T being the tokens of all sequences together.
+        query: (T, H, E), where T counts the tokens of all sequences.
         key: (T, G, E), H a multiple of G.
         value: (T, G, V).
         cu_seqlens: (number of sequences + 1) int32, on the device of `query`: sequence i is the tokens
@@ -261,37 +257,36 @@ def softmax_n_attention_varlen(
         query, scale = query * scale, 1.0
     query, key, value = _autocast(query, key, value)
     if query.numel() == 0:
-        # It keeps what asks for a gradient.
+        # Added, so that the result requires a gradient where an input does.
         nothing = sum(x[:0].sum() for x in (query, key, value, log_n) if isinstance(x, Tensor))
         return query.new_zeros(*query.shape[:2], value.shape[2]) + nothing
     unsupported_inputs = None if query.dtype == key.dtype == value.dtype else "query, key and value have several dtypes"
-    wide = max(query.shape[-1], value.shape[-1]) > 192
-    backend = _choose(query, unsupported_inputs, dropout=dropout_p > 0, packed=True, wide=wide)
-    call = _Call(None, dropout_p, is_causal, scale, log_n)
+    call = _Call(None, dropout_p, is_causal, scale, log_n, True, cu_seqlens, max_seqlen)
+    backend = _choose(query, key, value, call, unsupported_inputs)
     if backend in ("flash", "efficient"):
-        return _stock_attention(backend, query, key, value, call._replace(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
+        return _stock_attention(backend, query, key, value, call)
+    call = call._replace(cu_seqlens=None, max_seqlen=None)
     if cu_seqlens.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        # One sequence after the other: no padding, no mask, no copy. For training on 16 sentences this takes half the
-        # time of batches of similar length and a quarter of that of padding all to the longest.
+        # One sequence after the other: no padding, no mask, no copy. Training on 16 sentences takes half the time of
+        # batches of similar length, and a quarter of the time of padding all to the longest.
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
         outputs = [_attend(backend, *part, call) for part in parts if part[0].numel() > 0]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
-    # Elsewhere the lengths are not known without waiting for the device: into rows of max_seqlen and back. Causal needs
-    # no mask, since padding lies behind every real token.
+    # Otherwise into rows of max_seqlen and back, because reading the lengths would wait for the device. A causal row
+    # needs no mask: its padding comes after every real token.
     sequence, position = _sequence_and_position(cu_seqlens, len(query))
     offsets = torch.arange(max_seqlen, device=query.device)
     tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(len(query) - 1)
     rows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
-    lengths = cu_seqlens.diff().clamp_min(1)  # a row without any key would be NaN in softmax, and poison its gradient
+    lengths = cu_seqlens.diff().clamp_min(1)  # because softmax of no key at all is NaN, and so is its gradient
     mask = None if is_causal else (offsets < lengths[:, None])[:, None, None]
-    call = _Call(mask, dropout_p, is_causal, scale, log_n)
-    backend = _choose(query, unsupported_inputs, masked=mask is not None, dropout=dropout_p > 0, wide=wide)
-    return _attend(backend, *rows, call)[sequence, :, position]
+    call = call._replace(attn_mask=mask)
+    return _attend(_choose(*rows, call, unsupported_inputs), *rows, call)[sequence, :, position]
 
 
 class _Call(NamedTuple):
-    """What an attention is to compute, beside query, key and value. Packed, where there is `cu_seqlens`."""
+    """The arguments of an attention beside query, key and value. It is packed if there is `cu_seqlens`."""
 
     attn_mask: Tensor | None
     dropout_p: float
@@ -321,14 +316,14 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 def _sequence_and_position(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Sequence and position in it of every packed token."""
+    """For every packed token, the number of its sequence and its position there."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return sequence, token - cu_seqlens[sequence]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to the arguments of stock attention."""
+    """The tensors, cast as autocast casts the arguments of stock attention."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -336,14 +331,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-# ------------------------------------------------------------------------------------------------ which backend does it
+# ------------------------------------------------------------------------------------------------- choice of a backend
 
 BACKENDS = ("auto", "flash", "efficient", "cpu", "zero_key", "eager")
 logger = logging.getLogger(__name__)
 _forced = "auto"
 
-# The operators of torch that a backend calls, each with how many positional arguments we give it and how many results
-# we expect. They are not public: a PyTorch with other ones is found out before the first call.
+# The torch operators that a backend calls: {name: (positional arguments that we pass, results that we expect)}. They
+# are not public, so they are checked before the first call.
 _OPERATORS = {
     "flash": {
         "_scaled_dot_product_flash_attention": (6, 9),
@@ -366,14 +361,14 @@ _OPERATORS = {
 
 @contextlib.contextmanager
 def attention_backend(name: str):
-    """Force softmax_n attention with n > 0, and packed attention with any n, onto one backend.
+    """Compute softmax_n attention with n > 0, and packed attention with any n, by one backend only.
 
-    "auto" chooses; "flash" and "efficient" are torch's CUDA kernels, "cpu" is its CPU kernel; "zero_key" is public
-    PyTorch only; "eager" materialises the weights. For the whole process, since checkpointed layers run again on
-    autograd's own threads: keep the backward pass inside too.
+    "auto" chooses; "flash" and "efficient" are torch's CUDA kernels, "cpu" is its CPU kernel; "zero_key" uses public
+    PyTorch functions only; "eager" computes the weights. It holds for the whole process, because checkpointed layers
+    run again on autograd's own threads: the backward pass belongs inside the `with` block too.
 
     Raises:
-        ValueError: no such backend; later, in the attention, when the backend cannot do what is asked.
+        ValueError: there is no such backend; later, in the attention: the backend cannot do what is asked.
     """
     global _forced
     if name not in BACKENDS:
@@ -385,85 +380,81 @@ def attention_backend(name: str):
         _forced = before
 
 
-class _Need(NamedTuple):
-    """What decides between the backends."""
-
-    device: torch.device
-    dtype: torch.dtype
-    unsupported_inputs: str | None  # what no kernel takes, in words
-    masked: bool
-    dropout: bool
-    packed: bool
-    rectangular: bool  # causal with L != S
-    wide: bool  # a head size over 192
-
-
-_FLAGS = _Need._fields[3:]
-
-
 def _is_exporting() -> bool:
-    # What torch.compiler.is_exporting() returns; torch.compile of PyTorch 2.11 takes that call for true.
+    # The value of torch.compiler.is_exporting(), which torch.compile of PyTorch 2.11 replaces by True.
     return torch.compiler._is_exporting_flag
 
 
-def _choose(query: Tensor, unsupported_inputs: str | None, **flags: bool) -> str:
-    """The backend for this need; flags of `_Need` that are not given are False."""
+def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_inputs: str | None) -> str:
+    """The backend to be used. `unsupported_inputs` says why no kernel accepts the inputs."""
     if _forced == "auto" and (_is_exporting() or torch.jit.is_tracing()):
-        return "zero_key"  # so that an exported model holds standard operators only
-    # Under torch.compile a flag may be symbolic; branching on it, which bool() would not do, makes it a constant.
-    flags = [True if flags.get(name, False) else False for name in _FLAGS]
-    return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *flags)
+        return "zero_key"  # so that an exported model contains standard operators only
+    packed, is_number = call.cu_seqlens is not None, not isinstance(call.log_n, Tensor)
+    needs = {
+        "packed": packed,
+        "masked": call.attn_mask is not None,
+        "dropout": call.dropout_p > 0,
+        "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
+        "wide": max(query.shape[-1], value.shape[-1]) > 192,
+        # n = 1 without a mask: then the null key needs no mask entry.
+        "one_more_key": is_number and call.log_n == 0 and not (packed or call.is_causal) and call.attn_mask is None,
+    }
+    # Under torch.compile a need may be symbolic. A branch on it makes it a constant; bool() does not.
+    needs = [name for name, needed in needs.items() if needed]
+    return _constant_choice(_forced, query.device, query.dtype, unsupported_inputs, *needs)
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while it traces
-def _constant_choice(*need) -> str:
-    return _chosen(*need)
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
+def _constant_choice(*arguments) -> str:
+    return _chosen(*arguments)
 
 
-@functools.cache  # so that each distinct choice is logged once, and costs nothing afterwards
-def _chosen(forced: str, *need) -> str:
-    need = _Need(*need)  # here, and not in `_choose`, where torch.compile would not see a constant
-    obstacles = {name: _obstacle(name, need) for name in BACKENDS[1:]}
+@functools.cache  # so that each distinct choice is logged once
+def _chosen(forced: str, device: torch.device, dtype: torch.dtype, unsupported_inputs: str | None, *needs: str) -> str:
+    obstacles = {name: _obstacle(name, device, dtype, unsupported_inputs, needs) for name in _OPERATORS}
     if forced == "auto":
-        # Without a kernel, dropout has the weights materialised: on a CPU the plain formula does it faster.
-        last = "eager" if need.device.type == "cpu" and need.dropout else "zero_key"
+        # For dropout without a kernel PyTorch computes the weights too: on a CPU the plain formula is faster.
+        last = "eager" if device.type == "cpu" and "dropout" in needs else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
-    elif obstacles[forced]:
+        # From Hopper on, PyTorch's own attention prefers cuDNN, which was faster on an H200 (docs/h200/README.md).
+        if backend == "flash" and "one_more_key" in needs and torch.cuda.get_device_capability(device) >= (9, 0):
+            backend = "zero_key"
+    elif obstacles.get(forced):
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:
         backend = forced
-    kind = f"{'packed' if need.packed else 'dense'}{', masked' * need.masked}{', with dropout' * need.dropout}"
-    logger.info("softmax_n attention (%s, %s on %s): backend %s", kind, need.dtype, need.device, backend)
+    words = {"masked": ", masked", "dropout": ", with dropout"}
+    kind = ("packed" if "packed" in needs else "dense") + "".join(words.get(need, "") for need in needs)
+    logger.info("softmax_n attention (%s, %s on %s): backend %s", kind, dtype, device, backend)
     return backend
 
 
-def _obstacle(backend: str, need: _Need) -> str | None:
-    """Why `backend` cannot do this; None if it can."""
-    if backend not in _OPERATORS:
-        return None
-    half = need.dtype in (torch.float16, torch.bfloat16)
-    if need.device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
-        return f"it does not run on {'ROCm' if torch.version.hip else need.device.type}"
-    if need.unsupported_inputs:
-        return need.unsupported_inputs
-    if backend == "cpu" and need.dropout:
+def _obstacle(
+    backend: str, device: torch.device, dtype: torch.dtype, unsupported_inputs: str | None, needs: tuple[str, ...]
+) -> str | None:
+    """Why this kernel cannot be used; None if it can."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
+        return f"it does not run on {'ROCm' if torch.version.hip else device.type}"
+    if unsupported_inputs:
+        return unsupported_inputs
+    if backend == "cpu" and "dropout" in needs:
         return "it has no dropout"
-    if backend == "efficient" and not (half or need.dtype == torch.float32):
-        return f"it does not take {need.dtype}"
-    if backend == "efficient" and need.packed and need.dropout:
-        # https://github.com/pytorch/pytorch/issues/115590: forward, all heads and sequences share one mask.
+    if backend == "efficient" and not (half or dtype == torch.float32):
+        return f"it does not take {dtype}"
+    if backend == "efficient" and "packed" in needs and "dropout" in needs:  # PyTorch's issue 115590: docs/softmax_n.md
         return "packed, its backward pass draws another dropout mask than its forward pass"
     if backend == "flash":
         if not half:
-            return f"it takes half precision, not {need.dtype}"
-        if need.masked:
+            return f"it takes half precision, not {dtype}"
+        if "masked" in needs:
             return "it takes no mask"
-        if need.rectangular:
+        if "rectangular" in needs:
             return "it aligns the causal mask differently when query and key lengths differ"
-        if need.wide:
-            return "it takes head sizes up to 192 (beyond, not every card has its backward)"
+        if "wide" in needs:
+            return "it takes head sizes up to 192 (some GPUs have no backward kernel for larger ones)"
         ampere = torch.backends.cuda.is_flash_attention_available()
-        if not ampere or torch.cuda.get_device_capability(need.device) < (8, 0):
+        if not ampere or torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
     return _changed_operator(backend)
 
@@ -491,37 +482,23 @@ def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call
     return _stock_attention(backend, query, key, value, call)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
-    """Stock attention, which knows no n."""
-    options = {"scale": call.scale, "enable_gqa": call.enable_gqa}
-    return F.scaled_dot_product_attention(query, key, value, *call[:3], **options)
-
-
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """key and value with a head for every head of query."""
+    """key and value, repeated so that there is one head for every head of query."""
     groups = query.shape[dim] // key.shape[dim]
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim), value.repeat_interleave(groups, dim)
 
 
-# ---------------------------------------------------------------------------------- through torch's own fast kernels
+# --------------------------------------------------------------------------------------- through PyTorch's fast kernels
 #
-# With o and lse the output and the log-sum-exp of the scores of ordinary softmax attention,
+# With o and lse the output and the log-sum-exp of the scores of ordinary softmax attention, softmax_n attention is
 #
-#     lse_n = log(n + exp(lse))                  that of softmax_n attention, logaddexp(lse, log n)
-#     y = o * exp(lse - lse_n)                   = o * sigmoid(lse - log n), its output
+#     y = o * exp(lse - lse_n) = o * sigmoid(lse - log n),   lse_n = log(n + exp(lse))
 #
-# and its gradients are those that the stock backward kernel computes when it is given (y, lse_n) for (o, lse): the
-# kernel rebuilds the weights as P = exp(scores - lse_n), which are softmax_n's own, and
-#
-#     dP = dy value^T,   dS = P * (dP - delta),   delta = sum_j P_j dP_j = dy . y
-#
-# is the Jacobian of softmax_n as well as softmax's (Dao, "FlashAttention-2", 2023, section 3.1). Dropout multiplies P
-# with the same mask in y, in dP and in dV, so all of it holds with dropout too. Nothing passes through lse.
-#
-# Of n a row has the null mass p0 = n / (n + exp(lse)) = sigmoid(log n - lse), and dP_j / dlog n = -P_j p0 for each j.
-# So dy / dlog n = -p0 y, and the gradient of a head's log n is -sum over its rows of p0 (dy . y), in float32 at least.
+# Its gradients are what the stock backward kernel computes when it gets (y, lse_n) in place of (o, lse), with dropout
+# too. The gradient of log n is -sum of p0 (dy . y), with the null mass p0 = sigmoid(log n - lse), over the rows of a
+# head. docs/softmax_n.md derives both.
 
 
 class _StockKernel(torch.autograd.Function):
@@ -534,7 +511,7 @@ class _StockKernel(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):  # named ones would cost as much as the kernel: `apply` binds them anew on every call
+    def forward(*inputs):  # not named: `apply` binds names on every call, which can take as long as the kernel
         backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale = inputs
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         qkv, random = (query, key, value), ()
@@ -561,13 +538,13 @@ class _StockKernel(torch.autograd.Function):
             )
             output = output[0]
         if not _is_softmax(log_n):
-            share = torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None]
-            # Half precision is computed in float32, rounded once. PyTorch 2.11's torch.compile returns zero gradients
-            # where the last operation returns its own input, as mul_ does, or a .to() without effect.
+            kept_mass = torch.sigmoid(_null_logit(backend, lse, log_n, query, cu_seqlens))[..., None]
+            # Both compute half precision in float32 and round once. If the last operation returns its own input, as
+            # mul_ does, and .to() without copy, torch.compile of PyTorch 2.11 returns zero gradients: docs/softmax_n.md
             if torch.compiler.is_compiling():
-                output = (output * share).to(output.dtype, copy=True)
+                output = (output * kept_mass).to(output.dtype, copy=True)
             else:
-                output.mul_(share)
+                output.mul_(kept_mass)
         return output, lse, *random
 
     @staticmethod
@@ -619,8 +596,16 @@ class _StockKernel(torch.autograd.Function):
         return None, *grads[:3], None, None, grad_log_n, *(None,) * 4
 
 
+def _apply_stock_kernel() -> Callable:
+    """`_StockKernel.apply`, or the part of it that records the gradient: what the rest does is for torch.func alone."""
+    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    if torch.compiler.is_compiling() or transforms_active():
+        return _StockKernel.apply
+    return super(torch.autograd.Function, _StockKernel).apply  # 50 us faster: it does not bind the arguments
+
+
 def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """lse - log n, the logit of 1 - null mass, of every row of the output: dense (B, H, L), packed (T, H)."""
+    """lse - log n for every row of the output, (B, H, L) or packed (T, H). Its sigmoid is 1 - null mass."""
     if cu_seqlens is None:
         lse = lse[..., : query.shape[2]]  # the efficient kernel rounds L up to a multiple of 32
         log_n = log_n[:, None] if isinstance(log_n, Tensor) else log_n
@@ -628,30 +613,30 @@ def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor,
         lse = lse.transpose(0, 1)  # (H, T)
     else:
         sequence, position = _sequence_and_position(cu_seqlens, len(query))
-        lse = lse[sequence, :, position]  # of (number of sequences, H, max_seqlen rounded up)
-    if isinstance(log_n, Tensor):  # a softmax head stays one in rows without any key, where -inf - -inf is NaN
+        lse = lse[sequence, :, position]  # (number of sequences, H, max_seqlen rounded up) before
+    if isinstance(log_n, Tensor):  # for a softmax head inf: in rows without any key -inf - -inf would be NaN
         return torch.where(log_n == -math.inf, math.inf, lse - log_n)
     return lse - log_n if log_n != 0 else lse
 
 
 def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
-    """softmax_n attention by a stock kernel, for any n >= 0: makes the arguments such as the kernel takes them."""
+    """softmax_n attention by a stock kernel, for any n >= 0. Gives the arguments the form that the kernel accepts."""
     attn_mask, dropout_p, is_causal, scale, log_n, _, cu_seqlens, max_seqlen = call
-    if backend != "flash":  # which alone knows shared heads
+    if backend != "flash":  # only flash shares heads itself
         key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
     sizes = query.shape[-1], value.shape[-1]
     scale = sizes[0] ** -0.5 if scale is None else scale
-    # Head sizes: equal, and on CUDA a multiple of 8. Zeros change no score, and their outputs are cut off.
+    # Head sizes must be equal, and on CUDA a multiple of 8. Padding with zeros changes no score.
     multiple = 1 if backend == "cpu" else 8
     size = -(-max(sizes) // multiple) * multiple
     if backend == "efficient" and cu_seqlens is not None:
-        # Packed, it is called without a scale, which is 1 / sqrt(size): the shape rule of its backward, which
-        # torch.compile asks, knows one argument less than the operator and fails when given one (torch 2.13 still).
+        # The packed operator is called without a scale, so with 1 / sqrt(size): if its backward operator is given one,
+        # torch.compile fails (docs/softmax_n.md).
         if abs(scale * size**0.5 - 1) > 1e-9:
             query = query * (scale * size**0.5)
-        max_seqlen = min(max_seqlen, len(query))  # its backward refuses more
+        max_seqlen = min(max_seqlen, len(query))  # the backward operator raises for more
     elif cu_seqlens is not None:
-        max_seqlen = max(max_seqlen, 2)  # for 1 and shared heads it has a decoding path with another layout
+        max_seqlen = max(max_seqlen, 2)  # with 1 and shared heads the kernel takes a path with another layout
     query, key, value = (
         F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x if _is_aligned(x, multiple) else x.contiguous()
         for x in (query, key, value)
@@ -666,16 +651,16 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
     if isinstance(log_n, Tensor):
         log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
     with_gradient = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():  # torch.compile cannot trace `apply` where no input needs a gradient
+    if torch.compiler.is_compiling():  # torch.compile cannot trace `apply` if no input requires a gradient
         inputs = (query, key, value, log_n)
         with_gradient = with_gradient and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    run = _StockKernel.apply if with_gradient else _StockKernel.forward
+    run = _apply_stock_kernel() if with_gradient else _StockKernel.forward
     output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
 
 def _is_aligned(x: Tensor, multiple: int) -> bool:
-    """Whether the last dimension lies dense in memory and the other strides are multiples of `multiple`."""
+    """Whether the last dimension has stride 1 and the other strides are multiples of `multiple`."""
     *strides, last = x.stride()
     return last == 1 and all(stride % multiple == 0 for stride in strides)
 
@@ -686,13 +671,13 @@ def _is_aligned(x: Tensor, multiple: int) -> bool:
 def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """softmax_n attention through torch's public attention, exactly.
 
-    One more key and value of zeros: the null key's score is 0 plus its mask entry log n, so it adds n to the
-    denominator, and its value adds nothing to the numerator. Dropout may drop the null key, which changes nothing, and
-    treats every other weight as softmax_n attention does.
+    It adds one key and value of zeros, the null key. The null key's score is its mask entry log n, which adds n to the
+    denominator; its value adds nothing to the numerator. Dropout acts on all other weights as in softmax_n attention.
     """
-    attn_mask, _, is_causal, _, log_n, *_ = call
+    attn_mask, dropout_p, is_causal, scale, log_n, enable_gqa, *_ = call
+    options = {"scale": scale, "enable_gqa": enable_gqa}
     if _is_softmax(log_n):
-        return _sdpa(query, key, value, call)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     length, keys = query.shape[-2], key.shape[-2]
     null_logits = _null_logits(log_n, query.dtype)
     key = F.pad(key, (0, 0, 0, len(null_logits)))
@@ -707,7 +692,7 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
         if attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(query.dtype)
-        # Expanded first: a mask that broadcasts over the keys must not reach the null keys.
+        # Expanded first, because a mask that broadcasts over the keys must not mask the null keys.
         rows = torch.broadcast_shapes(attn_mask.shape[:-1], (query.shape[-3], 1)) if by_head else attn_mask.shape[:-1]
         attn_mask = attn_mask.expand(*rows, keys)
         for logit in null_logits:
@@ -716,24 +701,24 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
                 attn_mask = torch.cat([attn_mask, null], -1)
             else:
                 attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
-    return _sdpa(query, key, value, call._replace(attn_mask=attn_mask, is_causal=False))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
 
 
 def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
     """Logits, exact in `dtype`, whose exponentials add up to n.
 
-    One is enough except in half precision, where log n rounded to bfloat16 would be another n by up to 0.8 %. There the
-    first is log n rounded down, and a second one makes up the rest.
+    In half precision there can be two: log n rounded down, and one for the rest of n. Rounding log n to bfloat16 alone
+    would change n by up to 0.8 %.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if isinstance(log_n, Tensor):
         log_n = log_n.to(torch.promote_types(dtype, torch.float32))
-        log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that a row without any key is 0
+        log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that the output of a row without keys is 0
         if not half:
             return [log_n]
         lower = (log_n - log_n.abs() * torch.finfo(dtype).eps).to(dtype)
         rest = log_n + torch.expm1(lower - log_n).neg().clamp_min(0).log()
-        return [log_n + (logit - log_n).detach() for logit in (lower, rest)]  # both move with log n
+        return [log_n + (logit - log_n).detach() for logit in (lower, rest)]  # both have the gradient of log n
     if not half:
         return [log_n]
     bits = 1 - round(math.log2(torch.finfo(dtype).eps))  # of the significand: 11 or 8
@@ -744,13 +729,13 @@ def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | lis
 
 
 def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """The definition, with the weights materialised, for callers that need them. Returns (output, weights).
+    """The definition, for callers that need the weights too. Returns (output, weights).
 
-    Softmax over one more logit, log n, whose weight is thrown away, keeps to torch's fused softmax and its backward.
+    The weights are those of torch's softmax over one additional logit, log n, without the last one.
     """
     attn_mask, dropout_p, is_causal, scale, log_n, *_ = call
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.dtype == torch.float16:  # which ends at 65,504: scaled first, the product of q = k = 40 does not overflow
+    if query.dtype == torch.float16:  # its largest number is 65,504: scaled first, the product of q = k = 40 is less
         scores = query * scale @ key.transpose(-2, -1)
     else:
         scores = query @ key.transpose(-2, -1) * scale
@@ -762,18 +747,16 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> 
         else:
             scores = scores + attn_mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if isinstance(log_n, Tensor):
-        null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.softmax(torch.cat([scores, null], -1), -1)[..., :-1]
-    elif _is_softmax(log_n):
+    if _is_softmax(log_n):
         weights = torch.softmax(scores, -1)
     else:
-        weights = torch.softmax(F.pad(scores, (0, 1), value=log_n), -1)[..., :-1]
+        null = log_n.to(scores.dtype)[:, None, None] if isinstance(log_n, Tensor) else scores.new_full((), log_n)
+        weights = torch.softmax(torch.cat([scores, null.expand(*scores.shape[:-1], 1)], -1), -1)[..., :-1]
     weights = F.dropout(weights.to(value.dtype), dropout_p)
     return weights @ value, weights
 
 
-# ------------------------------------------------------------------------------------- any transformers model with it
+# ------------------------------------------------------------------------------------ any transformers model with it
 
 
 def softmax_n_attention_forward(
@@ -787,27 +770,32 @@ def softmax_n_attention_forward(
     is_causal: bool | None = None,
     output_attentions: bool = False,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
-    max_length_k: int | None = None,
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers calls; n comes from `module.config.softmax_n`.
+    """The attention function that transformers calls, with n of `module.config.softmax_n`.
 
-    Args and result as transformers' `AttentionInterface` has them: query (B, H, L, E), key and value (B, G, S, E),
-    result (B, L, H, E) and, with `output_attentions`, the weights (B, H, L, S), after dropout as in stock eager
-    attention. Their rows sum to 1 minus the null mass. `s_aux` (H,) are a model's own sinks, log n of each head;
-    `indices` (B, L, any) the keys to which a sparse attention has confined each query.
+    Args:
+        module: the attention module; it has `config`, and `log_n` (H,) where n is learned.
+        query, key, value: (B, H, L, E), (B, G, S, E) and (B, G, S, V).
+        attention_mask, dropout, scaling: `attn_mask`, `dropout_p` and `scale` of `softmax_n_attention`.
+        is_causal: default is the module's; ignored beside a mask, and for a single query.
+        output_attentions: return the weights too.
+        cu_seq_lens_q, max_length_q: packed sequences, as transformers' FlashAttentionKwargs give them: B = 1, L all
+            tokens, int32 on the device, and an int. The two arguments for keys have the same values.
+        s_aux: (H,) the model's own attention sinks, log n of each head.
+        indices: (B, L, any number) the keys to which a sparse attention restricts each query.
 
-    Packed sequences come as transformers' FlashAttentionKwargs: B = 1, L all tokens, `cu_seq_lens_q` int32 on the
-    device and `max_length_q` an int; the two for keys are the same.
+    Returns:
+        Output (B, L, H, V), and the weights (B, H, L, S) after dropout, or None. Without dropout, each row of weights
+        sums to 1 minus its null mass.
 
     Raises:
-        ValueError: the config carries no softmax_n, or the model asks for something that softmax_n attention does not
-            define here (softcap, a position bias beside the mask, a paged cache, sinks of its own beside n); packed
-            sequences with `output_attentions` or a cache.
+        ValueError: the config has no softmax_n; the model asks for something that is not defined here (softcap, a
+            position bias beside the mask, a paged cache, sinks of its own beside n); packed sequences with
+            `output_attentions` or with a cache.
     """
     n = getattr(module.config, "softmax_n", None)
     if n is None:
@@ -815,80 +803,71 @@ def softmax_n_attention_forward(
     for unsupported in ("softcap", "position_bias", "cache"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"softmax_n attention has no `{unsupported}`, which {type(module).__name__} asks for")
-    if n == OWN:  # some layers may have none, and are softmax
+    if n == OWN:  # a layer without sinks is softmax
         log_n = -math.inf if s_aux is None else s_aux
     elif s_aux is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks of its own: take them, apply_softmax_n(model)")
     else:
         log_n = log_n_of(module)
     if indices is not None:
-        chosen = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        chosen = chosen.scatter(-1, indices.long()[:, None], True)
-        if attention_mask is None or attention_mask.dtype == torch.bool:
-            attention_mask = chosen if attention_mask is None else attention_mask & chosen
-        else:
-            attention_mask = attention_mask.masked_fill(~chosen, -math.inf)
-    # As in transformers' own sdpa attention: no mask on a causal module means purely causal, but a single query (a
-    # decoding step) sees every key.
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    is_causal = (
-        query.shape[2] > 1 and attention_mask is None and is_causal
-    )  # `is_causal` last, so the result is a plain bool
-    if cu_seq_lens_q is not None and output_attentions:
-        raise ValueError("packed batches have no attention weights to show: use padded batches")
-    if cu_seq_lens_q is not None and not query.shape[2] == key.shape[2] == value.shape[2]:
-        raise ValueError("packed batches cannot go on from a cache: use padded batches")
-    if cu_seq_lens_q is not None and attention_mask is not None:
-        # Some decoders get one all the same. It need not keep the sequences apart.
-        sequence, _ = _sequence_and_position(cu_seq_lens_q, query.shape[2])
-        apart = sequence[:, None] != sequence
-        blocked = False if attention_mask.dtype == torch.bool else -math.inf
-        attention_mask, cu_seq_lens_q = attention_mask.masked_fill(apart, blocked), None
-    groups = query.shape[1] // key.shape[1]
+        allowed = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = _restrict(attention_mask, allowed.scatter(-1, indices.long()[:, None], True))
+    # As in transformers' sdpa attention: a causal module without a mask is causal, but a single query (a decoding
+    # step) sees every key. `is_causal` comes last, so that the result is a plain bool.
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
     if cu_seq_lens_q is not None:
-        output = softmax_n_attention_varlen(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            cu_seq_lens_q,
-            max_length_q,
-            dropout,
-            is_causal,
-            scaling,
-            log_n=log_n,
-        )
-        return output[None], None
+        if output_attentions:
+            raise ValueError("packed batches have no attention weights to show: use padded batches")
+        if not query.shape[2] == key.shape[2] == value.shape[2]:
+            raise ValueError("packed batches cannot go on from a cache: use padded batches")
+        if attention_mask is None:
+            rows = (x[0].transpose(0, 1) for x in (query, key, value))
+            packed = (cu_seq_lens_q, max_length_q, dropout, is_causal, scaling)
+            return softmax_n_attention_varlen(*rows, *packed, log_n=log_n)[None], None
+        # Some decoders pass a mask too. It may not separate the sequences.
+        sequence, _ = _sequence_and_position(cu_seq_lens_q, query.shape[2])
+        attention_mask = _restrict(attention_mask, sequence[:, None] == sequence)
     if output_attentions:
         key, value = _shared_heads(query, key, value, dim=1)
         call = _Call(attention_mask, dropout, is_causal, scaling, _per_head(log_n, query, 1))
         output, weights = _eager_attention(query, key, value, call)
     else:
-        output = softmax_n_attention(
-            query, key, value, attention_mask, dropout, is_causal, scaling, log_n=log_n, enable_gqa=bool(groups > 1)
-        )
-        weights = None
+        shared = bool(query.shape[1] // key.shape[1] > 1)  # torch.jit.trace needs bool()
+        options = (attention_mask, dropout, is_causal, scaling)
+        output, weights = softmax_n_attention(query, key, value, *options, log_n=log_n, enable_gqa=shared), None
     output = output.transpose(1, 2)
-    if _is_exporting():  # a copy in the graph: what ONNX makes of the attention has other strides
+    if _is_exporting():  # the graph needs a copy: the attention that ONNX makes of this has other strides
         return output.clone(memory_format=torch.contiguous_format), weights
     return output.contiguous(), weights
 
 
+def _restrict(attention_mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """The mask, without the keys that are False in `allowed`."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return allowed if attention_mask is None else attention_mask & allowed
+    return attention_mask.masked_fill(~allowed, -math.inf)
+
+
 def log_n_of(module: nn.Module) -> float | Tensor:
-    """log n of an attention module: of its config's softmax_n, a float (-inf is softmax), or its learned sinks (H,)."""
+    """log n of an attention module: a float, from its config's softmax_n (-inf is softmax), or learned sinks (H,)."""
     n = getattr(module.config, "softmax_n", 0.0)
     return module.log_n if n == LEARNED else _log(n, None)
 
 
 def learned_sinks(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: log n of its heads (H,)} of the learned sinks that apply_softmax_n or a config put into the model."""
+    """{parameter name: log n of the heads (H,)} of the learned sinks that this file has put into the model."""
     return {name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "log_n"}
 
 
-# Without its own mask function an attention gets no mask at all, and padding would leak.
-AttentionInterface.register(ATTENTION, softmax_n_attention_forward)
-AttentionInterface.register(EAGER_ATTENTION, functools.partial(softmax_n_attention_forward, output_attentions=True))
-AttentionInterface.register(ADDITIVE_ATTENTION, softmax_n_attention_forward)
-for _name, _mask in ((ATTENTION, sdpa_mask), (EAGER_ATTENTION, sdpa_mask), (ADDITIVE_ATTENTION, eager_mask)):
-    AttentionMaskInterface.register(_name, _mask)
+_with_weights = functools.partial(softmax_n_attention_forward, output_attentions=True)
+for _name, _function, _mask in (
+    (ATTENTION, softmax_n_attention_forward, sdpa_mask),
+    (EAGER_ATTENTION, _with_weights, sdpa_mask),
+    (ADDITIVE_ATTENTION, softmax_n_attention_forward, eager_mask),
+):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _mask)  # without one transformers passes no mask at all: padding would leak
 
 
 def _check_version() -> None:
@@ -897,123 +876,117 @@ def _check_version() -> None:
 
 
 def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module:
-    """Make every attention of a transformers model use softmax_n ("surgery", in place). Weights stay as they are.
+    """Make every attention of a transformers model use softmax_n, in place. The weights stay as they are.
 
-    First the model is run on a few made-up tokens, with its own softmax attention and with ours at n = 0 (or with its
-    own sinks). It is taken if both agree, and every attention seen was ours. To see the attention weights, pass
-    output_attentions=True or, where the model does not hand that on, set_attn_implementation("softmax_n_eager").
+    First the model runs on a few made-up tokens, with its own softmax attention and with ours at n = 0 (or with the
+    model's own sinks). It is accepted if both outputs agree and no other attention was seen (docs/softmax_n.md). To
+    get the attention weights, pass output_attentions=True to the model; a model that does not pass this on to its
+    attention needs set_attn_implementation("softmax_n_eager").
 
     Args:
-        model: a PreTrainedModel, or a module around one.
-        n: finite real number >= 0, 0 being softmax; "learned" for a parameter `log_n` (H,) in each attention module,
-            which starts at 0 (n = 1) where there is none yet; None for a model that has learned attention sinks of its
-            own, such as gpt-oss.
+        model: a PreTrainedModel, or a module that contains one or several.
+        n: finite real number >= 0, where 0 is softmax; "learned" for a parameter `log_n` (H,) in each attention module,
+            which starts at 0 (n = 1) and is kept where there is one already; None for a model that has learned
+            attention sinks of its own, such as gpt-oss.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: n is none of these, or the model cannot be taken; it is then left as it was.
+        ValueError: n is none of these, or the model is refused; the model is then left as it was.
+        ImportError: transformers is older than 5.0.
     """
     _check_version()
     n = n if n is None or n == LEARNED else checked_softmax_n(n)
-    roots: list[PreTrainedModel] = []
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not any(part in set(root.modules()) for root in roots):
-            roots.append(part)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    inner = {module for part in parts for module in part.modules() if module is not part}
+    roots = [part for part in parts if part not in inner]
     if not roots:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
-    # On copies of the configs: another model may have been built with the same ones, and a failure changes nothing.
-    places = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, PretrainedConfig)
-    ]
+    # Configs are copied first: another model may share them, and after a failure this model gets its old ones back.
+    before = [(module, name, config) for module in model.modules() for name, config in _configs(module)]
     copies: dict = {}
     try:
-        for module, name, config in places:
-            copied = copy.deepcopy(config, copies)
-            copied.__class__ = vars(type(copied)).get("stock", type(copied))
-            setattr(module, name, copied)
-        put_in = [_put_in(root, n) for root in roots]
+        for module, name, config in before:
+            config = copy.deepcopy(config, copies)
+            config.__class__ = vars(type(config)).get("stock", type(config))
+            setattr(module, name, config)
+        for root in roots:
+            _choose_attention(root, n)
     except BaseException:
-        for module, name, config in places:
+        for module, name, config in before:
             setattr(module, name, config)
         raise
-    for root, class_changes in zip(roots, put_in, strict=True):
-        _add_sinks(root, root.config.softmax_n_heads if n == LEARNED else {})
-        if class_changes:
-            _change_class(root, n)
-        elif isinstance(root, _SoftmaxNModel):
-            root._mark()
+    for root in roots:
+        _add_sinks(root)
+        _change_class(root)
     return model
 
 
-def _put_in(model: PreTrainedModel, n: float | str | None) -> bool:
-    """Set the configs of the model, which is tested first; with learned sinks, `softmax_n_heads` in them names the
-    classes of its attention, with their heads. Returns whether the model's class has to change: not where it sees to
-    its attention itself."""
-    configs = {id(config): config for module in model.modules() for config in vars(module).values()}
-    configs = [config for config in configs.values() if isinstance(config, PretrainedConfig)]
-    refused = f"{type(model).__name__} does not take its attention from transformers' attention interface"
+def _configs(module: nn.Module) -> list[tuple[str, PretrainedConfig]]:
+    """The configs that the module itself holds, each with the name of its attribute."""
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, PretrainedConfig)]
 
-    def choose(attention: str, amount: float | str, heads: dict[str, int] | None = None) -> None:
-        for config in configs:
-            config.softmax_n, config._attn_implementation_internal = amount, attention
+
+def _set_configs(model: nn.Module, attention: str, n: float | str, heads: dict[str, int] | None = None) -> None:
+    """Set what the configs say of the attention; `heads`, for learned sinks: {class of attention module: heads}."""
+    for module in model.modules():
+        for _, config in _configs(module):
+            config.softmax_n, config._attn_implementation_internal = n, attention
             vars(config).pop("softmax_n_heads", None)
             if heads:
                 config.softmax_n_heads = heads
 
-    choose("eager", 0.0)
-    if model.config._attn_implementation != "eager":
+
+def _choose_attention(model: PreTrainedModel, n: float | str | None) -> None:
+    """Try the model out and set its configs. Raises ValueError if it is refused; its configs are then in any state."""
+    kind, refusal = type(model).__name__, None
+    no_interface = f"{kind} does not take its attention from transformers' attention interface"
+    _set_configs(model, "eager", 0.0)
+    if model.config._attn_implementation != "eager":  # the class of its config decides, whatever is asked for
         heads = {"RobertaSelfAttention": model.config.num_attention_heads} if n == LEARNED else None
         if n is None or (heads and not isinstance(model, _SoftmaxNModel)):
-            raise ValueError(f"{type(model).__name__} takes a number n, got {n!r}")
-        choose(ATTENTION, n, heads)
-        return False
+            raise ValueError(f"{kind} takes a number n, got {n!r}")
+        _set_configs(model, ATTENTION, n, heads)
+        return
+
     inputs, expected = _first_run(model)
-    if inputs is None and not (model._supports_attention_backend and isinstance(n, float)):
-        raise ValueError(f"{refused}, or it could not be tried: {expected}")
-    attention, error, watch = ATTENTION, None, _Watch()
-    for attention in (ATTENTION, ADDITIVE_ATTENTION) if inputs is not None else ():
-        choose(attention, OWN if n is None else 0.0)
-        try:
-            with watch:
-                found = _run(model, inputs)
-            difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
-            error = None if difference <= 1 else f"its output is another ({difference:.0f} times the rounding)"
-        except ValueError:
-            raise
-        except Exception as failure:  # of a model that computes with a mask of another kind
-            error = f"it stops with {type(failure).__name__}: {failure}"
-        if watch.others or not error:
+    attention, difference, watch = ATTENTION, "", _Watch()
+    for attention in (ATTENTION, ADDITIVE_ATTENTION) if inputs else ():
+        _set_configs(model, attention, OWN if n is None else 0.0)
+        with watch:
+            difference = _difference(model, inputs, expected)
+        if watch.others or not difference:
             break
-    if inputs is not None and (watch.others or not watch.ours):
-        raise ValueError(f"{refused}{watch.where(model)}, so softmax_n cannot be put into it")
-    if error:
-        raise ValueError(f"softmax_n cannot be put into {type(model).__name__}: with n = 0, {error}")
-    if n is None and not watch.sinks:
-        raise ValueError(f"{type(model).__name__} has no attention sinks of its own: give n, or {LEARNED!r}")
     heads = {type(module).__name__: count for module, count in watch.ours.items()}
-    if n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
-        raise ValueError(f"{type(model).__name__} has attention of several numbers of heads: {heads}")
-    choose(attention, OWN if n is None else n, heads if n == LEARNED else None)
-    for part in model.modules():  # such as the tower of images, which was given none
+    if not inputs and not (model._supports_attention_backend and isinstance(n, float)):
+        refusal = f"{no_interface}, or it could not be tried: {expected}"
+    elif inputs and (watch.others or not watch.ours):
+        refusal = f"{no_interface}{watch.where(model)}, so softmax_n cannot be put into it"
+    elif difference:
+        refusal = f"softmax_n cannot be put into {kind}: with n = 0, {difference}"
+    elif n is None and not watch.sinks:
+        refusal = f"{kind} has no attention sinks of its own: give n, or {LEARNED!r}"
+    elif n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
+        refusal = f"{kind} has attention of several numbers of heads: {heads}"
+    if refusal:
+        raise ValueError(refusal)
+    _set_configs(model, attention, OWN if n is None else n, heads if n == LEARNED else None)
+    for part in model.modules():  # for example the image encoder of a model that was tried with text alone
         if isinstance(part, PreTrainedModel) and watch.seen.isdisjoint(part.modules()):
             part._softmax_n_watch = _Watch()
             part.register_forward_pre_hook(_start_watching)
             part.register_forward_hook(_stop_watching, always_call=True)
-    return True
 
 
 def _start_watching(module: nn.Module, args: tuple) -> None:
-    """On the first forward of what was not tried when n was chosen."""
+    """Before the first forward pass of a part that did not run when n was chosen."""
     if module._softmax_n_watch is not None:
         module._softmax_n_watch.__enter__()
 
 
 def _stop_watching(module: nn.Module, args: tuple, output: object) -> None:
+    """After that pass. Raises ValueError if the part has an attention that stays softmax."""
     watch, module._softmax_n_watch = module._softmax_n_watch, None
     if watch is not None:
         watch.__exit__(None, None, None)
@@ -1022,7 +995,7 @@ def _stop_watching(module: nn.Module, args: tuple, output: object) -> None:
 
 
 def _first_run(model: PreTrainedModel) -> tuple[dict | None, list[Tensor] | str]:
-    """Made-up inputs with which the model runs as it is, and its outputs; or None and why there are none."""
+    """Made-up inputs with which the model runs as it is, and its outputs; or None and the reason why it does not."""
     if next(model.parameters()).is_meta:
         return None, "it has no weights yet"
     reason = ""
@@ -1036,24 +1009,24 @@ def _first_run(model: PreTrainedModel) -> tuple[dict | None, list[Tensor] | str]
 
 
 def _made_up_inputs(model: PreTrainedModel, everything: bool) -> dict[str, Tensor]:
-    """Two samples of what the model takes in first, or of everything that it can take; the second is padded."""
+    """Two samples of the model's main input, or of every input that it can take; the second text is padded."""
     config, parameters = model.config, inspect.signature(model.forward).parameters
     vision, text = getattr(config, "vision_config", config), config.get_text_config()
 
-    def numbers_like(*shape: int) -> Tensor:
+    def count(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=model.device).reshape(shape)
 
     def floats(*shape: int) -> Tensor:
-        return numbers_like(*shape).cos().to(model.dtype)
+        return count(*shape).cos().to(model.dtype)
 
     inputs = {}
     wanted = [name for name in parameters if everything or name == model.main_input_name]
     if "input_ids" in wanted:
-        inputs["input_ids"] = 5 + numbers_like(2, 8) * 7 % (text.vocab_size - 5)
+        inputs["input_ids"] = 5 + count(2, 8) * 7 % (text.vocab_size - 5)
         if "attention_mask" in parameters:
-            inputs["attention_mask"] = (numbers_like(2, 8) != 14).long() * (numbers_like(2, 8) != 15)
+            inputs["attention_mask"] = (count(2, 8) < 14).long()
     if "decoder_input_ids" in parameters and config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = 5 + numbers_like(2, 4) * 7 % (config.vocab_size - 5)
+        inputs["decoder_input_ids"] = 5 + count(2, 4) * 7 % (config.vocab_size - 5)
     if "pixel_values" in wanted:
         size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
         inputs["pixel_values"] = floats(2, vision.num_channels, *size)
@@ -1066,87 +1039,93 @@ def _made_up_inputs(model: PreTrainedModel, everything: bool) -> dict[str, Tenso
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, inputs: dict) -> list[Tensor]:
-    """The model's outputs, with the mask and without, in eval mode and without its hooks, which may count."""
-    modules = list(model.modules())
-    tables = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
-    modes, hooks = [module.training for module in modules], [dict(table) for table in tables]
+    """The model's outputs with the mask and without, in eval mode, without hooks, and with fixed random numbers."""
+    modes = {module: module.training for module in model.modules()}
+    tables = [table for module in modes for table in (module._forward_hooks, module._forward_pre_hooks)]
+    hooks = [(table, dict(table)) for table in tables]
     try:
-        for module in modules:
+        for module in modes:
             module.training = False
-        for table in tables:
+        for table, _ in hooks:
             table.clear()
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(0)  # some draw random numbers even so
+            torch.manual_seed(0)  # some models draw random numbers in eval mode too
             outputs = [model(**inputs, return_dict=True)]
             if "attention_mask" in inputs:
                 outputs.append(model(**{**inputs, "attention_mask": None}, return_dict=True))
     finally:
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode in modes.items():
             module.training = mode
-        for table, before in zip(tables, hooks, strict=True):
+        for table, before in hooks:
             added = dict(table)  # by transformers, which would not add them again
             table.clear()
             table.update(before | added)
     return [x for output in outputs for x in output.values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of what rounding may make of it; of a model with damaged weights, where finite."""
-    finite = expected.isfinite()
-    if not finite.any():
-        return 0.0
-    found, exact = found.double()[finite], expected.double()[finite]
-    # Wide, because layer norms amplify rounding: with 3e-5 a RoBERTa of nearly constant rows was refused.
-    allowed = (1e-3 if expected.dtype.itemsize > 2 else 0.1) * exact.abs().max().clamp_min(1e-30)
-    return ((found - exact).abs().max() / allowed).nan_to_num(math.inf).item()
+def _difference(model: PreTrainedModel, inputs: dict, expected: list[Tensor]) -> str:
+    """How its outputs differ from `expected`, where that is finite, by more than rounding may cause; "" if not."""
+    try:
+        outputs = _run(model, inputs)
+    except ValueError:  # of softmax_n_attention_forward: it says what this model asks for
+        raise
+    except Exception as error:  # of a model that computes with its mask, and needs another kind of mask
+        return f"it stops with {type(error).__name__}: {error}"
+    largest = 0.0
+    for output, exact in zip(outputs, expected, strict=True):
+        finite, half = exact.isfinite(), exact.dtype.itemsize <= 2
+        if finite.any():
+            output, exact = output.double()[finite], exact.double()[finite]
+            # Wide, because layer norms amplify rounding: 3e-5 refused a RoBERTa whose rows are nearly constant.
+            allowed = exact.abs().max().clamp_min(1e-30) * (0.1 if half else 1e-3)
+            largest = max(largest, ((output - exact).abs().max() / allowed).nan_to_num(math.inf).item())
+    return f"its output differs by {largest:.0f} times what rounding may cause" if largest > 1 else ""
 
 
+OURS = softmax_n_attention_forward.__name__  # by name, because a second copy of this file may have registered its own
 PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
-OURS = softmax_n_attention_forward.__name__  # a name, since a second copy of this file may have registered its own
 ATTENTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+SCORES, WEIGHTS = 1, 2  # a product of matrices, and a softmax of one
 
 
 class _Watch(TorchFunctionMode):
-    """Sees what attends while a model runs.
+    """Finds the attention of a model while it runs.
 
-    ours: modules whose attention is softmax_n_attention_forward, with their heads; sinks: whether one of them has some;
-    others: modules with another attention: a softmax of a product of matrices whose weights multiply a third one;
-    seen: modules that computed anything.
+    ours: {module: its heads} of the modules whose attention is `softmax_n_attention_forward`.
+    sinks: whether the model gave one of them sinks of its own.
+    others: modules with another attention: one of torch's own, or scores, their softmax, and its product with values.
+    seen: modules that computed something.
     """
 
     def __init__(self):
         super().__init__()
         self.ours, self.others, self.seen, self.sinks = {}, set(), set(), False
-        self.products, self.weights = {}, {}  # tensors by id, held so that no other gets it
+        self.found = {}  # id of a tensor: (SCORES or WEIGHTS, the tensor, kept so that no other one gets its id)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         frame = sys._getframe(1)
-        while frame and frame.f_code.co_name != OURS:
-            if isinstance(frame.f_locals.get("self"), nn.Module):
-                break
+        while frame and frame.f_code.co_name != OURS and not isinstance(frame.f_locals.get("self"), nn.Module):
             frame = frame.f_back
-        if frame is None:
-            return result
-        if frame.f_code.co_name == OURS:
+        if frame and frame.f_code.co_name == OURS:
             self.ours[frame.f_locals["module"]] = frame.f_locals["query"].shape[1]
             self.sinks = self.sinks or frame.f_locals["s_aux"] is not None
-            return result
-        module, name = frame.f_locals["self"], getattr(function, "__name__", "")
-        self.seen.add(module)
-        given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(x, Tensor)]
-        if name in ATTENTIONS or (name in PRODUCTS and any(id(x) in self.weights for x in given)):
+        elif frame:
+            self.seen.add(frame.f_locals["self"])
+            self._follow(frame.f_locals["self"], getattr(function, "__name__", ""), args, result)
+        return result
+
+    def _follow(self, module: nn.Module, name: str, args: tuple, result: object) -> None:
+        given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if id(x) in self.found]
+        if name in ATTENTIONS or (name in PRODUCTS and any(self.found[id(x)][0] == WEIGHTS for x in given)):
             self.others.add(module)
         elif name in PRODUCTS:
-            self.products[id(result)] = result
-        elif isinstance(result, Tensor) and name != "linear":
-            for kind in (self.products, self.weights):
-                if any(
-                    id(x) in kind and (x.numel() == result.numel() or name in ("cat", "__getitem__")) for x in given
-                ):
-                    kind = self.weights if name == "softmax" else kind
-                    kind[id(result)] = result
-        return result
+            self.found[id(result)] = SCORES, result
+        elif isinstance(result, Tensor) and name != "linear":  # scores with a mask, their softmax, a part of it, ...
+            same = [x for x in given if x.numel() == result.numel() or name in ("cat", "__getitem__")]
+            if same:
+                stage = WEIGHTS if name == "softmax" else max(self.found[id(x)][0] for x in same)
+                self.found[id(result)] = stage, result
 
     def where(self, model: nn.Module) -> str:
         """ " in" and the names of `others`."""
@@ -1154,11 +1133,10 @@ class _Watch(TorchFunctionMode):
         return f" in {', '.join(names)}" if names else ""
 
 
-# ------------------------------------------------------------------------------------------------- RoBERTa with it
+# ------------------------------------------------------------------------------ models that are saved with their n
 
-
-# Stands behind the activation's name in config.json, so that no stock class finds the activation: building the model
-# raises, with this sentence, whichever attention the caller asks for.
+# Written behind the activation's name in config.json. No stock class knows such an activation: building the model
+# raises an error that contains this sentence, whichever attention the caller asks for.
 STOP_STOCK = (
     ", in a softmax_n model: load it with AutoModelForMaskedLM.from_pretrained or another Auto class and "
     "trust_remote_code=True; stock code would attend with softmax"
@@ -1166,10 +1144,10 @@ STOP_STOCK = (
 
 
 class _SoftmaxNConfig:
-    """What the configs of softmax_n models share: `softmax_n`, which is n or "learned", and how they are saved.
+    """What the configs of softmax_n models share: `softmax_n`, a number n or "learned", and how they are saved.
 
-    Three things in config.json keep stock classes from loading the weights and quietly attending with softmax: the
-    model_type, which makes them warn; the name of the attention, which they do not find; and `STOP_STOCK`.
+    Three entries of config.json keep stock classes from loading the weights and attending with softmax unnoticed: the
+    model_type, for which they warn; the name of the attention, which they do not know; and `STOP_STOCK`.
 
     Raises:
         ValueError: softmax_n is negative, NaN or infinite.
@@ -1186,25 +1164,22 @@ class _SoftmaxNConfig:
 
     @PretrainedConfig._attn_implementation.getter
     def _attn_implementation(self) -> str:
-        """softmax_n, whatever was asked for: every module, and every class around it, reads its attention here.
-
-        A registered attention whose name begins with "softmax_n" promises to read n from the config; every other name
-        is answered with "softmax_n".
-        """
+        """The attention of every module: what was asked for if its name begins with "softmax_n", which promises that
+        it reads n from the config; otherwise "softmax_n"."""
         asked_for = getattr(self, "_attn_implementation_internal", None)
         return asked_for if str(asked_for).startswith(ATTENTION) else ATTENTION
 
     def to_dict(self) -> dict:
-        """As transformers has it, and what it leaves out: the attention, and the classes of this file beside the one
-        that is being saved."""
+        """As in transformers, and with what transformers leaves out: the attention, and all Auto classes."""
         attention = ADDITIVE_ATTENTION if self._attn_implementation == ADDITIVE_ATTENTION else ATTENTION
         return {**super().to_dict(), "_attn_implementation": attention, "auto_map": dict(self.softmax_n_auto_map)}
 
     def to_diff_dict(self) -> dict:
-        """What config.json holds."""
+        """The content of config.json."""
         if isinstance(getattr(self, "hidden_act", None), str):
             return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
-        return {**super().to_diff_dict(), "quantization_config": {"softmax_n": STOP_STOCK}}  # has no method: it raises
+        # A quantization_config that names no method raises too.
+        return {**super().to_diff_dict(), "quantization_config": {"softmax_n": STOP_STOCK}}
 
 
 class _SoftmaxNModel:
@@ -1212,8 +1187,7 @@ class _SoftmaxNModel:
 
     def __init__(self, config: PretrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if config.softmax_n == LEARNED:
-            _add_sinks(self, config.softmax_n_heads)
+        _add_sinks(self)
         self._mark()
         check_attention(self)
 
@@ -1222,24 +1196,27 @@ class _SoftmaxNModel:
         self._buffers.pop("softmax_n", None)
         if self.config.softmax_n != 0:
             self.register_buffer("softmax_n", torch.empty(0, device=self.device))
-        for about in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
-            setattr(self, about, {r"(^|\.)softmax_n$", *(getattr(self, about) or ())})
+        for ignored in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+            setattr(self, ignored, {r"(^|\.)softmax_n$", *(getattr(self, ignored) or ())})
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        if "softmax_n" in self._buffers:  # a state_dict of the stock class is taken too
+        if "softmax_n" in self._buffers:  # a state_dict of the stock class is accepted too
             state_dict.setdefault(f"{prefix}softmax_n", self.softmax_n)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initialize_weights(self) -> None:
-        """Sinks that were not in the folder start at n = 1 too."""
+        """As in transformers; learned sinks that the saved model lacks start at 0 (n = 1)."""
         super().initialize_weights()
-        for name, parameter in self.named_parameters():
-            if name.endswith(".log_n") and not getattr(parameter, "_is_hf_initialized", False):
+        for parameter in learned_sinks(self).values():
+            if not getattr(parameter, "_is_hf_initialized", False):
                 nn.init.zeros_(parameter)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """Takes registered names that begin with "softmax_n", such as "softmax_n_eager": they promise to read n from
-        the config. ValueError for any other, which would make it a softmax model."""
+        """As in transformers, for registered names that begin with "softmax_n", such as "softmax_n_eager".
+
+        Raises:
+            ValueError: any other name, which would make this a softmax model.
+        """
         if not str(attn_implementation).startswith(ATTENTION):
             raise ValueError(
                 f"this model attends with softmax_n (n = {self.config.softmax_n}); "
@@ -1248,52 +1225,53 @@ class _SoftmaxNModel:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def _add_sinks(model: nn.Module, heads: dict[str, int]) -> None:
-    """A parameter `log_n` (H,) of zeros in each module of the classes in `heads` that has none; others lose theirs."""
+def _add_sinks(model: PreTrainedModel) -> None:
+    """Give each attention module of the classes in `config.softmax_n_heads` a parameter `log_n` (H,) of zeros, unless
+    it has one, and take it from all other modules."""
+    heads = model.config.softmax_n_heads if model.config.softmax_n == LEARNED else {}
     for module in model.modules():
         if type(module).__name__ not in heads:
             module._parameters.pop("log_n", None)
         elif "log_n" not in module._parameters:
-            like = next(module.parameters())
-            module.log_n = nn.Parameter(like.new_zeros(heads[type(module).__name__]))
+            module.log_n = nn.Parameter(next(module.parameters()).new_zeros(heads[type(module).__name__]))
 
 
-def _change_class(model: PreTrainedModel, n: float | str | None) -> None:
-    """Make the model one of a class that is saved with its n, or, for softmax and a model's own sinks, a stock one."""
-    model._buffers.pop("softmax_n", None)
-    model.__class__ = vars(type(model)).get("stock", type(model))
-    if n is not None and n != 0:
-        model.__class__ = softmax_n_class(type(model))
-        model.config.__class__ = model.config_class
+def _change_class(model: PreTrainedModel) -> None:
+    """Give the model the class that is saved with its n; for softmax, and for a model's own sinks, its stock class."""
+    if not model.config._attn_implementation.startswith(ATTENTION):  # its config decides for another attention
+        return
+    if not isinstance(model.config, RobertaSoftmaxNConfig):  # which serves every n
+        model._buffers.pop("softmax_n", None)
+        model.__class__ = vars(type(model)).get("stock", type(model))
+        if model.config.softmax_n not in (0, OWN):
+            model.__class__ = softmax_n_class(type(model))
+            model.config.__class__ = model.config_class
+    if isinstance(model, _SoftmaxNModel):
         model._mark()
 
 
 @functools.cache
 def softmax_n_class(stock: type) -> type:
-    """The class of transformers models or configs that is `stock` with softmax_n: SoftmaxNLlamaForCausalLM.
+    """The class that is `stock`, a class of transformers models or configs, with softmax_n.
 
-    It is an attribute of this module too, where from_pretrained with trust_remote_code=True finds it.
+    That of LlamaForCausalLM is SoftmaxNLlamaForCausalLM. It is an attribute of this module too, where from_pretrained
+    with trust_remote_code=True finds it.
     """
     about = {"__module__": __name__, "__doc__": f"{stock.__name__} with softmax_n.", "stock": stock}
     if issubclass(stock, PretrainedConfig):
-        autos = {"AutoConfig": f"softmax1.SoftmaxN{stock.__name__}"}
-        for name in dir(transformers):
-            mapping = getattr(getattr(transformers, name), "_model_mapping", ()) if name.startswith("AutoModel") else ()
-            model = mapping[stock] if stock in mapping else None
-            if isinstance(model, type):
-                autos[name] = f"softmax1.SoftmaxN{model.__name__}"
-        about |= {
-            "softmax_n_auto_map": autos,
-            "model_type": f"softmax-n-{stock.model_type}",
-            "_auto_class": "AutoConfig",
-        }
+        base, autos = _SoftmaxNConfig, {"AutoConfig": f"softmax1.SoftmaxN{stock.__name__}"}
+        for auto in (name for name in dir(transformers) if name.startswith("AutoModel")):
+            mapping = getattr(getattr(transformers, auto), "_model_mapping", ())
+            if stock in mapping and isinstance(mapping[stock], type):
+                autos[auto] = f"softmax1.SoftmaxN{mapping[stock].__name__}"
+        about |= {"model_type": f"softmax-n-{stock.model_type}", "softmax_n_auto_map": autos}
+        about["_auto_class"] = "AutoConfig"
         about["__init__"] = lambda self, *args, **kwargs: _SoftmaxNConfig.__init__(self, *args, **kwargs)
-        return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNConfig, stock), about)
-    about["config_class"] = softmax_n_class(stock.config_class)
-    autos = about["config_class"].softmax_n_auto_map
-    full = f"softmax1.SoftmaxN{stock.__name__}"
-    about["_auto_class"] = next((auto for auto, name in autos.items() if name == full), "AutoModel")
-    return type(f"SoftmaxN{stock.__name__}", (_SoftmaxNModel, stock), about)
+    else:
+        base, about["config_class"] = _SoftmaxNModel, softmax_n_class(stock.config_class)
+        autos = {name: auto for auto, name in reversed(about["config_class"].softmax_n_auto_map.items())}
+        about["_auto_class"] = autos.get(f"softmax1.SoftmaxN{stock.__name__}", "AutoModel")
+    return type(f"SoftmaxN{stock.__name__}", (base, stock), about)
 
 
 def __getattr__(name: str) -> type:
@@ -1303,105 +1281,90 @@ def __getattr__(name: str) -> type:
     return softmax_n_class(stock)
 
 
-class RobertaSoftmaxNConfig(_SoftmaxNConfig, RobertaConfig):
-    """RobertaConfig with `softmax_n`, the n of its attention (a finite real number >= 0; 1 is softmax1; or "learned").
-
-    Raises:
-        ValueError: softmax_n is negative, NaN or infinite.
-    """
-
-    model_type = "roberta-softmax-n"
-
-    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
-        super().__init__(softmax_n, **kwargs)
-        if self.softmax_n == LEARNED:
-            self.softmax_n_heads = {"RobertaSelfAttention": self.num_attention_heads}
-
-    @property
-    def softmax_n_auto_map(self) -> dict[str, str]:
-        return AUTO_MAP
-
-
 @torch.no_grad()
 def check_attention(model: PreTrainedModel) -> None:
-    """Raise RuntimeError unless the model's self-attention, run on three tokens, gives softmax_n of the definition.
+    """Raise RuntimeError unless RoBERTa's self-attention, run on three tokens, equals the definition of softmax_n.
 
-    It runs the first layer's own module, as the installed transformers has built it, on identity projections in float64
-    on the CPU; so it needs no weights and draws no random numbers, in hundredths of a second. The last key is masked.
+    The first layer's own module runs, as the installed transformers has built it, with identity projections in float64
+    on the CPU: this needs no weights, draws no random numbers and takes hundredths of a second. The last key is masked.
     """
     attention = next((module for module in model.modules() if isinstance(module, RobertaSelfAttention)), None)
     if not attention:
         return
     size, heads, n = model.config.hidden_size, model.config.num_attention_heads, model.config.softmax_n
-    n = 1.0 if n == LEARNED else n
+    n = 1.0 if n == LEARNED else n  # zero projections below make its log_n 0
     on_cpu = {"dtype": torch.float64, "device": "cpu"}
-    # Scores of about 1, beside which n counts.
+    # Scores of about 1, so that n changes the result.
     hidden = torch.arange(3 * size, **on_cpu).cos().mul((size // heads) ** -0.25).reshape(1, 3, size)
     mask = torch.tensor([[[[0.0, 0.0, -math.inf]]]], **on_cpu)
     identity = {
-        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.tensor(0.0, **on_cpu).expand(len(parameter))
+        name: torch.eye(size, **on_cpu) if parameter.dim() == 2 else torch.zeros(len(parameter), **on_cpu)
         for name, parameter in attention.named_parameters()
     }
     training = attention.training
     attention.eval()
     try:
-        found = torch.func.functional_call(attention, identity, (hidden, mask))[0]
+        output = torch.func.functional_call(attention, identity, (hidden, mask))[0]
     finally:
         attention.train(training)
-    head = hidden.reshape(1, 3, heads, size // heads).transpose(1, 2)
-    exponentials = torch.exp(head @ head.transpose(2, 3) * (size // heads) ** -0.5 + mask)
-    expected = exponentials / (n + exponentials.sum(-1, keepdim=True)) @ head
-    if type(found) is not Tensor:  # fake tensors, which hold no numbers to compare
+    if type(output) is not Tensor:  # fake tensors, which hold no numbers to compare
         return
-    error = (found - expected.transpose(1, 2).reshape(found.shape)).abs().max() / expected.abs().max()
-    if not error < 1e-9:  # rounding is some 1e-16
+    head = hidden.reshape(1, 3, heads, size // heads).transpose(1, 2)
+    expected = softmax_n(head @ head.transpose(2, 3) * (size // heads) ** -0.5 + mask, n) @ head
+    error = (output - expected.transpose(1, 2).reshape(output.shape)).abs().max() / expected.abs().max()
+    if not error < 1e-9:  # rounding is about 1e-16
         raise RuntimeError(
             f"the attention of {type(model).__name__} is not softmax_n with n = {n} (relative error {error:.1g}): this "
             f"release of transformers ({transformers.__version__}) does not take it from {ATTENTION!r}; use another"
         )
 
 
-class _SoftmaxNRoberta(_SoftmaxNModel):
-    """Same modules, parameter names and initial weights (for a seed) as the stock class."""
-
-    config_class = RobertaSoftmaxNConfig
+# ----------------------------------------------------------------------------------------------------------- RoBERTa
 
 
-class RobertaSoftmaxNModel(_SoftmaxNRoberta, transformers.RobertaModel):
-    """RobertaModel with softmax_n attention; so the others."""
+class RobertaSoftmaxNConfig(_SoftmaxNConfig, RobertaConfig):
+    """RobertaConfig with `softmax_n`, the n of its attention: a finite real number >= 0 (1 is softmax1), or "learned".
+
+    Raises:
+        ValueError: softmax_n is negative, NaN or infinite.
+    """
+
+    model_type = "roberta-softmax-n"
+    # For from_pretrained(..., trust_remote_code=True) without this project: save_pretrained copies this file beside the
+    # weights. `_roberta` adds the classes of models.
+    softmax_n_auto_map: ClassVar = {"AutoConfig": "softmax1.RobertaSoftmaxNConfig"}
+
+    def __init__(self, softmax_n: float | str = 1.0, **kwargs):
+        super().__init__(softmax_n, **kwargs)
+        if self.softmax_n == LEARNED:
+            self.softmax_n_heads = {"RobertaSelfAttention": self.num_attention_heads}
 
 
-class RobertaSoftmaxNForMaskedLM(_SoftmaxNRoberta, transformers.RobertaForMaskedLM): ...
-
-
-class RobertaSoftmaxNForCausalLM(_SoftmaxNRoberta, transformers.RobertaForCausalLM): ...
-
-
-class RobertaSoftmaxNForSequenceClassification(_SoftmaxNRoberta, transformers.RobertaForSequenceClassification): ...
-
-
-class RobertaSoftmaxNForTokenClassification(_SoftmaxNRoberta, transformers.RobertaForTokenClassification): ...
-
-
-class RobertaSoftmaxNForQuestionAnswering(_SoftmaxNRoberta, transformers.RobertaForQuestionAnswering): ...
-
-
-class RobertaSoftmaxNForMultipleChoice(_SoftmaxNRoberta, transformers.RobertaForMultipleChoice): ...
-
-
-MODELS = {
-    getattr(transformers, f"AutoModel{model.__name__.removeprefix('RobertaSoftmaxN').removeprefix('Model')}"): model
-    for model in _SoftmaxNRoberta.__subclasses__()
-}
-# Where from_pretrained(..., trust_remote_code=True) finds the classes when this project is not installed: in this
-# file, which save_pretrained copies beside the weights of a class that is registered for it.
-AUTO_MAP = {"AutoConfig": "softmax1.RobertaSoftmaxNConfig"} | {
-    auto.__name__: f"softmax1.{model.__name__}" for auto, model in MODELS.items()
-}
 RobertaSoftmaxNConfig.register_for_auto_class()
-for _auto, _model in MODELS.items():
-    _model.register_for_auto_class(_auto.__name__)
-if not __name__.startswith("transformers_modules"):  # that copy is found through config.json, not through the registry
+MODELS: dict[type, type] = {}  # {Auto class: class of RoBERTa with softmax_n}
+
+
+def _roberta(head: str) -> type:
+    """RoBERTa with softmax_n; modules, parameter names and (for a seed) initial weights as in the stock class."""
+    stock, auto = (getattr(transformers, name) for name in (f"Roberta{head}", f"AutoModel{head.removeprefix('Model')}"))
+    about = {"__module__": __name__, "__doc__": f"{stock.__name__} with softmax_n."}
+    about["config_class"] = RobertaSoftmaxNConfig
+    model = type(f"RobertaSoftmaxN{head}", (_SoftmaxNModel, stock), about)
+    model.register_for_auto_class(auto.__name__)
+    RobertaSoftmaxNConfig.softmax_n_auto_map[auto.__name__] = f"softmax1.{model.__name__}"
+    MODELS[auto] = model
+    return model
+
+
+RobertaSoftmaxNModel = _roberta("Model")
+RobertaSoftmaxNForMaskedLM = _roberta("ForMaskedLM")
+RobertaSoftmaxNForCausalLM = _roberta("ForCausalLM")
+RobertaSoftmaxNForSequenceClassification = _roberta("ForSequenceClassification")
+RobertaSoftmaxNForTokenClassification = _roberta("ForTokenClassification")
+RobertaSoftmaxNForQuestionAnswering = _roberta("ForQuestionAnswering")
+RobertaSoftmaxNForMultipleChoice = _roberta("ForMultipleChoice")
+
+if not __name__.startswith("transformers_modules"):  # transformers finds the classes of such a copy in config.json
     transformers.AutoConfig.register(RobertaSoftmaxNConfig.model_type, RobertaSoftmaxNConfig, exist_ok=True)
     for _auto, _model in MODELS.items():
         _auto.register(RobertaSoftmaxNConfig, _model, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -25,6 +27,14 @@ def figure(value: float | None) -> str:
 
 def spread(mean: float, std: float | None) -> str:
     return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
+
+
+def over_runs(values: list[float], show: Callable = figure) -> str:
+    """Mean ± sample standard deviation over runs; the value of a single run; how many are not finite, if any is."""
+    if lost := int((~np.isfinite(values)).sum()):
+        return f"not finite in {lost} of {len(values)}"
+    mean = show(float(np.mean(values)))
+    return mean if len(values) == 1 else f"{mean} ± {show(float(np.std(values, ddof=1)))}"
 
 
 def number(value: float | None, decimals: int = 2) -> str:
@@ -53,12 +63,16 @@ def unsigned_zero(text: str) -> str:
     return text if text.strip("+-0.,") else text.lstrip("+-")
 
 
-def plus_minus(values: np.ndarray) -> str:
-    """`mean ± population standard deviation`; a third decimal where both are small, as published."""
-    if not len(values) or np.isnan(values).any():
+def plus_minus(*of_runs: np.ndarray) -> str:
+    """`mean ± population standard deviation` of a run's layers; of several runs the mean of both.
+
+    A third decimal where both are small, as published.
+    """
+    if not of_runs or any(not len(values) or np.isnan(values).any() for values in of_runs):
         return "–"
-    decimals = 3 if max(abs(values.mean()), values.std()) < 0.1 else 2
-    return f"{number(values.mean(), decimals)} ± {number(values.std(), decimals)}"
+    mean, std = (float(np.mean([reduce(values) for values in of_runs])) for reduce in (np.mean, np.std))
+    decimals = 3 if max(abs(mean), std) < 0.1 else 2
+    return f"{number(mean, decimals)} ± {number(std, decimals)}"
 
 
 def duration(seconds: float) -> str:
@@ -82,3 +96,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def transposed(header: list[str], rows: list[list[str]]) -> str:
+    """The same table with a row for each of its columns."""
+    header, *rows = map(list, zip(header, *rows, strict=True))
+    return table(header, rows)

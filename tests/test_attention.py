@@ -548,6 +548,8 @@ def test_autocast_casts_as_stock_attention_does(path, n):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("path", DROPOUT_PATHS)
 def test_checkpointing_repeats_the_dropout_mask(path, use_reentrant):
+    if path[0] == "efficient":
+        path = ("auto", *path[1:])  # which takes it in rows, since packed it has no dropout
     (query, key, value), cu_seqlens = packed(*path[1:])
     inputs = [x.requires_grad_() for x in (query, key, value)]
 
@@ -664,19 +666,32 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
 )
 def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    query = torch.empty(1, dtype=dtype, device="meta")
     monkeypatch.setattr(
         softmax1,
         "_constant_choice",
         lambda forced, device, *need: softmax1._chosen(forced, torch.device("cuda"), *need),
     )
-    options = {"unsupported_inputs": None, **options}
-    assert softmax1._choose(query, **options) == expected
-    if expected == "flash":  # a Turing card
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    query = torch.empty(2, 4, 6, 256 if options.get("wide") else 64, dtype=dtype, device="meta")
+    key = torch.empty(2, 4, 9, query.shape[-1], dtype=dtype, device="meta") if options.get("rectangular") else query
+
+    def choice(log_n=0.5, card=(8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
         softmax1._chosen.cache_clear()
-        assert softmax1._choose(query, **options) == ("zero_key" if "dropout" in options else "efficient")
+        call = softmax1._Call(
+            torch.ones(6, 6, dtype=torch.bool) if options.get("masked") else None,
+            0.1 if options.get("dropout") else 0.0,
+            is_causal=bool(options.get("rectangular")),
+            scale=None,
+            log_n=log_n,
+            cu_seqlens=torch.zeros(2, dtype=torch.int32) if options.get("packed") else None,
+        )
+        return softmax1._choose(query, key, key, call, options.get("unsupported_inputs"))
+
+    assert choice() == choice(log_n=0.0) == choice(card=(9, 0)) == expected
+    one_more_key = expected == "flash" and not options.get("packed")
+    assert choice(log_n=0.0, card=(9, 0)) == ("zero_key" if one_more_key else expected)
+    if expected == "flash":  # a Turing card
+        assert choice(card=(7, 5)) == ("zero_key" if options.get("dropout") else "efficient")
 
 
 def test_forced_backend_says_why_it_cannot():

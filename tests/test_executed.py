@@ -19,7 +19,7 @@ import executed
 from controls import build_control, compensated_outlier
 from held_out import per_text_loss
 from quantization import EXECUTED, bootstrap_difference, measure_damage
-from report import executed_section
+from run_tables import executed_section
 from runs import Run
 
 FORMATS = ("int8_minmax", "int8_percentile")

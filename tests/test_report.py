@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 import pytest
-from made_runs import made, pairs
+from made_runs import diverged, made, pairs
 
 from answer import findings
 from page import html_page
 from report import LEAD_PICTURE, PICTURED, report
-from tables import figure, gap_cell, number, plus_minus, signed, table
+from tables import figure, gap_cell, number, over_runs, plus_minus, signed, table
 
 NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]
 
@@ -56,6 +56,57 @@ def test_every_picture_stands_above_the_table_of_its_section_and_has_its_caption
     assert "](" not in whole(pairs([2.0, 2.1], [1.0, 1.2]), {})
 
 
+# ----------------------------------------------------------------------------------------------------------- many runs
+
+
+def section(text: str, title: str) -> dict[str, list[str]]:
+    """{first cell: other cells} of the first table behind a heading."""
+    table = re.search(r"(^\|.*\n)+", text.partition(f"# {title}")[2], re.MULTILINE)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return {first: rest for first, *rest in rows}
+
+
+def many() -> list:
+    """Four pairs of seeds 42 to 45, and one that diverged."""
+    runs = pairs([0.2, 0.4, 0.6, 0.8], [0.1, 0.1, 0.1, 0.5])
+    for i, run in enumerate(runs):
+        run.damage |= {"parts": {"head": i / 10}, "part_floors": {"head": 0.05}}
+        run.results["training"]["wall_seconds"] = 60 + i
+    return [*runs, diverged(1, 46), made(0, 46, 1.0, training__wall_seconds=70.0)]
+
+
+def test_many_runs_are_shown_by_arm_and_one_a_row_behind():
+    text = whole(many())
+    summary = section(text, "Summary of the runs")
+    assert summary[""][2:] == ["softmax0 (mean of 5 runs)", "softmax1 (mean of 4 runs, 1 diverged)"]
+    assert summary["seed"] == ["42", "42", "42 to 46", "42 to 45"]
+    assert summary["runtime"][2:] == ["1 m 4 s ± 0 m 4 s", "1 m 4 s ± 0 m 3 s"] and summary["steps"][2] == "3,000"
+    damage = section(text, "Quantization damage")
+    assert damage["W8A8, static per tensor"] == [
+        "3.6000 ± 0.3162 / 30.0 ± 0.00 / 0.60 ± 0.32",
+        "3.2000 ± 0.2000 / 30.0 ± 0.00 / 0.20 ± 0.20",
+    ]
+    assert damage["W8A8 static in head alone"][1] == "0.40 ± 0.26"
+    behind = text.partition("## Run by run")[2]
+    alone = section(behind, "Summary")
+    assert alone["run"][:3] == ["training", "softmax_n", "seed"] and "hardware" not in alone["run"]
+    assert alone["esperberto-softmax1-seed46-1200 (diverged)"][0] == "diverged at step 1,200"
+    assert len(alone) == 2 + 10 and len(section(behind, "Quantization damage: loss")) == 2 + 9
+    assert section(behind, "Static W8A8 in one part alone")["esperberto-softmax1-seed43"] == ["+0.3000"]
+
+
+def test_few_runs_have_a_column_each():
+    text = whole(pairs([0.2, 0.4, 0.6], [0.1, 0.1, 0.1]))
+    assert len(section(text, "Summary of the runs")[""]) == 2 + 6 and "Run by run" not in text
+
+
+def test_published_tables_show_means_over_the_runs_of_an_arm():
+    layers = [np.array([1.0, 3.0]), np.array([2.0, 6.0])]
+    assert plus_minus(layers[0]) == "2.00 ± 1.00" and plus_minus(*layers) == "3.00 ± 1.50"
+    assert plus_minus() == plus_minus(layers[0], np.array([])) == "–"
+    assert over_runs([1.0, 2.0, 3.0]) == "2.00 ± 1.00" and over_runs([1.0, math.inf]) == "not finite in 1 of 2"
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
@@ -64,6 +115,7 @@ def test_the_page_holds_its_pictures():
     source = "data:image/png;base64," + base64.b64encode(b"picture").decode()
     assert f'<figure><img alt="a" src="{source}"><figcaption>b&nbsp;±&nbsp;c</figcaption></figure>' in page
     assert "<title>T &lt; U</title>" in page and '<div class="wide" tabindex="0"><table>' in page
+    assert "<td>1e-&#8288;05</td>" in html_page("| x |\n| - |\n| 1e-05 |\n", {})
     assert "1&nbsp;±&nbsp;2</td>" in page and page.count("</table></div>") == 1 and "<nav" not in page
 
 

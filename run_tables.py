@@ -1,0 +1,504 @@
+"""The sections of the report with a column for each run: summary, quantization damage, INT8 executed, published tables.
+
+Of more than FEW_RUNS runs the columns are the arms of the headline, and `run_by_run` has the single runs, one a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from answer import noise_of_mean
+from experiment import STEPS
+from outliers import FFN
+from pairs import below_noise
+from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
+from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
+from record import by_layer, look_up
+from runs import Run, arms
+from sets import comparison_sets, headline
+from tables import (
+    duration,
+    figure,
+    gap_cell,
+    machine,
+    number,
+    over_runs,
+    plus_minus,
+    shortest,
+    signed,
+    table,
+    transposed,
+)
+
+FEW_RUNS = 6  # so many columns can be read side by side
+OF_ARMS = "Mean ± sample standard deviation over the runs of an arm that did not diverge."
+
+
+def columns_of(runs: list[Run]) -> dict[str, list[Run]]:
+    """{heading of a column: its runs}.
+
+    A column is one run. Of more than FEW_RUNS runs it is an arm of the headline: its runs that did not diverge.
+    """
+    if len(runs) <= FEW_RUNS:
+        return {run.title: [run] for run in runs}
+    columns = {}
+    for arm, of_arm in arms(headline(runs)).items():
+        complete = [run for run in of_arm if not run.diverged]
+        gone = len(of_arm) - len(complete)
+        counted = f"mean of {len(complete)} runs" + f", {gone} diverged" * bool(gone)
+        columns[arm if len(of_arm) == 1 and complete else f"{arm} ({counted})"] = complete
+    return columns
+
+
+def measured_in(columns: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The columns without runs that diverged, of which nothing was measured; a column without any other is left out."""
+    left = {heading: [run for run in of_column if not run.diverged] for heading, of_column in columns.items()}
+    return {heading: of_column for heading, of_column in left.items() if of_column}
+
+
+def averaged(columns: dict[str, list[Run]]) -> bool:
+    """Whether a column is of more than one run, so that a cell is a mean."""
+    return any(len(of_column) > 1 for of_column in columns.values())
+
+
+# ----------------------------------------------------------------------------------------------- summary of the runs
+
+
+def trained_on(runs: list[Run]) -> str:
+    """Steps, text and hardware of the runs, and --test_pipeline where they are test runs; once where they agree."""
+    said = []
+    for results in (run.results for run in runs if run.results):
+        training, text = results["training"], results["dataset"]
+        sources = ", ".join(text["sources"][:3]) + f" and {len(text['sources']) - 3} more" * (len(text["sources"]) > 3)
+        said.append(
+            f"{training['steps']:,} steps, {training['samples']:,} sequences of {sources} "
+            f"({text['train_samples']:,} samples), {machine(results['hardware'])}"
+            + ", --test_pipeline"
+            * results["test_pipeline"]
+        )
+    return " / ".join(dict.fromkeys(said)) or "no results file"
+
+
+def last_logged(history: list[list]) -> float | None:
+    return history[-1][1] if history else None
+
+
+def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows of the first table: label, published softmax0, published softmax1, ours."""
+
+    def ours(key: str, show: Callable = number, take: Callable = lambda value: value) -> list[str]:
+        return [cell([run.results and take(look_up(run.results, key, None)) for run in of], show) for of in each]
+
+    def cell(values: list, show: Callable) -> str:
+        known = [value for value in values if value is not None]
+        shown = list(dict.fromkeys(map(show, known)))
+        if len(shown) < 2 or isinstance(known[0], (str, dict)):
+            return " / ".join(shown) or "–"
+        return over_runs(known, show)
+
+    each = list(columns.values())
+    return [
+        *states(columns),
+        ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
+        ["seed", "42", "42", *map(seeds_of, each)],
+        ["steps", f"{STEPS:,}", f"{STEPS:,}", *ours("training.steps", "{:,.0f}".format)],
+        ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,.0f}".format)],
+        ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
+        # Published: the mean of the last 1,000 steps.
+        ["training loss, last logged", "3.79", "3.78", *ours("loss_history", take=last_logged)],
+        ["held-out loss", "–", "–", *ours("validation.loss")],
+        ["held-out loss by token frequencies alone", "–", "–", *ours("validation.unigram_loss")],
+        ["held-out loss, the best without context", "–", "–", *ours("validation.context_free_loss")],
+        ["held-out perplexity", "–", "–", *ours("validation.perplexity")],
+        ["runtime", "9 h 16 m", "9 h 16 m", *ours("training.wall_seconds", duration)],
+        # Published: at 1.212 USD an hour (AWS g5.2xlarge).
+        ["cost, USD", "11.22", "11.24", *ours("training.cost_usd")],
+        ["hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", *ours("hardware", machine)],
+    ]
+
+
+def seeds_of(runs: list[Run]) -> str:
+    """43 to 47, or 43, 45 where seeds between them are missing."""
+    seeds = sorted({run.results["seed"] for run in runs if run.results})
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds)) or "–"
+
+
+def states(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows that only some reports have: to which comparison set a run belongs, and whether it diverged."""
+    if averaged(columns):
+        return []
+    runs = [run for (run,) in columns.values()]
+    rows = []
+    sets = comparison_sets(runs)
+    if len(sets) > 1:
+        names = {run: str(i) + " (headline)" * (i == 1) for i, group in enumerate(sets, start=1) for run in group.runs}
+        rows.append(["comparison set", "–", "–", *(names.get(run, "–") for run in runs)])
+    if any(run.diverged for run in runs):
+        rows.append(["training", "complete", "complete", *map(how_it_ended, runs)])
+    return rows
+
+
+def how_it_ended(run: Run) -> str:
+    if run.diverged:
+        return f"diverged at step {run.results['diverged']['step']:,}"
+    return "complete" if run.results else "–"
+
+
+def summary_section(runs: list[Run]) -> list[str]:
+    columns = columns_of(runs)
+    over = OF_ARMS if averaged(columns) else "n = 1 run a column."
+    return [
+        "## Summary of the runs",
+        table(["", *PUBLISHED, *columns], summary(columns)),
+        f"*{over} Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged loss is the mean since "
+        "the one logged before; the masks of the held-out loss are the same in every run. Published: EsperBERTo "
+        f"(2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- quantization damage
+
+
+def scored_said(runs: list[Run]) -> str:
+    """How many texts and masked tokens the losses are of."""
+    scored = {
+        f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs
+    }
+    return " / ".join(sorted(scored))
+
+
+def calibrated_said(runs: list[Run]) -> str:
+    """How much calibration text the static ranges of the runs come from."""
+    of_runs = [run.damage["calibration_tokens"]["draws"] for run in runs]
+    said = [f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs]
+    return " / ".join(dict.fromkeys(said))
+
+
+def published_said(runs: list[Run]) -> str:
+    """How much text the setting "as published" was calibrated on."""
+    return " / ".join(dict.fromkeys(f"{run.damage['calibration_tokens']['published']:,}" for run in runs))
+
+
+def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows: label, then loss, perplexity and gap of a scheme for each column."""
+
+    def cell(schemes: list[dict | None]) -> str:
+        if None in schemes:
+            return "–"
+        if len(schemes) == 1:
+            (scheme,) = schemes
+            return f"{scheme['loss']:.4f} / {figure(scheme['perplexity'])} / {gap_cell(scheme)}"
+        losses, perplexities = ([scheme[key] for scheme in schemes] for key in ("loss", "perplexity"))
+        return f"{over_runs(losses, '{:.4f}'.format)} / {over_runs(perplexities)} / {mean_gap(schemes)}"
+
+    return [
+        [label, *(cell([run.damage["schemes"].get(scheme) for run in of]) for of in columns.values())]
+        for scheme, label in SCHEMES.items()
+    ]
+
+
+def parts_table(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows: label, then the gap where static W8A8 quantizes one part of the model alone."""
+
+    def cell(gaps: list[dict]) -> str:
+        return gap_cell(gaps[0]) if len(gaps) == 1 else mean_gap(gaps)
+
+    def gaps(of_column: list[Run], part: str) -> list[dict]:
+        damage = [run.damage for run in of_column]
+        return [{"gap": of_run["parts"].get(part), "floor": of_run["part_floors"].get(part)} for of_run in damage]
+
+    parts = dict.fromkeys(part for of_column in columns.values() for run in of_column for part in run.damage["parts"])
+    return [[f"W8A8 static in {part} alone", *(cell(gaps(of, part)) for of in columns.values())] for part in parts]
+
+
+def mean_gap(gaps: list[dict]) -> str:
+    """Mean ± deviation over runs of a gap, or that the mean is below its noise; `gaps` is of {"gap", "floor"}."""
+    values = [of_run["gap"] for of_run in gaps]
+    if None in values or not any(values):
+        return "–"
+    below = np.isfinite(values).all() and below_noise(
+        float(np.mean(values)), noise_of_mean([of["floor"] for of in gaps])
+    )
+    return below or over_runs(values)
+
+
+def damage_section(runs: list[Run]) -> list[str]:
+    columns = measured_in(columns_of(runs))
+    if not columns:
+        return []
+    measured = [run for run in runs if not run.diverged]
+    return [
+        "## Quantization damage",
+        table(["loss / perplexity / gap", *columns], schemes_table(columns) + parts_table(columns)),
+        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
+        f"{scored_said(measured)}. {plus_minus_of_gaps(columns)} "
+        "W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand on text that is "
+        f"not scored (running minimum and maximum, momentum {MOMENTUM}, {calibrated_said(measured)}), arithmetic "
+        "simulated. Percentile, least squares: other ranges from the first draw. As published: the setting of "
+        f"Bondarenko et al. 2023, calibrated on {published_said(measured)} tokens of held-out text (there 65,536). "
+        f"Dynamic: one scale for each token and each row of weights. W4: weights only, one scale for {GROUP_SIZE} "
+        "inputs. The last rows quantize one part alone, on some of the texts.*",
+    ]
+
+
+def plus_minus_of_gaps(columns: dict[str, list[Run]]) -> str:
+    if averaged(columns):
+        return f"{OF_ARMS} A mean gap that is smaller than its own noise is not shown."
+    return (
+        "± is the gap's standard error over texts (and over draws of calibration texts); a gap below twice that is "
+        "noise."
+    )
+
+
+# -------------------------------------------------------------------------------------------------- INT8, executed
+
+
+def executed_section(runs: list[Run]) -> list[str]:
+    """What ONNX Runtime made of the runs in 8 bits; nothing where it was not asked for."""
+    refused = [
+        f"**{run.name} was not executed in INT8**: {run.damage['executed']['error']}"
+        for run in runs
+        if "error" in run.damage.get("executed", {})
+    ]
+    columns = executed_in(columns_of(runs))
+    parts = [*refused]
+    if columns:
+        parts += [executed_table(columns), executed_said(columns)]
+    return ["## INT8 that is executed", *parts] if parts else []
+
+
+def executed_in(columns: dict[str, list[Run]]) -> dict[str, list[dict]]:
+    """{heading: what executed.execute returned of its runs}, of the runs that were executed."""
+    results = {
+        heading: [
+            run.damage["executed"] for run in of_column if "error" not in run.damage.get("executed", {"error": ""})
+        ]
+        for heading, of_column in columns.items()
+    }
+    return {heading: of_column for heading, of_column in results.items() if of_column}
+
+
+def executed_table(columns: dict[str, list[dict]]) -> str:
+    header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
+    rows = [
+        [
+            f"{label}, {heading}",
+            *(executed_cells(results[0], scheme) if len(results) == 1 else executed_means(results, scheme)),
+        ]
+        for heading, results in columns.items()
+        for scheme, label in EXECUTED.items()
+    ]
+    return table(header, rows)
+
+
+def executed_cells(result: dict, scheme: str) -> list[str]:
+    """A row's cells: what executed.execute returned of one scheme."""
+    executed, speed = result["schemes"][scheme], result["latency"]["formats"][scheme]
+    agreement = ["–"] * 3  # of float32 there is nothing simulated
+    if twin := result["agreement"].get(scheme):
+        difference = f"{signed(twin['difference'])} ± {twin['error']:.4f}"
+        agreement = [difference, figure(twin["correlation"]), signed(twin["arithmetic"])]
+    return [
+        f"{executed['loss']:.4f}",
+        gap_cell(executed),
+        *agreement,
+        f"{executed['bytes'] / 1e6:.1f}",
+        f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
+        figure(speed["speedup"]),
+    ]
+
+
+def executed_means(results: list[dict], scheme: str) -> list[str]:
+    """The same of several runs: means and deviations over them."""
+    executed = [result["schemes"][scheme] for result in results]
+    speed = [result["latency"]["formats"][scheme] for result in results]
+    twins = [result["agreement"].get(scheme) for result in results]
+    keys = ("difference", "correlation", "arithmetic")
+    return [
+        over_runs([of_run["loss"] for of_run in executed], "{:.4f}".format),
+        mean_gap(executed),
+        *("–" if None in twins else over_runs([twin[key] for twin in twins]) for key in keys),
+        over_runs([of_run["bytes"] / 1e6 for of_run in executed], "{:.1f}".format),
+        over_runs([of_run["median"] for of_run in speed]),
+        over_runs([of_run["speedup"] for of_run in speed]),
+    ]
+
+
+def kernels_said(result: dict) -> str:
+    """Which kernels run in which format, of one model."""
+    counts = {kind: result["operators"]["kernels"][kind] for kind in ("int8", "float32")}
+    listed = {kind: ", ".join(f"{count} {name}" for name, count in of_kind.items()) for kind, of_kind in counts.items()}
+    return " and ".join(f"{names} in {kind}" for kind, names in listed.items())
+
+
+def latency_said(result: dict) -> str:
+    latency = result["latency"]
+    return (
+        f"one text of {latency['tokens']} tokens, {latency['predicted']} of them predicted, one thread, median and "
+        f"quartiles of {latency['repetitions']} runs, the formats in turn, {result['hardware']['name']}"
+    )
+
+
+def executed_said(columns: dict[str, list[dict]]) -> str:
+    results = [result for of_column in columns.values() for result in of_column]
+    latency, kernels = (" / ".join(dict.fromkeys(map(said, results))) for said in (latency_said, kernels_said))
+    over = "with its standard error over texts"
+    if averaged(columns):
+        over = "± of every column is the sample standard deviation over the runs of an arm"
+    return (
+        "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
+        f"float32 by ONNX Runtime, {over}. Minus simulated: gap minus that of W8A8 static (MinMax) or W8A8 percentile; "
+        "correlation: of the losses' changes, text by text; where the gaps are below their noise it says little. Minus "
+        "rounding alone: gap minus that of the same 8-bit graph computed in float32, which is what integer arithmetic "
+        f"itself does. Latency: {latency}; speedup: of the times in one turn. Kernels that run: {kernels}. "
+        "DEFINITIONS.md has what each covers.*"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- published tables
+
+
+def watched_in_training(runs: list[Run]) -> str:
+    """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
+    said = []
+    for settings in (run.results["settings"] for run in runs if run.results):
+        steps = settings.get("statistics_steps", 1)
+        said.append(
+            ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
+            + (", every step" if steps == 1 else f", every {steps}th step")
+        )
+    return " / ".join(dict.fromkeys(said)) or "no results file"
+
+
+def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
+    tokens, cut = (
+        "/".join(f"{number:,}" for number in sorted({getattr(run, name) for run in runs if not run.diverged}))
+        for name in ("tokens", "max_length")
+    )
+    return (
+        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
+        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
+        f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
+        f"(evenly spread over the validation split of {data_dir}, cut at {cut} tokens, as in training; {tokens} real "
+        "tokens)."
+    )
+
+
+def spread_said(runs: list[Run], columns: dict[str, list[Run]]) -> str:
+    """What ± covers in the published tables and ours beside them."""
+    layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs if not run.diverged}))
+    over = f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); "
+    if averaged(columns):
+        return f"{over}of an arm both are means over its runs, so ± is no deviation over seeds."
+    return f"{over}one seed a column, so ± is no interval over seeds."
+
+
+def weights_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows: label, published softmax0, published softmax1, ours."""
+    return [
+        [
+            label,
+            *published,
+            *(plus_minus(*(by_layer(run.weight_kurtosis, suffix) for run in of)) for of in columns.values()),
+        ]
+        for label, suffix, *published in WEIGHTS
+    ]
+
+
+def activations_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
+    """The same for activations during training, then for held-out text, of which nothing was published."""
+
+    def ours(when: str, suffix: str) -> list[str]:
+        return [plus_minus(*(by_layer(getattr(run, when), suffix) for run in of)) for of in columns.values()]
+
+    training = [
+        [f"{label}, training", *published, *ours("training", suffix)] for label, suffix, *published in ACTIVATIONS
+    ]
+    held_out = [[f"{label}, held-out", "–", "–", *ours("held_out", suffix)] for label, suffix, *_ in ACTIVATIONS]
+    return training + held_out
+
+
+def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
+    """The published tables, ours beside them."""
+    columns = columns_of(runs)
+    header = ["excess kurtosis", *PUBLISHED, *columns]
+    return [
+        "## Weights of attention.output, as published",
+        table(header, weights_rows(columns)),
+        f"*Excess kurtosis over all entries of one parameter of the saved model ({trained_on(runs)}): "
+        f"{spread_said(runs, columns)}*",
+        "## Activations of attention.output, as published",
+        table(header, activations_rows(columns)),
+        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs, columns)} The dropout row carries no "
+        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the "
+        "identity.*",
+    ]
+
+
+def lead_table(columns: dict[str, list[Run]], published: bool = True) -> str:
+    """The FFN output, layer by layer: a row for each column of the other tables, in training and held-out."""
+    rows = []
+    if published:
+        rows = [[f"{arm}, training", *layers] for arm, layers in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
+    for heading, of_column in columns.items():
+        for when, name in (("training", "training"), ("held-out", "held_out")):
+            of_runs = [by_layer(getattr(run, name), FFN) for run in of_column]
+            depth = min(map(len, of_runs), default=0)
+            layers = [[values[i] for values in of_runs] for i in range(depth)]
+            cells = [number(of_layer[0]) if len(of_layer) == 1 else over_runs(of_layer, number) for of_layer in layers]
+            rows.append([f"{heading}, {when}", *cells, plus_minus(*of_runs)])
+    depth = max(len(row) - 2 for row in rows)
+    for row in rows:
+        row[-1:-1] = ["–"] * (depth + 2 - len(row))  # models of different depth
+    return table(["excess kurtosis", *(f"layer {i}" for i in range(depth)), "mean ± std"], rows)
+
+
+def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
+    columns = columns_of(runs)
+    over = " Layers: mean ± sample standard deviation over the runs of an arm." if averaged(columns) else ""
+    return [
+        "## A lead, not a result: the FFN output (output.dense), layer by layer",
+        lead_table(columns),
+        f"*{definition_said(runs, sequences, data_dir)}{over} Last column: {spread_said(runs, columns)} The published "
+        "table leaves this module out, though the hypothesis points at the residual stream and the FFN output; the "
+        "published rows above come from its result files.*",
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- run by run
+
+
+def run_by_run(runs: list[Run]) -> list[str]:
+    """A row for each run, where the tables above have a column for each arm; otherwise nothing."""
+    if not averaged(columns_of(runs)):
+        return []
+    columns = {run.title: [run] for run in runs}
+    measured = measured_in(columns)
+    parts = [
+        "## Run by run",
+        "*The single runs behind the tables above, which have a column for each arm; the captions there define the "
+        "figures. What is the same in all runs is left out.*",
+        "### Summary",
+        transposed(["run", *columns], [[label, *ours] for label, _, _, *ours in summary(columns) if len({*ours}) > 1]),
+        "### Quantization damage: loss / perplexity / gap",
+        transposed(["run", *measured], schemes_table(measured)),
+        f"*{plus_minus_of_gaps(measured)}*",
+    ]
+    if parts_rows := parts_table(measured):
+        parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
+    if executed := executed_in(columns):
+        over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
+        parts += ["### INT8 that is executed", executed_table(executed), over]
+    for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):
+        ours = [[label, *cells] for label, _, _, *cells in rows]
+        parts += [f"### {title} of attention.output: excess kurtosis", transposed(["run", *columns], ours)]
+    return [
+        *parts,
+        f"*Shown: {spread_said(runs, columns)}*",
+        "### The FFN output, layer by layer",
+        lead_table(columns, published=False),
+    ]

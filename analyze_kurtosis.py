@@ -29,11 +29,7 @@ import command
 if __name__ == "__main__":
     command.begin()
 
-import huggingface_hub
-import transformers
-
 from answer import PRIMARY, Finding, answer, findings
-from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from folder import refuse_unwritable
 from measurement import (
     CALIBRATION_SIZE,
@@ -51,6 +47,7 @@ from measurement import (
 from outliers import FFN
 from page import html_page
 from pictures import pictures
+from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
 from record import by_layer, git_state, one_line, versions, write_json
@@ -66,7 +63,6 @@ MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 def analysis(runs: list[Run], warned: list[str], all_findings: list[Finding], sequences: int, source: Path) -> dict:
     """Everything measured, beside the published figures, for analysis.json."""
     modules = dict.fromkeys([suffix for _, suffix, *_ in ACTIVATIONS] + [FFN, "output"])
-    compared = all_findings[0].compared if all_findings else {}
     return {
         "git": git_state(),
         "record": is_record(runs),
@@ -75,16 +71,14 @@ def analysis(runs: list[Run], warned: list[str], all_findings: list[Finding], se
         "held_out": {"text" if source.is_file() else "data_dir": str(source), "sequences": sequences},
         "notes": warned,
         "answer": answer(runs, all_findings),
-        "questions": {key: asdict(item) for key, item in questions(all_findings).items()},
+        "questions": {key: asdict(answered) for key, answered in questions(all_findings).items()},
         "primary_metric": PRIMARY,
-        "comparisons": {arm: {metric: asdict(item) for metric, item in each.items()} for arm, each in compared.items()},
+        "comparisons": by_metric(all_findings[0]) if all_findings else {},
         "other_sets": [
             {
                 "runs": [run.name for run in other.group.runs],
                 "steps": other.group.steps,
-                "comparisons": {
-                    arm: {metric: asdict(item) for metric, item in each.items()} for arm, each in other.compared.items()
-                },
+                "comparisons": by_metric(other),
             }
             for other in all_findings[1:]
         ],
@@ -99,9 +93,9 @@ def analysis(runs: list[Run], warned: list[str], all_findings: list[Finding], se
                 "measured": run.made_with | run.measured_at or None,
                 "max_length": run.max_length,
                 "held_out_tokens": run.tokens,
-                "weights": {suffix: layers(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
-                "activations_training": {suffix: layers(run.training, suffix) for suffix in modules},
-                "activations_held_out": {suffix: layers(run.held_out, suffix) for suffix in modules},
+                "weights": {suffix: layer_statistics(run.weight_kurtosis, suffix) for _, suffix, *_ in WEIGHTS},
+                "activations_training": {suffix: layer_statistics(run.training, suffix) for suffix in modules},
+                "activations_held_out": {suffix: layer_statistics(run.held_out, suffix) for suffix in modules},
                 "parameters": run.weights,
                 "places": run.places,
                 "attention": run.attention,
@@ -121,7 +115,16 @@ def is_record(runs: list[Run]) -> bool:
     return git_state()["dirty"] is False and not modified
 
 
-def layers(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
+def by_metric(finding: Finding) -> dict[str, dict[str, dict]]:
+    """{arm: {metric: the fields of its comparison}}."""
+    return {
+        arm: {metric: asdict(comparison) for metric, comparison in comparisons.items()}
+        for arm, comparisons in finding.compared.items()
+    }
+
+
+def layer_statistics(kurtosis: dict[str, float | None], suffix: str) -> dict | None:
+    """The kurtosis of one module in every layer, with mean and deviation; None where no layer has it."""
     values = by_layer(kurtosis, suffix)
     if not len(values):
         return None
@@ -268,11 +271,7 @@ def measure_all(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # The libraries' own messages would stand around our one line about an error.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-
+    command.silence_libraries()
     execute = executor(args.onnxruntime)
     if args.results_dir.exists():
         refuse_unwritable(args.results_dir)

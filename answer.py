@@ -156,7 +156,7 @@ class Finding:
 
 
 def findings(runs: list[Run]) -> list[Finding]:
-    """What each set with a pair shows, the headline's first; --test_pipeline's sets only where there are no others."""
+    """A Finding for each set with a pair, the headline's first. Sets of test runs only where there are no others."""
     sets = comparison_sets(runs)
     return [
         Finding(group, comparisons(group))
@@ -237,8 +237,11 @@ def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None,
 
 
 def mean_losses(runs: list[Run], scheme: str) -> dict | None:
-    """Losses of every text in float32 and in a scheme, mean over the runs, as quantization.bootstrap_difference takes
-    them: the mean difference of every draw of texts follows from these. None where runs were not scored on the same."""
+    """The losses of every text in float32 and in a scheme, averaged over the runs.
+
+    quantization.bootstrap_difference takes them: the mean difference of any draw of texts follows from the averages.
+    None where the runs were not scored on the same texts.
+    """
     damages = [run.damage for run in runs]
     masked = damages[0].get("masked")
     if masked is None or any(damage.get("masked") != masked or scheme not in damage["texts"] for damage in damages):
@@ -258,7 +261,7 @@ def shown(comparison: Comparison) -> bool:
 
 
 def less(comparison: Comparison) -> bool:
-    """Whether a difference that is shown goes downwards."""
+    """Whether a difference that was shown is negative."""
     return comparison.lower > comparison.higher if comparison.test == SIGN_TEST else comparison.difference < 0
 
 
@@ -308,7 +311,7 @@ def verdict(comparison: Comparison, arm: str) -> str:
 
 
 def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
-    """Whether there is anything to rescue, as the beginning of a sentence; empty where there may be.
+    """The beginning of a sentence: that there is nothing to rescue. Empty where there may be something.
 
     An arm with a run that diverged, in a pair or not, never counts as unharmed: its worst run was not quantized.
     """
@@ -323,7 +326,7 @@ def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
 
 
 def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
-    """What limits the verdict on the gap: how the quantized models themselves compare."""
+    """The end of a sentence, which limits the verdict on the gap: how the losses of the quantized models compare."""
     if loss is None:
         return ""
     claimed = direction(gap)
@@ -340,7 +343,7 @@ def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
 
 
 def failed_check(group: ComparisonSet) -> str:
-    """That the instrument failed its own check on a run of the set, as a whole answer; empty where it did not."""
+    """The whole answer where the instrument failed its own check on a run of the set; otherwise empty."""
     failed = [run.name for run in group.runs if run.damage.get("self_check", {}).get("passed") is False]
     if not failed:
         return ""
@@ -351,7 +354,7 @@ def failed_check(group: ComparisonSet) -> str:
 
 
 def undecided_check(group: ComparisonSet) -> str:
-    """That the positive control is undecided on every run of the set that was checked; empty otherwise."""
+    """A sentence for the case that the positive control is undecided on every checked run of the set; else empty."""
     checks = [run.damage["self_check"]["passed"] for run in group.runs if "self_check" in run.damage]
     if not checks or any(passed is not None for passed in checks):
         return ""
@@ -372,14 +375,14 @@ def few_pairs(comparison: Comparison) -> str:
 
 
 def interval(comparison: Comparison) -> str:
-    """Of the difference, in words."""
+    """The interval of the difference, in words."""
     if comparison.low is None:
         return no_interval(comparison)
     return f"{percent(comparison.confidence)} interval from {figure(comparison.low)} to {figure(comparison.high)}"
 
 
 def losses(metric: dict[str, Comparison], arm: str) -> str:
-    """Absolute losses of both arms, after quantization and before."""
+    """The losses of both arms after quantization and before it, in words."""
     said = []
     for key, label in ((QUANTIZED, "loss after quantization"), (FLOAT32, "loss in float32")):
         if (comparison := metric.get(key)) is not None and comparison.finite:
@@ -444,7 +447,7 @@ def costs(comparison: Comparison, arm: str) -> str:
 
 
 def size(count: int, arm: str, group: ComparisonSet) -> str:
-    """How many pairs a sentence is about, of how many steps."""
+    """The numbers of pairs and steps that a sentence is about."""
     said = "one pair" if count == 1 else f"{count} pairs"
     if not all(run.diverged for run in group.runs):  # runs that diverged did not complete their steps
         said += f" of {group.steps:,} steps"

@@ -88,7 +88,7 @@ def same(names) -> dict[str, str]:
 
 
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
-    """Mean over runs of what `reduce` makes of a statistic's layers; NaN where a model lacks the place."""
+    """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
     values = []
     for run in runs:
         layers = [of_place[statistic] for name, of_place in run.places.items() if name.rpartition(".")[2] == place]
@@ -294,7 +294,7 @@ def sinks_table(runs: list[Run]) -> str:
 
 
 def learned_section(runs: list[Run]) -> list[str]:
-    """What n became in the heads of every layer where it was trained; nothing of other runs."""
+    """The trained n of the heads of every layer; an empty list where no run trained its n."""
     learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
     if not learned:
         return []

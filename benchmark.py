@@ -5,11 +5,12 @@
     python benchmark.py tokenize        lines a second and peak memory
 
 Reads data/ (build_dataset.py) and tokenizer/ (train_tokenizer.py); `attention` needs neither. Prints tables and writes
-benchmark/<what>.json with every single time, and a plot beside it, both with the hardware on them.
+benchmark/<what>.json with every single time, and a plot beside it, both with the hardware on them. `attention` writes
+the file after every length, so that an interrupted run leaves what it has measured.
 
-What is compared runs on the same input, one behind the other, round after round, so that a noisy machine slows all of
-them. A step's ratio is that of the times summed over the rounds, whose batches differ; an attention's is
-the median of the rounds' ratios. Behind it stand the extremes over the rounds.
+In every round all that is compared runs on the same input, one after the other, so that a noisy machine slows all of
+it alike. The ratio of two training steps is that of their times summed over the rounds, because the batches of the
+rounds differ; the ratio of two attentions is the median of the rounds' ratios. The extremes over the rounds follow it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +56,6 @@ from experiment import (
     MAX_LENGTH,
     MLM_PROBABILITY,
     SEED,
-    STEPS,
     VOCAB_SIZE,
     accept_packed_batches,
     build_model,
@@ -74,20 +74,6 @@ STATISTICS_STEPS = 10  # train_model.py's default: the activations' kurtosis is 
 BUCKET = 128  # train_model.py's, for compiled models
 LARGE_BATCH = 128  # what the published run asked for, and had no memory for
 
-# Of the training text, which cannot be measured here: the estimate that the projection takes.
-PUBLISHED_TOKENS = 36  # real ones a sample
-
-# (dense peak, FLOP/s; memory bandwidth, byte/s; USD an hour), from the makers' data sheets; the A10G's price is that
-# of AWS g5.2xlarge as published, the H200's is assumed. Of the peaks, small matrices reach a part: assumed.
-DEVICES = {
-    "A10G, float32": (31.5e12, 600e9, 1.212),
-    "A10G, bfloat16": (70e12, 600e9, 1.212),
-    "H200, float32": (67e12, 4.8e12, 4.0),
-    "H200, bfloat16": (989e12, 4.8e12, 4.0),
-}
-REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.8
-LAUNCH_SECONDS = 2e-3  # Python, launches and Trainer a step that nothing hides, when the model is captured: assumed
-
 HEADS, HEAD_SIZE = 12, 64  # of the published model
 
 
@@ -96,11 +82,12 @@ HEADS, HEAD_SIZE = 12, 64  # of the published model
 
 @dataclass
 class Rung:
-    """A step of the ladder. `statistics_steps` is how seldom the activations are measured."""
+    """A row of the table: a way to compute a training step."""
 
     label: str
-    step: Callable[[list[dict], bool], None]  # (samples, whether to measure)
-    statistics_steps: int
+    step: Callable[[list[dict], bool], None]  # (samples, whether to measure the activations)
+    statistics_steps: int  # the activations are measured at every so many steps
+    compiled: bool = False
 
 
 def published_step(
@@ -110,8 +97,8 @@ def published_step(
 
     Args:
         attention: transformers' attn_implementation, "eager" as published or "sdpa".
-        fused: fused AdamW and no look at the loss; else, as published, Trainer looks for NaN at every step, which
-            waits for the device.
+        fused: fused AdamW, and the loss is not read. Otherwise, as published, the loss is compared with NaN at every
+            step, for which the CPU waits until the device is done.
     """
     model = build_model(0, VOCAB_SIZE, tokenizer, seed=SEED).to(device).train()
     model.set_attn_implementation(attention)
@@ -142,7 +129,7 @@ def our_step(
     """A training step on a packed batch, as train_model.py does it.
 
     Args:
-        masked_only: the head at the masked positions; else at all of them.
+        masked_only: compute the logits of the masked positions only; otherwise of all positions.
     """
     model = accept_packed_batches(build_model(softmax_n, VOCAB_SIZE, tokenizer, SEED).to(device).train())
     collator = MaskedLMCollator(
@@ -171,7 +158,7 @@ def our_step(
 
 
 def with_all_positions(batch: dict) -> dict:
-    """A packed batch whose head sees every token."""
+    """The packed batch, with the logits of all its positions asked for."""
     labels = torch.full_like(batch["input_ids"], IGNORED)
     labels[0, batch["masked_positions"]] = batch["labels"][0]
     return {**batch, "masked_positions": torch.arange(labels.shape[1]), "labels": labels}
@@ -199,7 +186,7 @@ def ladder(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Run
         rungs.append(Rung("+ bfloat16", our_step(tokenizer, device, 1, bf16=True), STATISTICS_STEPS))
     if device.type == "cuda":
         compiled = our_step(tokenizer, device, 1, bf16=True, compiled=True)
-        rungs.append(Rung("+ compiled, CUDA graphs", compiled, STATISTICS_STEPS))
+        rungs.append(Rung("+ compiled, CUDA graphs", compiled, STATISTICS_STEPS, compiled=True))
     return rungs
 
 
@@ -215,7 +202,7 @@ def timed(call: Callable[[], None], device: torch.device) -> float:
 
 
 def peak(call: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes of the device that `call` takes on top of what is there before; None on a CPU, where nobody counts them."""
+    """Largest number of bytes that `call` allocates on the device; None on a CPU, whose allocations are not tracked."""
     if device.type != "cuda":
         call()
         return None
@@ -227,7 +214,7 @@ def peak(call: Callable[[], None], device: torch.device) -> int | None:
 
 
 def compared(seconds: list[float], baseline: list[float]) -> dict:
-    """How many times faster than the baseline: ratio of the sums over the rounds, and its extremes over them."""
+    """How many times faster than the baseline: the ratio of the sums over the rounds, and the extremes of a round."""
     ratios = np.array(baseline) / np.array(seconds)
     return {
         "median_seconds": float(np.median(seconds)),
@@ -237,21 +224,22 @@ def compared(seconds: list[float], baseline: list[float]) -> dict:
     }
 
 
-def benchmark_step(args: argparse.Namespace, device: torch.device) -> dict:
+def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     batches, tokenizer = training_batches(args)
-    warm_up, *batches = batches
+    first, *batches = batches
     rungs = ladder(tokenizer, device)
     bytes_taken = {}
-    for rung in rungs:  # optimizer moments, allocators, compilers
-        rung.step(warm_up, False)
-        bytes_taken[rung.label] = peak(lambda rung=rung: rung.step(warm_up, True), device)
+    for rung in rungs:  # warm-up; a compiled model is compiled anew for every shape, so it sees all batches
+        for batch in [first, *batches] if rung.compiled else [first]:
+            rung.step(batch, False)
+        bytes_taken[rung.label] = peak(partial(rung.step, first, True), device)
     plain = {rung.label: [] for rung in rungs}
     measured = {rung.label: [] for rung in rungs}
     for batch in tqdm(batches, desc="rounds"):
         for rung in rungs:
-            measured[rung.label].append(timed(lambda rung=rung, batch=batch: rung.step(batch, True), device))
+            measured[rung.label].append(timed(partial(rung.step, batch, True), device))
             if rung.statistics_steps > 1:
-                plain[rung.label].append(timed(lambda rung=rung, batch=batch: rung.step(batch, False), device))
+                plain[rung.label].append(timed(partial(rung.step, batch, False), device))
     rows = []
     baseline = measured[rungs[0].label]
     for rung in rungs:
@@ -271,21 +259,21 @@ def benchmark_step(args: argparse.Namespace, device: torch.device) -> dict:
                 "seconds": seconds,
             }
         )
+    text = lengths_of(batches, tokenizer)
+    samples = [sample for batch in batches for sample in batch]
+    yield {"text": text, "rungs": rows, "floor": floor(text, rows, device), "memory": memory(tokenizer, samples)}
+
+
+def lengths_of(batches: list[list[dict]], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """How many tokens a step has on average: real ones, with padding, masked, and attended to by each token."""
     masking = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED)
     padded = [masking(batch) for batch in batches]
     lengths = [len(sample["input_ids"]) for batch in batches for sample in batch]
-    text = {
+    return {
         "tokens_a_step": sum(lengths) / len(batches),
         "padded_tokens_a_step": float(np.mean([batch["input_ids"].numel() for batch in padded])),
         "masked_tokens_a_step": float(np.mean([batch["masked_tokens"].item() for batch in padded])),
-        "attended_tokens": sum(length**2 for length in lengths) / sum(lengths),  # that a token attends to, on average
-    }
-    return {
-        "text": text,
-        "rungs": rows,
-        "floor": floor(text, rows, device),
-        "memory": memory(tokenizer, [sample for batch in batches for sample in batch]),
-        "projection": projection(text),
+        "attended_tokens": sum(length**2 for length in lengths) / sum(lengths),
     }
 
 
@@ -305,16 +293,17 @@ def training_batches(args: argparse.Namespace) -> tuple[list[list[dict]], PreTra
     ], tokenizer
 
 
-# ------------------------------------------------------------------------------------- what the arithmetic itself takes
+# ----------------------------------------------------------------------------------------------- floor and memory
 
 
 def step_work(tokens: float, masked: float, attended: float) -> tuple[float, float]:
-    """(FLOPs, bytes) of our step, at least.
+    """The least (FLOPs, bytes) that our step can take.
 
-    FLOPs of the matrix products, a multiply and an add each, once forward and twice backward: 12 hidden^2 weights a
-    layer and token, attention's two products, and the head at the masked positions. Bytes to and from memory for the
-    parameters alone, float32: read forward and backward, gradient written, read for its norm, read and written by the
-    clipping, and AdamW reading four and writing three tensors. Activations are small at this batch, and stay in cache.
+    FLOPs: matrix products only, a multiplication and an addition for each weight, once forward and twice backward.
+    A layer has 12 hidden^2 weights a token and the two products of attention; the head runs at masked positions.
+    Bytes: what the float32 parameters move. They are read forward and backward; their gradient is written, read for its
+    norm, and read and written by the clipping; AdamW reads four tensors and writes three. Activations are small at this
+    batch and stay in the cache.
     """
     hidden, layers = HEADS * HEAD_SIZE, 6
     encoder = tokens * layers * (12 * hidden**2 + 2 * attended * hidden)
@@ -324,7 +313,7 @@ def step_work(tokens: float, masked: float, attended: float) -> tuple[float, flo
 
 
 def floor(text: dict, rows: list[dict], device: torch.device) -> dict:
-    """The least time that our softmax1 step could take here, from rates measured here, and how far from it it is."""
+    """The least time that our softmax1 step could take here, from rates measured here, and the time it takes."""
     flops, moved = step_work(text["tokens_a_step"], text["masked_tokens_a_step"], text["attended_tokens"])
     a, b = torch.randn(1024, 3072, device=device), torch.randn(3072, 3072, device=device)
     big = torch.ones(1 << 27, device=device)  # 512 MiB, beyond every cache
@@ -345,10 +334,11 @@ def floor(text: dict, rows: list[dict], device: torch.device) -> dict:
 
 
 def memory(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[dict]:
-    """Bytes our float32 step needs at the published batch and at the one the published run had no memory for.
+    """Bytes that our float32 step needs at the published batch, and at the batch for which the published run was too
+    large.
 
-    Weights, gradients and two moments, and what the forward pass keeps for the backward pass: counted, so that it holds
-    on any device. The larger batch once of samples as they come, once of nothing but longest ones.
+    Counted, so that the figures hold on any device: weights, gradients, AdamW's two moments, and the tensors that the
+    forward pass keeps for the backward pass.
     """
     model = accept_packed_batches(build_model(1, VOCAB_SIZE, tokenizer, SEED)).train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -386,34 +376,18 @@ def memory(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[dict
     return rows
 
 
-def projection(text: dict) -> list[dict]:
-    """Time and cost of the published number of steps on other devices: roofline, and under the assumptions above."""
-    rows = []
-    for tokens in (text["tokens_a_step"] / EFFECTIVE_BATCH_SIZE, PUBLISHED_TOKENS):
-        for device, (peak_flops, peak_bandwidth, usd_an_hour) in DEVICES.items():
-            total = tokens * EFFECTIVE_BATCH_SIZE
-            flops, moved = step_work(total, MLM_PROBABILITY * total, text["attended_tokens"])
-            roofline = flops / peak_flops + moved / peak_bandwidth
-            reached = flops / (REACHED_FLOPS * peak_flops) + moved / (REACHED_BANDWIDTH * peak_bandwidth)
-            row = {"device": device, "tokens_a_sample": tokens}
-            for name, seconds in (("roofline", roofline), ("assumed", reached + LAUNCH_SECONDS)):
-                hours = seconds * STEPS / 3600
-                row[name] = {"seconds_a_step": seconds, "hours": hours, "usd": hours * usd_an_hour}
-            rows.append(row)
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
 LENGTHS = (20, 36, *(64 << power for power in range(8)))  # 20 and 36 tokens: sentences
+PATIENCE = 120  # seconds: an implementation that takes longer at one length is left out of the longer ones
 REFERENCE_ROWS = 64  # queries, evenly spread, whose output is compared with the definition in float64
 
 
 def peers() -> dict[str, Callable]:
-    """Others' ways to the same two functions, of transformers and of packages that are installed here.
+    """Other implementations of the same two functions: transformers', and those of packages that are installed here.
 
-    Arguments as in `contestants`. What is found may still refuse this device.
+    Their arguments are those of `contestants`. They may still refuse this device.
     """
     shape = {"sinks": None, "num_key_value_groups": 1, "training": True}
 
@@ -444,22 +418,22 @@ def peers() -> dict[str, Callable]:
         output = engine()(*(x.transpose(1, 2).contiguous() for x in (query, key, value)))
         return output.unflatten(-1, (HEADS, HEAD_SIZE)).transpose(1, 2)
 
-    found = {"sinks, transformers' eager": transformers_eager, "sinks, flex attention": transformers_flex}
-    for package, name, way in (
+    installed = {"sinks, transformers' eager": transformers_eager, "sinks, flex attention": transformers_flex}
+    for package, name, attend in (
         ("flash_attention_softmax_n", "softmax1, flash-attention-softmax-n", flash_attention_softmax_n),
         ("flash_attn", "sinks, FlashAttention", flash_attention),
         ("transformer_engine", "softmax1, TransformerEngine", transformer_engine),
     ):
         if importlib.util.find_spec(package):
-            found[name] = way
-    return found
+            installed[name] = attend
+    return installed
 
 
 def contestants() -> dict[str, Callable]:
-    """Ways to attend, as functions of query, key and value, each (batch, heads, tokens, size), and sinks (heads,).
+    """Implementations of attention, as functions of query, key, value (batch, heads, tokens, size) and sinks (heads,).
 
-    The first word of a name says which function it computes: softmax, softmax1, or softmax_n with log n = sinks. The
-    first way is PyTorch's softmax.
+    The first word of a name says what is computed: softmax, softmax1, or softmax_n with log n = sinks. The first one
+    is PyTorch's softmax attention.
     """
 
     def ours(backend: str, learned: bool) -> Callable:
@@ -498,19 +472,22 @@ def exact_rows(kind: str, query: Tensor, key: Tensor, value: Tensor, sinks: Tens
     return [output.detach(), torch.autograd.grad(output, query, upstream)[0]]
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
+def relative_error(computed: Tensor, exact: Tensor) -> float:
     """Largest difference in the rows of `exact_rows`, as a share of the largest entry."""
-    rows = evenly_spread(found.shape[2], REFERENCE_ROWS)
-    return ((found[:1, :, rows].double() - exact).abs().max() / exact.abs().max()).item()
+    rows = evenly_spread(computed.shape[2], REFERENCE_ROWS)
+    return ((computed[:1, :, rows].double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def attention_times(
     ways: dict[str, Callable], length: int, batch: int, rounds: int, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[tuple[str, str], list[float]], dict[str, int | None], dict[tuple[str, str], float]]:
-    """({(way, part): seconds of every round}, {way: bytes taken}, {(way, part): error}).
+) -> list[dict]:
+    """A row for each implementation that runs, and part (forward, forward and backward): times, error, memory.
 
-    The errors are relative_error of the output and of the query's gradient. Failing ways are reported and skipped.
+    The errors are `relative_error` of the output and of the query's gradient. Implementations that fail are reported
+    and skipped; those that take more than PATIENCE seconds are taken out of `ways`.
     """
+    # Compiled attention (flex) is compiled for this length only: from its ninth shape on PyTorch would not compile it.
+    torch.compiler.reset()
     shape = (batch, HEADS, length, HEAD_SIZE)
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     sinks = torch.linspace(-2, 4, HEADS, device=device).requires_grad_()
@@ -526,53 +503,64 @@ def attention_times(
         return torch.autograd.grad(ways[name](*qkv, sinks), leaves, upstream)[0]
 
     parts = {"forward": forward, "forward+backward": both}
-    bytes_taken, errors = {}, {}
-    for name in ways:  # and the warm-up
+    bytes_taken, errors, seconds = {}, {}, {}
+    stock, *_ = ways
+    for name in list(ways):  # and the warm-up
+        start = time.perf_counter()
         try:
             for (part, run), reference in zip(parts.items(), exact[function_of(name)], strict=True):
                 errors[name, part] = relative_error(run(name), reference)
             bytes_taken[name] = peak(partial(both, name), device)
-        except Exception as error:  # no memory, or a dtype or device that it does not take: of others' packages, any
+            seconds |= {(name, part): [] for part in parts}
+        except Exception as error:  # no memory, or an unsupported dtype or device: other packages raise anything
             tqdm.write(f"{name} at {length} tokens: {record.one_line(error)}", file=sys.stderr)
-    seconds = {(name, part): [] for part in parts for name in bytes_taken}
+        if time.perf_counter() - start > PATIENCE and name != stock:
+            tqdm.write(
+                f"{name} took over {PATIENCE} s at {length} tokens and is left out from here on", file=sys.stderr
+            )
+            seconds = {key: times for key, times in seconds.items() if key[0] != name}
+            del ways[name]
     for _ in range(rounds):
         for name, part in seconds:
             seconds[name, part].append(timed(partial(parts[part], name), device))
-    return seconds, bytes_taken, errors
+    return [
+        {
+            "length": length,
+            "batch": batch,
+            "way": name,
+            "part": part,
+            "median_seconds": float(np.median(times)),
+            **of_stock(times, seconds[stock, part]),
+            "error": errors[name, part],
+            "peak_bytes": bytes_taken[name],
+            "seconds": times,
+        }
+        for (name, part), times in seconds.items()
+    ]
 
 
-def benchmark_attention(args: argparse.Namespace, device: torch.device) -> dict:
+def of_stock(seconds: list[float], stock: list[float]) -> dict[str, float]:
+    """Time as a multiple of stock's: the median of the rounds' ratios, and their extremes."""
+    ratios = np.array(seconds) / np.array(stock)
+    return {"of_stock": float(np.median(ratios)), "lowest": float(ratios.min()), "highest": float(ratios.max())}
+
+
+def benchmark_attention(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """What has been measured so far, after every length."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ways = contestants()
-    stock = next(iter(ways))
-    rows = []
-    for length in tqdm([length for length in LENGTHS if length <= args.max_length], desc="lengths"):
+    ways, rows = contestants(), []
+    lengths = [length for length in LENGTHS if length <= args.max_length]
+    about = {"dtype": str(dtype).removeprefix("torch."), "heads": HEADS, "head_size": HEAD_SIZE, "lengths": lengths}
+    for length in tqdm(lengths, desc="lengths"):
         batch = max(1, min(16, args.max_length // length))  # as many tokens at every length, but no more than 16 rows
-        seconds, bytes_taken, errors = attention_times(ways, length, batch, args.rounds, dtype, device)
-        for (name, part), times in seconds.items():
-            ratios = np.array(times) / np.array(seconds[stock, part])
-            rows.append(
-                {
-                    "length": length,
-                    "batch": batch,
-                    "way": name,
-                    "part": part,
-                    "median_seconds": float(np.median(times)),
-                    "of_stock": float(np.median(ratios)),
-                    "lowest": float(ratios.min()),
-                    "highest": float(ratios.max()),
-                    "error": errors[name, part],
-                    "peak_bytes": bytes_taken[name],
-                    "seconds": times,
-                }
-            )
-    return {"dtype": str(dtype).removeprefix("torch."), "heads": HEADS, "head_size": HEAD_SIZE, "attention": rows}
+        rows += attention_times(ways, length, batch, args.rounds, dtype, device)
+        yield {**about, "attention": rows}
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> dict:
+def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Tokenize --lines lines, the training text over and over, as train_model.py does, and read some of them again."""
     data, _ = load_data(args.data_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, VOCAB_SIZE)
@@ -584,10 +572,9 @@ def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> dict:
         if shutil.disk_usage(scratch).free < needed:
             sys.exit(f"error: {args.output_dir} has less than the {needed / 1e9:.1f} GB this needs: give fewer --lines")
         start = time.perf_counter()
-        result = tokenized(datasets.DatasetDict(train=text), Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)[
-            "train"
-        ]
+        splits = tokenized(datasets.DatasetDict(train=text), Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)
         seconds = time.perf_counter() - start
+        result = splits["train"]
         drawn = np.random.default_rng(0).permutation(len(result))
         order = [
             drawn[start : start + EFFECTIVE_BATCH_SIZE]
@@ -595,7 +582,7 @@ def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> dict:
         ]
         reading = timed(lambda: [result[batch] for batch in order], torch.device("cpu"))
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
-    return {
+    yield {
         "lines": args.lines,
         "seconds": seconds,
         "lines_per_second": args.lines / seconds,
@@ -637,19 +624,6 @@ def step_tables(result: dict) -> str:
         ]
         for row in result["memory"]
     ]
-    projected = [
-        [row["device"], f"{row['tokens_a_sample']:.1f}"]
-        + [
-            show
-            for name in ("roofline", "assumed")
-            for show in (
-                f"{1e3 * row[name]['seconds_a_step']:.1f}",
-                f"{row[name]['hours']:.2f}",
-                f"{row[name]['usd']:.2f}",
-            )
-        ]
-        for row in result["projection"]
-    ]
     return "\n\n".join(
         [
             f"A training step of {EFFECTIVE_BATCH_SIZE} samples: on average {text['tokens_a_step']:.0f} tokens, padded "
@@ -660,13 +634,6 @@ def step_tables(result: dict) -> str:
             f"{bottom['measured_bytes_per_second'] / 1e9:.1f} GB/s, both measured, are {1e3 * bottom['seconds']:,.1f} "
             f"ms; the step takes {bottom['times_the_floor']:.2f} times that.",
             table(["memory, float32", "tokens", "parameters MB", "activations MB", "together GB"], needs),
-            f"Projected, not measured, for {STEPS:,} steps. Roofline: every FLOP and byte at the data sheet's rate. "
-            f"Assumed: {REACHED_FLOPS:.0%} of those FLOP/s, {REACHED_BANDWIDTH:.0%} of the bandwidth and "
-            f"{1e3 * LAUNCH_SECONDS:.0f} ms a step that nothing hides.",
-            table(
-                ["device", "tokens/sample", "roofline ms", "hours", "USD", "assumed ms", "hours", "USD"],
-                projected,
-            ),
         ]
     )
 
@@ -778,15 +745,16 @@ def main(argv: list[str] | None = None) -> None:
     refuse_unwritable(args.output_dir)
     measure, tables, plot = BENCHMARKS[args.what]
     hardware = record.hardware(device)
-    result = {
+    about = {
         "argv": record.command_line() if argv is None else ["benchmark.py", *argv],
         "git": record.git_state(),
         "versions": record.versions(),
         "hardware": hardware,
         "rounds": args.rounds,
-        **measure(args, device),
     }
-    record.write_json(args.output_dir / f"{args.what}.json", result)
+    for so_far in measure(args, device):
+        result = {**about, **so_far}
+        record.write_json(args.output_dir / f"{args.what}.json", result)
     where = (
         f"{hardware['name']}, {'threads' if device.type == 'cpu' else 'count'}: {hardware['count']}, "
         f"torch {result['versions']['torch']}, {args.rounds} rounds"

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from published import ACTIVATIONS, WEIGHTS
 from record import by_layer, look_up
 from tables import shortest
 
@@ -24,18 +25,13 @@ LEARNED = "learned"  # what softmax1.py calls a trained n for each head
 # -------------------------------------------------------------------------------------------------------- model cards
 
 WIDGETS = ["La suno <mask>.", "Mi <mask> vin.", "Esperanto estas internacia <mask>.", "La urbo estas tre <mask>."]
-# Rows of the kurtosis table: label, name behind `layer.<i>.`, in the results file's weights or activations.
-KURTOSIS_ROWS = [
-    ("attention output: dense weight", "attention.output.dense.weight", "weight_excess_kurtosis"),
-    ("attention output: dense bias", "attention.output.dense.bias", "weight_excess_kurtosis"),
-    ("attention output: LayerNorm weight", "attention.output.LayerNorm.weight", "weight_excess_kurtosis"),
-    ("attention output: LayerNorm bias", "attention.output.LayerNorm.bias", "weight_excess_kurtosis"),
-    ("attention output: dense, activations", "attention.output.dense", "activation_excess_kurtosis"),
-    ("attention output: dropout, activations", "attention.output.dropout", "activation_excess_kurtosis"),
-    ("attention output: LayerNorm, activations", "attention.output", "activation_excess_kurtosis"),
-    ("FFN output: dense, activations", "output.dense", "activation_excess_kurtosis"),
-    ("FFN output: LayerNorm, activations", "output", "activation_excess_kurtosis"),
-]
+# Of the FFN output, which the published tables leave out: rows of the kurtosis table.
+FFN_ROWS = [("FFN output: dense, activations", "output.dense"), ("FFN output: LayerNorm, activations", "output")]
+KURTOSIS_ROWS = {  # by the dictionary of the results file: (label, name behind `layer.<i>.`)
+    "weight_excess_kurtosis": [(f"attention output: {label}", name) for label, name, *_ in WEIGHTS],
+    "activation_excess_kurtosis": [(f"attention output: {label}, activations", name) for label, name, *_ in ACTIVATIONS]
+    + FFN_ROWS,
+}
 UNKNOWN = "Unknown: this model came without its results file."
 
 
@@ -47,7 +43,7 @@ def recorded(results: dict | None, key: str, form: str = "") -> str:
 
 def kurtosis_table(results: dict) -> str:
     lines = ["| | mean ± deviation over the layers | smallest | largest |", "| --- | ---: | ---: | ---: |"]
-    for label, name, kind in KURTOSIS_ROWS:
+    for kind, (label, name) in ((kind, row) for kind, rows in KURTOSIS_ROWS.items() for row in rows):
         values = by_layer(look_up(results, kind, None) or {}, name)
         values = values[~np.isnan(values)].tolist()
         if values:

@@ -66,6 +66,16 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def silence_libraries() -> None:
+    """Keep warnings and progress bars of transformers and huggingface_hub away from our one line about an error."""
+    import huggingface_hub
+    import transformers  # imported here, because not every script needs it
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+
+
 def positive(text: str) -> int:
     """A flag's whole number above 0, as `type` of an argument."""
     if not text.isdecimal() or int(text) < 1:

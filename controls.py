@@ -80,7 +80,7 @@ def can_be_compensated(model: PreTrainedModel) -> bool:
 
 
 def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The same weights and the same function in the other class: stock RoBERTa in ours, ours in stock RoBERTa.
+    """The same weights and the same function in the other class: stock RoBERTa as our class, ours as stock RoBERTa.
 
     None for a model that is neither.
     """
@@ -172,14 +172,14 @@ def check_outliers(
 ) -> dict[str, dict]:
     """Compensated outliers in all layers, or the first, middle and last of many; `gap` is that of the model itself."""
     depth = len(model.base_model.encoder.layer)
-    layers = {}
+    by_layer = {}
     for layer in range(depth) if depth <= 3 else (0, depth // 2, depth - 1):
         control = compensated_outlier(model, layer, 0, LARGE)
         static = StaticW8A8(control, calibration)
         plain = measured_copy(control)
         unchanged = held_out_loss(plain, scored)[0]
         parts, _ = part_gaps(static, plain, scored)
-        layers[f"layer.{layer}"] = {
+        by_layer[f"layer.{layer}"] = {
             "float32_change": unchanged - exact,
             "gap": held_out_loss(static.model, scored)[0] - unchanged,
             "parts": parts,
@@ -187,24 +187,24 @@ def check_outliers(
         }
         del control, static, plain
         gc.collect()  # hooks refer to what holds them: without this, every copy of the model stays in memory
-    gaps = [of_layer["gap"] for of_layer in layers.values()]
-    right = sum(name == of_layer["largest_part"] for name, of_layer in layers.items())
+    gaps = [of_layer["gap"] for of_layer in by_layer.values()]
+    right = sum(name == of_layer["largest_part"] for name, of_layer in by_layer.items())
     felt = all(
-        abs(of_layer["float32_change"]) < UNCHANGED and of_layer["gap"] - gap > FELT for of_layer in layers.values()
+        abs(of_layer["float32_change"]) < UNCHANGED and of_layer["gap"] - gap > FELT for of_layer in by_layer.values()
     )
     large = {
-        "passed": felt and right == len(layers),
-        "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(layers)}",
+        "passed": felt and right == len(by_layer),
+        "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(by_layer)}",
         "gap_without": gap,
-        "layers": layers,
+        "layers": by_layer,
     }
-    middle = list(layers)[len(layers) // 2]
+    middle = list(by_layer)[len(by_layer) // 2]
     control = compensated_outlier(model, int(middle.partition(".")[2]), 0, SMALL)
     small = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
     return {
         "large_outlier": large,
         "small_outlier": {
-            "passed": small - gap < (layers[middle]["gap"] - gap) / 2,
+            "passed": small - gap < (by_layer[middle]["gap"] - gap) / 2,
             "said": f"gap {number(small, 3)} nats in {middle}, {number(gap, 3)} without",
             "gap": small,
         },
@@ -230,7 +230,7 @@ class _ControlConfig(RobertaConfig):
 
 
 class ClippedSoftmaxConfig(_ControlConfig):
-    """Weights clip((zeta - gamma) softmax + gamma, 0, 1); the defaults are those of their BERT."""
+    """Weights clip((zeta - gamma) softmax + gamma, 0, 1); the defaults are Bondarenko et al.'s for BERT."""
 
     model_type = "roberta-clipped-softmax"
 

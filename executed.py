@@ -421,7 +421,7 @@ def latency(paths: dict[str, Path], model: PreTrainedModel) -> dict:
     formats = {}
     for name, taken in times.items():
         q25, median, q75 = statistics.quantiles(taken, n=4, method="inclusive")
-        speedup = statistics.median(exact / one for exact, one in zip(times["float32"], taken, strict=True))
+        speedup = statistics.median(exact / own for exact, own in zip(times["float32"], taken, strict=True))
         formats[name] = {"median": median, "q25": q25, "q75": q75, "speedup": speedup}
     return {
         "batch": 1,

@@ -46,7 +46,7 @@ RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts; huggingface_hub
 MAX_RETRY_AFTER_SECONDS = 600  # when the Hub itself asks for a longer pause
 SHARD_BYTES = 500_000_000  # of Arrow data in one Parquet file, the Hub's own recommendation
 
-# How values of another kind than this project writes surface, in reading them or in making a card of them.
+# What Python raises where a file holds values of another type than this project writes.
 WRONG = (ValueError, LookupError, TypeError, AttributeError)
 
 # What a model folder gives to the Hub. Not training_args.bin: it is pickled, so it can run code, and it holds paths and
@@ -224,7 +224,7 @@ def push(path: str | Path, results: str | Path | None = None, private: bool = Fa
     if diverged(Path(results or beside)):
         print(f"{path} diverged in training, so there is no model to push.")
         return
-    # What is to be pushed is read first: of what is not there or not whole nothing may be said to be saved.
+    # What is to be pushed is read first, so that the message below never calls saved what is missing or incomplete.
     if (path / "dataset_dict.json").is_file():
         send, what = push_dataset, read_dataset(path)
     elif (path / "config.json").is_file():
@@ -246,7 +246,7 @@ def diverged(results_path: Path) -> bool:
 
 
 def push_model(hub: Hub, folder: Path, what: tuple[dict, dict | None], private: bool) -> None:
-    """`what` is of `read_model`."""
+    """`what` is what `read_model` returned."""
     config, results = what
     run = folder.absolute().name if results is None else results["run"]
     repo = f"{hub.namespace}/{run}"
@@ -305,7 +305,10 @@ def read_dataset(folder: Path) -> tuple[dict, dict[str, datasets.Dataset]]:
 
 
 def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Dataset]], private: bool) -> None:
-    """One commit of Parquet files and card; at most one batch of rows is in memory. `what` is of `read_dataset`."""
+    """One commit of Parquet files and card; at most one batch of rows is in memory.
+
+    `what` is what `read_dataset` returned.
+    """
     manifest, splits = what
     repo = f"{hub.namespace}/{DATASET}"
     with scratch(folder.absolute()) as stage:

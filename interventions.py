@@ -47,7 +47,7 @@ Heads = set[tuple[str, int]]  # (layer.<i>, head)
 def interventions(
     model: PreTrainedModel, batches: list[dict], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
-    """Measure the model on the same masked text under each intervention. It is left as it was, in eval mode.
+    """Measure the model on the same masked text under each intervention. The model is left in eval mode.
 
     A head is a sink head when in more than 30 % (SINK) of the sequences one token, or nowhere, gets more than 30 % of
     the attention: `sink_rate_any_or_null`, the same for every n.
@@ -77,7 +77,9 @@ def interventions(
             if changed.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
                 results[f"as_softmax{n}"], _ = _measure(changed, batches, tokenizer)
 
-    every: Heads = {(layer, head) for layer, one in attention.items() for head in range(len(one["null_mass"]))}
+    every: Heads = {
+        (layer, head) for layer, of_layer in attention.items() for head in range(len(of_layer["null_mass"]))
+    }
     sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
     if sinks:
         results["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
@@ -85,7 +87,7 @@ def interventions(
         draws = random.Random(0)
         chosen = [set(draws.sample(sorted(every - sinks), len(sinks))) for _ in range(DRAWS)]
         drawn = [_without(model, heads, batches, tokenizer) for heads in chosen]
-        means = {key: float(np.mean([one[key] for one in drawn])) for key in drawn[0]}
+        means = {key: float(np.mean([of_draw[key] for of_draw in drawn])) for key in drawn[0]}
         results["without_random_heads"] = {**means, "heads": len(sinks)}
 
     starts = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}

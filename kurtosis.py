@@ -32,7 +32,7 @@ def excess_kurtosis(values: Tensor) -> Tensor:
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters but learned sinks, which are no weights: a number a head, that may be -inf, never quantized."""
+    """All parameters except learned sinks: one number for each head, which may be -inf and is never quantized."""
     sinks = learned_sinks(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in sinks}
 

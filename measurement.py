@@ -261,9 +261,9 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     run.maps = attention_maps(model, tokenizer, ids, run.attention)
 
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
-    some = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
-    scored = held_out_batches({"input_ids": some}, masks, batch_size)
-    few = [some[i] for i in evenly_spread(len(some), INTERVENTION_TEXTS)]
+    scored_ids = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
+    scored = held_out_batches({"input_ids": scored_ids}, masks, batch_size)
+    few = [scored_ids[i] for i in evenly_spread(len(scored_ids), INTERVENTION_TEXTS)]
     run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
     measure_quantization(run, texts, model, tokenizer, masks, scored, checked, execute)
 
@@ -516,9 +516,9 @@ def keep_measured(run: Run, file: Path, made: dict) -> None:
 def _encoded(value):
     """`value` as strict JSON can hold it, which has no NaN, infinity or arrays."""
     if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: _encoded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
+        return [_encoded(entry) for entry in value]
     if isinstance(value, np.ndarray):
         return {"array": _encoded(value.tolist()), "dtype": str(value.dtype)}
     if isinstance(value, np.generic):

@@ -4,7 +4,7 @@
     AttentionSinks          where the attention of every head goes, and how much of it goes nowhere
     HeadVectors             norms of keys and values, range of the logits, context of every head
     measure_model           all of these, of one model on texts
-    uniform_attention       what AttentionSinks gives where no key differs from another
+    uniform_attention       what AttentionSinks gives where all attention weights are equal
     Emergence               a few of them while a model is trained
 
 Padding is left out everywhere. Kurtosis is excess kurtosis (kurtosis.py): a Gaussian has 0.
@@ -61,10 +61,10 @@ def token_classes(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
 
 
 class BatchStatistics(Hooks):
-    """Hooks that add up a statistic of the real tokens of batches. Call `batch` before every forward pass."""
+    """Hooks that sum a statistic over the real tokens of batches. Call `batch` before every forward pass."""
 
     def batch(self, mask: Tensor, classes: Tensor, input_ids: Tensor | None = None) -> None:
-        """Say what the next forward pass holds.
+        """Announce the batch of the next forward pass.
 
         Args:
             mask: (B, T), non-zero where a token is real.
@@ -113,8 +113,8 @@ OUTLIER = 6.0  # |x| at or above it counts as an outlier (Dettmers et al., "LLM.
 
 # What the FFN adds to the residual stream, the stream, and what leaves the layer: where outliers show.
 FFN_PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
-# Massive activations (Sun et al., "Massive Activations in Large Language Models", 2024): |x| over 100 and about 1,000
-# times the median |x| of the sequence or more. They look at what leaves a layer; we look at all of FFN_PLACES.
+# Massive activations (Sun et al., "Massive Activations in Large Language Models", 2024): |x| over 100 and over about
+# 1,000 times the median |x| of the sequence. Sun et al. measure what leaves a layer; we measure all of FFN_PLACES.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 TOP = 8  # entries of largest |x| that are kept with their token
 
@@ -172,13 +172,13 @@ class ActivationOutliers(BatchStatistics):
         classes: Tensor,
         tokens: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Count `values` (R, C) in at a place.
+        """Add the values of one place to its sums.
 
         Args:
             name: of the place.
             values: (R, C), any float dtype.
-            sequence, classes: (R,), whose tokens the rows are and of which class.
-            tokens: (R,) each, token ids and positions; None counts no massive activations.
+            sequence, classes: (R,), the index of the sequence and the class of every token.
+            tokens: (R,) each, token ids and positions; with None massive activations are not counted.
         """
         values, sequence, classes = with_float64(values), with_float64(sequence), with_float64(classes)
         tokens = tokens and (with_float64(tokens[0]), with_float64(tokens[1]))
@@ -374,11 +374,11 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def sinks_by_layer(model: nn.Module) -> dict[str, list[float]]:
     """{"layer.<i>": log n of each head} of a model with learned sinks; empty for every other."""
-    found = {}
+    log_n_by_layer = {}
     for name, log_n in learned_sinks(model).items():
         if match := re.search(r"\b(layer\.\d+)\.", name):
-            found[match[1]] = log_n.tolist()
-    return found
+            log_n_by_layer[match[1]] = log_n.tolist()
+    return log_n_by_layer
 
 
 class AttentionSinks(BatchStatistics):
@@ -469,14 +469,14 @@ class AttentionSinks(BatchStatistics):
 def uniform_attention(
     lengths: Iterable[int], n: float | list[float], attention_weights: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float | int]:
-    """What attention that tells no key from another gives on sequences of these lengths: every weight 1 / (n + T).
+    """Sink rates and null mass of attention whose weights are all equal, 1 / (n + T), on sequences of these lengths.
 
-    Sink rates and null mass differ by construction between values of n; this is what a model has to differ from.
+    They differ between values of n by construction. The measured figures of a model are read beside them.
 
     Args:
         lengths: tokens of each sequence, > 0.
         n: of softmax_n, >= 0; or that of every head, over which the mean is taken.
-        attention_weights: of a model whose attention is not softmax_n: makes weights of scores (1, T).
+        attention_weights: of a model whose attention is not softmax_n: the function from scores (1, T) to weights.
 
     Returns:
         {"sequences", "sequences_short" (fewer than SHORT tokens), "null_mass" and every key of SINK_RATES}; NaN where
@@ -484,21 +484,22 @@ def uniform_attention(
     """
     if isinstance(n, list):
         lengths = list(lengths)
-        heads = [uniform_attention(lengths, one) for one in n]
+        heads = [uniform_attention(lengths, n_of_head) for n_of_head in n]
         return {key: value if key.startswith("sequences") else _mean(heads, key) for key, value in heads[0].items()}
     length = torch.tensor(list(lengths), dtype=torch.float64)
     key = 1 / (n + length)
     if attention_weights is not None:
-        key = torch.stack([attention_weights(torch.zeros(1, int(one), dtype=torch.float64))[0, 0] for one in length])
+        scores = [torch.zeros(1, int(tokens), dtype=torch.float64) for tokens in length]
+        key = torch.stack([attention_weights(of_query)[0, 0] for of_query in scores])
     null, share = 1 - length * key, 1 / length
-    found: dict[str, float | int] = {"null_mass": ((null * length).sum() / length.sum()).item()}
+    rates: dict[str, float | int] = {"null_mass": ((null * length).sum() / length.sum()).item()}
     most = {"": key, "_renormalised": torch.where(key > 0, share, 0)}  # a query without mass has no sink
     for suffix, chosen in (("", length >= SHORT), ("_short", length < SHORT)):
-        found[f"sequences{suffix}"] = int(chosen.sum())
-        rates = {f"{which}{kind}": mean for kind, mean in most.items() for which in ("first", "any")}
-        for kind, mean in {**rates, "any_or_null": torch.maximum(key, null)}.items():
-            found[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
-    return found
+        rates[f"sequences{suffix}"] = int(chosen.sum())
+        means = {f"{which}{kind}": mean for kind, mean in most.items() for which in ("first", "any")}
+        for kind, mean in {**means, "any_or_null": torch.maximum(key, null)}.items():
+            rates[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
+    return rates
 
 
 def _mean(heads: list[dict[str, float]], key: str) -> float:
@@ -513,9 +514,9 @@ NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
 class HeadVectors(BatchStatistics):
     """Streaming statistics of the query, key, value and context vectors of every head, real tokens only.
 
-    The self-attention modules must return their weights (see `eager_attention`). Keeps the moments of the context of
-    every sequence and head (40 bytes each), because only in the end it is known which heads do nothing; and of every
-    sequence those of the queries that attend (ATTENDING), in all heads.
+    The self-attention modules must return their weights (see `eager_attention`). The moments of the context are kept
+    for every sequence and head (40 bytes each), because only after the last batch it is known which heads do nothing.
+    For every sequence, the moments over the queries that attend (ATTENDING), in all heads, are kept too.
 
     Args:
         model: a BERT-shaped encoder. A layer without query, key and value projections is absent from the result, and
@@ -683,11 +684,11 @@ def measure_model(
             seen["lengths"] += mask.sum(1).tolist()
     places, attention = outliers.result(), sinks.result()
     for place in places.values():
-        for one in place.get("massive", {}).get("top", []):
-            one["token"] = tokenizer.decode([one.pop("token_id")])
-    masses = [{layer: one[key] for layer, one in attention.items()} for key in ("idle_mass", "null_mass")]
-    for layer, found in vectors.result(*masses).items():
-        attention[layer] |= found
+        for entry in place.get("massive", {}).get("top", []):
+            entry["token"] = tokenizer.decode([entry.pop("token_id")])
+    masses = [{layer: of_layer[key] for layer, of_layer in attention.items()} for key in ("idle_mass", "null_mass")]
+    for layer, of_layer in vectors.result(*masses).items():
+        attention[layer] |= of_layer
     for layer, log_n in sinks_by_layer(model).items():
         attention[layer]["log_n"] = log_n
     return places, attention, seen
@@ -700,7 +701,7 @@ class Emergence:
     """A few numbers of a model in training, on a few fixed held-out texts, which show when outliers grow.
 
     The texts are measured as in the analysis of the final model: unmasked, in eval mode, padding left out. A call
-    leaves train mode, attention, hooks and random numbers of the model as they were.
+    changes neither the mode, attention and hooks of the model nor the state of the random numbers.
 
     Args:
         batches: of `held_out.padded_batches`: input_ids and attention_mask (B, T). A few dozen texts are enough.
@@ -727,14 +728,14 @@ class Emergence:
             for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
                 model.base_model(**batch)
         model.train(training)
-        found = {
+        numbers = {
             f"{place}.{statistic}": values[statistic]
             for place, values in outliers.result().items()
             for statistic in self.STATISTICS
         }
         for layer, values in sinks.result().items():
             for statistic in self.ATTENTION:
-                found[f"{layer}.attention.{statistic}"] = sum(values[statistic]) / len(values[statistic])
+                numbers[f"{layer}.attention.{statistic}"] = sum(values[statistic]) / len(values[statistic])
         for layer, log_n in sinks_by_layer(model).items():
-            found[f"{layer}.attention.log_n"] = sum(log_n) / len(log_n)
-        return found
+            numbers[f"{layer}.attention.log_n"] = sum(log_n) / len(log_n)
+        return numbers

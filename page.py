@@ -61,6 +61,7 @@ def html_page(text: str, pictures: dict[str, bytes]) -> str:
     body = converter.convert(text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = body.replace(" ± ", "&nbsp;±&nbsp;").replace("× ", "×&nbsp;")  # one number, in one line
+    body = re.sub(r"(\de-)(\d)", r"\1&#8288;\2", body)  # a word joiner: 1e-05 is not broken behind its hyphen
 
     def figure_of(match: re.Match) -> str:
         name, caption = match["name"], match["caption"]

@@ -190,7 +190,7 @@ def percent(confidence: float) -> str:
 
 
 def below_noise(mean: float | None, floor: float | None) -> str:
-    """That a mean gap is below its noise, in words; empty where it is not, or where one of the two is unknown."""
+    """The words for a mean gap that is below its noise; empty where it is not, or where one of the two is unknown."""
     if mean is None or floor is None or abs(mean) >= floor:
         return ""
     return f"below its noise of {figure(floor)}"

@@ -56,7 +56,7 @@ class Look:
 
     def line(self, **more) -> dict:
         """Arguments for Axes.plot."""
-        width, size = (2.4, 6) if self.leading else (1.2, 4)
+        width, size = (2.8, 6) if self.leading else (1.2, 4)
         look = {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
         return {**look, "linewidth": width, "markersize": size, **more}
 

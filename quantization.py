@@ -10,10 +10,10 @@
 
 In the four static ones weights are symmetric, activations asymmetric (0 is exact), both per tensor, and arithmetic is
 simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al. published
-(validate_mlm.py and what it calls) in what is quantized, in how ranges are found and in what they are found on. The
-three others are ours and differ from it; DEFINITIONS.md has all differences side by side:
+(validate_mlm.py and what it calls): the same tensors are quantized, ranges are estimated in the same way, and on the
+same kind of text. The three others are ours and differ from it; DEFINITIONS.md has all differences side by side:
 
-    what          ours: weights of every nn.Linear and nn.Embedding; the input of every nn.Linear; query, key and value;
+    tensors       ours: weights of every nn.Linear and nn.Embedding; the input of every nn.Linear; query, key and value;
                   the attention scores, the attention weights and the context; the outputs of attention.output.dense and
                   output.dense; what enters and what leaves every LayerNorm. The masked-LM head is quantized as well,
                   but for the logits.
@@ -79,7 +79,7 @@ EXECUTED = {
     "int8_minmax": "INT8, executed, MinMax ranges",
     "int8_percentile": "INT8, executed, percentile ranges",
 }
-ESTIMATORS = ("minmax", "percentile", "mse")  # how static ranges are found
+ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
 # The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
 ATTENTION = "softmax_n_fake_quantized"
 
@@ -104,7 +104,7 @@ def int4_weight(weight: Tensor) -> Tensor:
 
 
 def _symmetric(rows: Tensor, levels: int) -> Tensor:
-    # A row of zeros needs a scale above 0; any one will do.
+    # A row of zeros needs a scale above 0; which one does not matter.
     scale = (rows.abs().amax(1).float() / levels).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
     return torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, -levels - 1, levels).to(rows.dtype)
@@ -554,7 +554,7 @@ def _our_places(name: str, module: nn.Module) -> tuple[bool, bool]:
 
 
 def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
-    """The same for the published setting: every tensor once, where it is made; sums before a LayerNorm as its input."""
+    """The same for the published setting: every tensor once, as an output; the sum before a LayerNorm as its input."""
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear) and not name.endswith(".intermediate.dense")
     return norm, norm or linear or name.endswith(".intermediate")  # the intermediate one behind its activation function
@@ -571,9 +571,9 @@ def _order(part: str) -> tuple:
 
 
 def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[int]]:
-    """Texts one behind the other, cut into sequences of `length` tokens, as the published setting prepares its text.
+    """The texts joined and cut into sequences of `length` tokens, as the published setting prepares its text.
 
-    What is left over at the end is dropped, unless there is nothing else.
+    A shorter rest at the end is dropped, unless it is all there is.
     """
     tokens = list(chain.from_iterable(ids))
     whole = max(len(tokens) // length, 1) * length
@@ -584,7 +584,7 @@ def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[in
 
 
 def dynamic_w8a8(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose nn.Linear layers have 8-bit weights, a scale a row, and 8-bit inputs, a scale a token."""
+    """A copy whose nn.Linear layers have 8-bit weights, one scale for each row, and inputs, one for each token."""
     quantized = _with_weights(model, int8_rows)
     for module in quantized.modules():
         if isinstance(module, nn.Linear):
@@ -627,14 +627,14 @@ def measure_damage(
 ) -> dict:
     """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
-    The static schemes reach into the attention: of a model that does not take it from transformers' attention interface
-    they are absent from the result, and so is bfloat16 where such an attention does not run in it.
+    The static schemes quantize inside the attention. For a model that does not take its attention from transformers'
+    attention interface they are absent from the result; so is bfloat16 where such an attention does not run in it.
 
     Args:
         model: a masked-LM in float32.
         batches: of `held_out_batches`, made of held-out text: what is scored.
-        draws: several lists of the same, made of training text, in random order. w8a8_static is calibrated on each
-            and its loss is the mean; the percentile and mse ranges come from the first one alone.
+        draws: several lists of such batches, made of training text, in random order. w8a8_static is calibrated on
+            each of them and its loss is the mean; the percentile and mse ranges come from the first one alone.
         published: what w8a8_published is calibrated on: full sequences (`joined`) of the text that is scored.
         label: for the progress bar.
 
@@ -666,13 +666,24 @@ def measure_damage(
                 raise
         static = {"parts": {}, "part_floors": {}, "ranges": {}}
         if draws:
-            some = batches[:: math.ceil(len(batches) / PART_BATCHES)]
-            sums["w8a8_static"], static = _score_static(model, plain, draws, some, score)
+            part_batches = batches[:: math.ceil(len(batches) / PART_BATCHES)]
+            sums["w8a8_static"], static = _score_static(model, plain, draws, part_batches, score)
             score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
         score("w4_weight_only", weight_only_w4(model))
+    return {**_losses_and_gaps(sums, exact, masked, static.pop("draws", [])), **static}
+
+
+def _losses_and_gaps(sums: dict[str, Tensor], exact: Tensor, masked: Tensor, draws: list[Tensor]) -> dict:
+    """The part of `measure_damage`'s result that follows from the losses of every text.
+
+    Args:
+        sums: {scheme: (texts, 2), of `per_text_loss`}.
+        exact, masked: (texts,), losses in float32 and numbers of masked tokens.
+        draws: (texts, 2) of w8a8_static for each draw of calibration texts.
+    """
     texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
-    draw_gaps = [((losses[:, 0] - exact).sum() / masked.sum()).item() for losses in static.pop("draws", [])]
+    draw_gaps = [((losses[:, 0] - exact).sum() / masked.sum()).item() for losses in draws]
     masked = masked.numpy()
     schemes = {
         scheme: _scheme(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
@@ -683,19 +694,18 @@ def measure_damage(
         "masked_tokens": int(masked.sum()),
         "masked": masked.astype(int).tolist(),
         "texts": {scheme: [float(f"{value:.6g}") for value in losses] for scheme, losses in texts.items()},
-        **static,
     }
 
 
 def _score_static(
-    model: PreTrainedModel, plain: PreTrainedModel, draws: list[list[dict]], some: list[dict], score: Callable
+    model: PreTrainedModel, plain: PreTrainedModel, draws: list[list[dict]], part_batches: list[dict], score: Callable
 ) -> tuple[Tensor, dict]:
-    """Score w8a8_static with every draw of calibration batches, and with the first draw the other ranges of ours.
+    """Score w8a8_static with every draw of calibration batches, and our other static schemes with the first draw.
 
     Args:
         model, draws: as in `measure_damage`.
         plain: a copy that is not quantized.
-        some: batches for the damage of one part alone.
+        part_batches: batches for the damage of one part alone.
         score: (scheme, quantized model) -> losses by text, of `per_text_loss`.
 
     Returns:
@@ -704,7 +714,7 @@ def _score_static(
     """
     static = StaticW8A8(model, draws[0], histograms=True)
     losses = [score("w8a8_static", static.model)]
-    parts, part_floors = part_gaps(static, plain, some)
+    parts, part_floors = part_gaps(static, plain, part_batches)
     ranges = {name: [activation.low, activation.high] for name, activation in static.ranges.items()}
     for estimator in ("percentile", "mse"):
         static.choose(estimator)

@@ -194,7 +194,7 @@ def keeping(comparison: Comparison | None, diverged: bool) -> str:
 
 
 def rescued(comparison: Comparison, rescues: str) -> str:
-    """The verdict of answer.py on the primary metric, as a kind."""
+    """The kind of conclusion about the primary metric, in agreement with the verdict of answer.py."""
     if comparison.pairs == 1:
         return ONE_PAIR
     if claimed := direction(comparison):
@@ -312,7 +312,7 @@ def held_out_loss(pairs: Pairs) -> Answered:
 
 
 def int8(pairs: Pairs) -> Answered:
-    """The primary question, in a sentence; `answer` has the whole of it."""
+    """The primary question in one sentence; answer.py has all that is concluded about it."""
     group, metric = pairs.finding.group, pairs.finding.compared[PRIMARY_ARM]
     comparison = metric.get(PRIMARY)
     if failed := failed_check(group):
@@ -376,7 +376,7 @@ def _log_ratio(above: float | None, below: float | None) -> float | None:
 
 
 def facts(pairs: Pairs) -> str:
-    """Figures of both arms that the explanation rests on besides, without a test."""
+    """Further figures of both arms, on which the explanation rests; they are not tested."""
     said = ""
     for key, what in (
         ("attending_share", "(query, head) pairs that attend"),
@@ -447,7 +447,7 @@ def losses(mean: float | None, std: float | None) -> str:
 
 
 def seen(comparison: Comparison | None, pairs: Pairs) -> str:
-    """The scale that a sentence holds for: pairs, steps, parameters, tokens."""
+    """The scale for which a sentence holds: pairs, steps, parameters, tokens."""
     over = size(comparison.pairs if comparison else len(pairs.before), PRIMARY_ARM, pairs.finding.group)
     run = next(iter(trained_pairs(pairs.finding.group, PRIMARY_ARM).values()))[0]
     scale = [f"{shorter(value)} {what}" for what, value in scales(run).items() if value]

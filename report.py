@@ -33,7 +33,7 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 
 
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
-    """A row a metric: both arms, the paired difference, its interval over seeds and, of gaps, that over texts."""
+    """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
 
     def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
         return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
@@ -101,7 +101,7 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
-    """For every arm of a set a table, and what its intervals are; for the arm `only` alone where that was compared."""
+    """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
     parts = []
     for arm, comparisons in finding.compared.items():
         if only in finding.compared and arm != only:

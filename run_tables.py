@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from answer import noise_of_mean
-from experiment import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, STEPS, WEIGHTS
+from experiment import STEPS
 from outliers import FFN
 from pairs import below_noise
+from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from record import by_layer, look_up
 from runs import Run, arms
@@ -490,7 +491,8 @@ def run_by_run(runs: list[Run]) -> list[str]:
     if parts_rows := parts_table(measured):
         parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
     if executed := executed_in(columns):
-        parts += ["### INT8 that is executed", executed_table(executed)]
+        over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
+        parts += ["### INT8 that is executed", executed_table(executed), over]
     for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):
         ours = [[label, *cells] for label, _, _, *cells in rows]
         parts += [f"### {title} of attention.output: excess kurtosis", transposed(["run", *columns], ours)]

@@ -90,7 +90,7 @@ class Run:
 
     @property
     def arm_order(self) -> tuple:
-        """What the arms of runs with results are sorted by."""
+        """The sort key of the arms of runs with results."""
         return arm_order(*self._design)
 
     @property

@@ -187,7 +187,7 @@ def refuse_duplicates(runs: list[Run]) -> None:
                 seed = run.results["seed"]
                 if seed in seen:
                     files = " and ".join(
-                        str(each.file or each.name) + f" (model {each.model})" for each in (seen[seed], run)
+                        str(twin.file or twin.name) + f" (model {twin.model})" for twin in (seen[seed], run)
                     )
                     sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
                 seen[seed] = run

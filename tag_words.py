@@ -27,11 +27,9 @@ import command
 if __name__ == "__main__":
     command.begin()
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -306,10 +304,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()  # one clear line instead of theirs
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-
+    command.silence_libraries()
     parts = split(read_conllu(args.file))
     if not all(parts):
         sys.exit(f"error: {args.file} has too few sentences to be split: it needs 10 or more")

@@ -111,8 +111,8 @@ EMERGENCE_BATCH = 16
 # USD an hour of the machine that the GPU was rented in: AWS g5.2xlarge, as the published run paid it.
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
 
-# Flags of TrainingArguments that would change nothing here, or break the comparison, with the reason. At their defaults
-# they are nobody's concern. What is not named works as transformers says.
+# Flags of TrainingArguments that would change nothing here, or break the comparison, with the reason. They may be
+# given with their default value. What is not named here works as transformers documents it.
 REFUSED = {
     "label_smoothing_factor": "the loss is the published cross-entropy",
     "average_tokens_across_devices": "the loss is the mean over the masked tokens of the whole batch",
@@ -124,12 +124,12 @@ REFUSED = {
     "dataloader_in_order": "the samples come in the published, shuffled order",
     "ignore_data_skip": "a run that goes on sees what it would have seen",
     "accelerator_config": "every process makes the whole batch and keeps its share of it",
-    "dataloader_persistent_workers": "it is not looked at",
-    "dataloader_multiprocessing_context": "it is not looked at",
+    "dataloader_persistent_workers": "this script does not use it",
+    "dataloader_multiprocessing_context": "this script does not use it",
     "remove_unused_columns": "the tokenized dataset has one column",
     "label_names": "the labels are the masked tokens",
     "auto_find_batch_size": "the batch is a setting of the experiment",
-    "torch_empty_cache_steps": "it is not looked at",
+    "torch_empty_cache_steps": "this script does not use it",
     "use_liger_kernel": "it has nothing for this model",
     "liger_kernel_config": "it has nothing for this model",
     "use_cache": "a masked language model has no cache",

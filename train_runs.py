@@ -58,7 +58,7 @@ class Job:
     model: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0
-    first_step: int | None = None  # where this session found it, which differs from 0 after an interruption
+    first_step: int | None = None  # at which this session began; above 0 after an interruption
     step: int = 0
     steps: int | None = None
     log_start: int = 0
@@ -74,7 +74,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=command.child_environment(OMP_NUM_THREADS=str(threads)),
-                start_new_session=True,  # Ctrl-C reaches it through us, once
+                start_new_session=True,  # Ctrl-C then reaches it through this script alone, and once
             )
 
     def tail(self) -> bytes:
@@ -102,14 +102,17 @@ class Job:
 
 
 def seconds_left(waiting: list[Job], running: list[Job], parallel: int) -> float | None:
-    """Estimate for all runs: the steps that are left, at the mean pace of those that run; None before there is one."""
+    """Estimated seconds until all runs have ended: the steps that are left, at the mean pace of the runs in progress.
+
+    None as long as no pace is known.
+    """
     paces = [job.seconds_a_step for job in running if job.seconds_a_step]
     steps = [job.steps for job in running if job.steps]
     if not paces or not steps:
         return None
     left = [job.steps - job.step for job in running if job.steps] + [max(steps)] * len(waiting)
     pace = sum(paces) / len(paces)
-    # No schedule is shorter than the longest run, nor than the work shared out evenly.
+    # It takes at least as long as the longest run, and at least as long as the work divided evenly.
     return pace * max(max(left), sum(left) / parallel)
 
 
@@ -123,8 +126,8 @@ def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int)
 
 
 def train_alone(job: Job) -> bool:
-    """Run one job in this terminal; whether it has left its results file. Ends it too when it is interrupted."""
-    # In a session of its own: Ctrl-C reaches it through us, once.
+    """Run one job in this terminal. Returns whether it has left its results file. An interruption ends the job too."""
+    # In a session of its own, so that Ctrl-C reaches it through this script alone, and once.
     process = subprocess.Popen(job.command, env=command.child_environment(), start_new_session=True)
     try:
         process.wait()
@@ -242,7 +245,9 @@ def main(argv: list[str] | None = None) -> None:
     push = Push(args.push)
     missing = []
     for job in jobs:
-        settings = train_model.parse(job.command[2:])  # a flag that is wrong ends here, and not in every log
+        settings = train_model.parse(
+            job.command[2:]
+        )  # a wrong flag ends the script here, not every training in its log
         if job.results.is_file():
             train_model.refuse_other_settings(job.results, *settings)
             print(f"{job.results}: found and kept, not trained again", flush=True)
@@ -276,6 +281,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # plain, they would leave the trainings behind
+    for number in (signal.SIGTERM, signal.SIGHUP):  # their default would leave the trainings running
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     command.run(main)

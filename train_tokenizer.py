@@ -34,7 +34,7 @@ from experiment import MAX_LENGTH, VOCAB_SIZE
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that no text is unknown
-LARGEST = 1 << 24  # entries, and frequency of a pair: more is a slip of the finger, and memory runs out
+LARGEST = 1 << 24  # of both numbers: more is a typing error, and would fill the memory
 BATCH_TEXTS = 1_000
 
 # Texts that must come back exactly. (The special tokens' own names in a text cannot: they are read as such.)
@@ -105,8 +105,11 @@ def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaToken
 
 
 def interruptible(work: Callable[[], None]) -> None:
-    """Do the work in a thread, so that Ctrl-C ends the script at once: the tokenizers library looks for it when it has
-    done, and a thread that is left is no reason for Python to stay. Raises what the work raises."""
+    """Do the work in a thread of its own, so that Ctrl-C ends the script at once.
+
+    The tokenizers library would notice Ctrl-C only when the work is done; a daemon thread does not keep Python from
+    ending. Raises what the work raises.
+    """
     ended: queue.Queue[BaseException | None] = queue.Queue()
 
     def do() -> None:

@@ -52,8 +52,8 @@ ANALYSIS = """analyze_kurtosis.py models/esperberto-softmax1 --max_samples 10000
 STAGES = {
     "dataset": (f"{LINES:,} lines", [], DATASET),
     "tokenization": (f"{LINES // 1000:,} batches of 1,000 lines", [SAMPLE, TOKENIZER, DATASET], ["-c", TOKENIZE]),
-    "training": ("10,000 steps of 2 samples, 20 checkpoints", [SAMPLE, TOKENIZER], TRAINING),
-    "analysis": ("10,000 texts, one at a time", [SAMPLE, TOKENIZER, DATASET, TRAINING], ANALYSIS),
+    "training": ("10,000 steps", [SAMPLE, TOKENIZER], TRAINING),
+    "analysis": ("10,000 texts, one by one", [SAMPLE, TOKENIZER, DATASET, TRAINING], ANALYSIS),
 }
 
 
@@ -111,7 +111,7 @@ def measure(wanted: list[str]) -> Iterator[tuple[str, dict]]:
             grown = {figure: round(growth(seen[figure]), 1) for figure in ("own_mb", "open_files")}
             argv = ["python", *(part.replace("\n", "; ").strip("; ") for part in command)]
             print(f"{stage}: {what}, {seen['seconds'][-1]:.0f} s; more in the last fifth than in the second: {grown}")
-            yield stage, {"what": what, "argv": argv, "grown": grown, **seen}
+            yield stage, {"argv": argv, "grown": grown, **seen}
 
 
 def draw(stages: dict) -> None:
@@ -129,7 +129,7 @@ def draw(stages: dict) -> None:
                 lines += axes.plot(seen["seconds"], seen[name], color=colour, linestyle=dash, label=label)
                 axes.set_ylim(0, 1.25 * max(seen[name]))
             files.grid(False)
-            panel.set_title(f"{stage}:\n{seen['what'].partition(',')[0] if stage != 'dataset' else seen['what']}")
+            panel.set_title(f"{stage}:\n{STAGES[stage][0]}")
             panel.set_xlabel("seconds")
         figure.legend(handles=lines, loc="outside lower center", ncols=2)
         (OUTPUT / "long_runs.png").write_bytes(plots._png(figure))
@@ -143,12 +143,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no stage {unknown.pop()}: there are {', '.join(STAGES)}")
     file = OUTPUT / "long_runs.json"
     stages = record.read_json(file)["stages"] if file.exists() else {}
-    about = {"git": record.git_state(), "versions": record.versions()}
+    about = {"command": record.command_line(), "git": record.git_state(), "versions": record.versions()}
     about |= {"date": time.strftime("%Y-%m-%d"), "hardware": record.hardware(torch.device("cpu"))}
     for stage, seen in measure(args.stages or list(STAGES)):
         stages[stage] = {**about, **seen}
         stages = {stage: stages[stage] for stage in STAGES if stage in stages}  # in their order
-        record.write_json(file, {"command": record.command_line(), "stages": stages})
+        record.write_json(file, {"stages": stages})
         draw(stages)
 
 

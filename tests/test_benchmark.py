@@ -1,10 +1,12 @@
 """benchmark.py: what it counts, what it compares, and that each of its commands goes through."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
@@ -64,6 +66,58 @@ def test_attention(run, capsys):
     # Where the kernels of a GPU alone have what is asked, that is said, and the others are measured.
     assert "sinks, flex attention at 20 tokens: Attention sinks cannot be run on CPU" in capsys.readouterr().err
     assert Path("benchmark/attention.png").stat().st_size > 10_000
+
+
+def test_what_was_measured_survives_an_interruption(run, monkeypatch):
+    measure = benchmark.attention_times
+
+    def interrupted(ways, length, *more):
+        if length == 64:
+            raise KeyboardInterrupt
+        return measure({name: ways[name] for name in ("softmax (PyTorch)", "softmax1 (ours)")}, length, *more)
+
+    monkeypatch.setattr(benchmark, "attention_times", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("attention", "--rounds", "1", "--max_length", "64")
+    written = json.loads(Path("benchmark/attention.json").read_text(encoding="utf-8"))
+    assert written["lengths"] == [20, 36, 64] and {row["length"] for row in written["attention"]} == {20, 36}
+
+
+def test_implementations_that_fail_or_take_long_do_not_hold_up_the_others(monkeypatch, capsys):
+    def slow(*inputs):
+        time.sleep(0.3)
+        return stock(*inputs)
+
+    def failing(*inputs):
+        raise ValueError("not on this device")
+
+    def stock(query, key, value, sinks):
+        return F.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setattr(benchmark, "PATIENCE", 0.5)
+    ways = {"softmax (PyTorch)": stock, "softmax, slow": slow, "softmax, failing": failing}
+    rows = benchmark.attention_times(ways, 8, 1, 1, torch.float32, torch.device("cpu"))
+    assert {row["way"] for row in rows} == {"softmax (PyTorch)"} and "softmax, slow" not in ways
+    said = capsys.readouterr().err
+    assert "softmax, slow took over 0.5 s at 8 tokens and is left out from here on" in said
+    assert "softmax, failing at 8 tokens: not on this device" in said
+
+
+def test_a_compiled_implementation_is_compiled_for_every_length():
+    """Without a reset PyTorch gives up after eight shapes and runs the function uncompiled."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs)
+        return graph.forward
+
+    def stock(query, key, value, sinks):
+        return F.scaled_dot_product_attention(query, key, value)
+
+    ways = {"softmax (PyTorch)": stock, "softmax, compiled": torch.compile(stock, backend=backend, dynamic=False)}
+    for length in range(4, 10):
+        benchmark.attention_times(ways, length, 1, 1, torch.float32, torch.device("cpu"))
+    assert len(compiled) == 2 * 6  # with and without gradients
 
 
 def test_errors_are_of_the_function_that_a_way_computes():

@@ -115,6 +115,7 @@ def test_the_page_holds_its_pictures():
     source = "data:image/png;base64," + base64.b64encode(b"picture").decode()
     assert f'<figure><img alt="a" src="{source}"><figcaption>b&nbsp;±&nbsp;c</figcaption></figure>' in page
     assert "<title>T &lt; U</title>" in page and '<div class="wide" tabindex="0"><table>' in page
+    assert "<td>1e-&#8288;05</td>" in html_page("| x |\n| - |\n| 1e-05 |\n", {})
     assert "1&nbsp;±&nbsp;2</td>" in page and page.count("</table></div>") == 1 and "<nav" not in page
 
 

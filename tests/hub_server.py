@@ -4,6 +4,7 @@
     server.user("hf_token", "zamenhof")
     server.fault("PUT /lfs/", status=503, times=2, headers={"Retry-After": "0"})
     server.fault("PUT /lfs/", drop=True)       the connection breaks in the middle of the file
+    server.fault(".", skip=3, empty=True)      the fourth request gets an empty answer, and does nothing
     server.files("model", "zamenhof/x")        {path: bytes} of the last commit
 
 Large files go through Git LFS, as on the Hub without xet (HF_HUB_DISABLE_XET=1): hf_xet is a compiled client of a
@@ -54,9 +55,27 @@ class HubServer:
         auth = {"type": "access_token", "accessToken": access}
         self.users[token] = {"type": "user", "name": name, "orgs": orgs, "auth": auth}
 
-    def fault(self, pattern: str, times: int = 1, status: int = 0, headers: dict | None = None, drop: bool = False):
-        """Answer the next `times` requests that match ("METHOD /path") with `status`, or break off half-way."""
-        self.faults.append({"pattern": pattern, "times": times, "status": status, "headers": headers, "drop": drop})
+    def fault(
+        self,
+        pattern: str,
+        times: int = 1,
+        status: int = 0,
+        headers: dict | None = None,
+        drop: bool | str = False,
+        empty: bool = False,
+        skip: int = 0,
+    ):
+        """Spoil the next `times` requests that match ("METHOD /path"), after `skip` that pass.
+
+        Args:
+            status: what is answered.
+            headers: with it.
+            drop: break off in the middle of what is sent to us, or of the answer where nothing is sent; "answer": do
+                what is asked, and break off in the middle of the answer.
+            empty: say that it is done, with an empty answer, and do nothing.
+        """
+        what = {"status": status, "headers": headers, "drop": drop, "empty": empty}
+        self.faults.append({"pattern": pattern, "times": times, "skip": skip, **what})
 
     def files(self, kind: str, repo: str) -> dict[str, bytes]:
         return {path: self.content(entry) for path, entry in self.repos[kind, repo]["commits"][-1]["files"].items()}
@@ -98,6 +117,7 @@ def _tree_entry(path: str, entry: dict) -> dict:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer, sent in two pieces, waits 40 ms for the first to be acknowledged
     hub: HubServer
 
     def log_message(self, *args) -> None:
@@ -118,10 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(request)
             fault = next((f for f in self.hub.faults if f["times"] and re.search(f["pattern"], request)), None)
+            if fault and fault["skip"]:
+                fault["skip"] -= 1
+                fault = None
             if fault:
                 fault["times"] -= 1
-        self.dropping = bool(fault and fault["drop"])
-        if self.dropping and self.command in ("PUT", "POST"):
+        self.dropping = fault["drop"] if fault else False
+        if self.dropping is True and self.command in ("PUT", "POST"):
             self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
             self.hang_up()
             return
@@ -130,6 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.bodies.append(self.body)
         if fault and fault["status"]:
             self.reply(fault["status"], {"error": "injected"}, fault["headers"])
+            return
+        if fault and fault["empty"]:
+            self.reply(200, b"")
             return
         for pattern, method in self.ROUTES:
             if match := re.fullmatch(pattern, request):
@@ -320,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(200, {}, {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
 
     def store_whole(self, oid: str) -> None:
-        self.body = b"".join(content for _, content in sorted(self.hub.parts.pop(oid).items()))
+        self.body = b"".join(content for _, content in sorted(self.hub.parts.pop(oid, {}).items()))
         self.store(oid)
 
     def verify(self, oid: str) -> None:

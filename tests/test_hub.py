@@ -1,6 +1,7 @@
 """hub.py and the model folder: real clients against a Hub on loopback, with faults; fresh processes; exports."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -352,6 +354,47 @@ def test_errors_that_pass(server, folders, pauses, capfd, pattern, fault, pause)
     if pause:  # ours; huggingface_hub itself waits on uploads
         assert pause in pauses
         assert "trying again in" in capfd.readouterr().err
+
+
+FAULTS = {f"HTTP {status}": {"status": status} for status in (400, 401, 403, 404, 409, 413, 429, 500, 502, 503, 504)}
+FAULTS |= {"cut in the request": {"drop": True}, "cut in the answer": {"drop": "answer"}, "empty": {"empty": True}}
+SHORT = ("HTTP 403", "HTTP 503", "cut in the answer")
+
+
+@pytest.mark.parametrize(
+    ("what", "faults"),
+    [
+        ("model", SHORT),
+        pytest.param("model", [fault for fault in FAULTS if fault not in SHORT], marks=pytest.mark.slow),
+        pytest.param("dataset", list(FAULTS), marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_at_any_request_costs_one_line_at_most_and_the_next_push_is_whole(
+    server, folders, sample, capfd, what, faults
+):
+    path, name = (folders[1.0], "esperberto-softmax1") if what == "model" else (sample / "data", "esperanto")
+    repo = (what, f"zamenhof/{name}")
+    server.part_bytes = 150_000  # two parts
+    hub.push(path)
+    whole, requests = server.files(*repo), len(server.requests)
+    ended = Counter()
+    for fault, skip in itertools.product(faults, range(requests)):
+        for forgotten in (server.repos, server.lfs, server.parts):
+            forgotten.clear()
+        server.fault(".", skip=skip, **FAULTS[fault])
+        try:
+            hub.push(path)
+            ended["whole at once"] += 1
+        except SystemExit as end:
+            assert end.code.startswith("error: ") and "\n" not in end.code and TOKEN not in end.code
+            assert repo not in server.repos or server.files(*repo) in ({".gitattributes": b""}, whole)
+            ended["one line, then whole"] += 1
+            assert not server.faults[0]["times"]
+            hub.push(path)
+        server.faults.clear()
+        assert server.files(*repo) == whole, (fault, skip)
+    with capfd.disabled():
+        print(f" {requests} requests, {ended.total()} faults: {dict(ended)}", end=" ")
 
 
 def test_a_push_that_broke_off_is_completed_by_the_printed_command(server, folders, pauses):

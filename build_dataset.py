@@ -64,6 +64,11 @@ OLD_MAC = "ends its lines with \\r alone, as old Macs did: convert it (tr '\\r' 
 FEW = 100  # validation samples; a held-out loss of fewer says little
 MAX_DAMAGED = 0.01  # a source with more lines than this that are not UTF-8 or lack the tab is the wrong file
 MAX_LINE_BYTES = 1 << 24  # bounds memory when a file without line ends is given by mistake
+# Compression makes a text three to ten times smaller. A file that it made a thousand times smaller is there to fill
+# memory and disk.
+MAX_UNPACKED = 100  # a file may hold so many times its own size,
+FREE_UNPACKED_BYTES = 1 << 30  # and any file may hold so much
+MAX_HEADER_BYTES = 1 << 20  # of a header in an archive, which tarfile reads into memory whole
 
 USER_AGENT = "EsperBERTo build_dataset.py"
 TIMEOUT_SECONDS = 60
@@ -198,7 +203,7 @@ def download_rest(url: str, partial: Path) -> None:
         partial.unlink()  # longer than the file on the server: it belongs to another version
         raise ConnectionError("the server's file has changed") from error
     with response:
-        if response.status != 206:  # the server sends the whole file whatever it was asked
+        if response.status != 206:  # the server ignores Range and sends the whole file
             have = 0
         elif not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
             raise ConnectionError("the server sent another part than it was asked for")
@@ -214,25 +219,59 @@ def download_rest(url: str, partial: Path) -> None:
         raise ConnectionError(f"the connection broke after {received:,} of {total:,} bytes")
 
 
+class Unpacked(io.RawIOBase):
+    """What comes out of a file; exits with one line where that is far more than text can give."""
+
+    def __init__(self, stream: pa.NativeFile, path: Path):
+        self.stream = stream
+        self.path = path
+        self.left = max(FREE_UNPACKED_BYTES, MAX_UNPACKED * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.stream.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            sys.exit(
+                f"error: {self.path} unpacks to more than {MAX_UNPACKED} times its size, which no text does: leave it "
+                "out, or unpack it yourself"
+            )
+        return count
+
+
+class Member(tarfile.TarInfo):
+    """A member of an archive. Headers that hold a long name, or attributes, are refused where they are too large."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if not (member.isfile() or member.isdir()) and member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member
+
+
 def raw_lines(path: Path) -> Iterator[bytes]:
     """Lines of a text file, plain or compressed, or of the sentences file in a Leipzig archive.
 
     Raises OSError for a damaged or truncated compressed file (pyarrow checks that the stream ends where it should,
     which zstandard's reader does not), tarfile.TarError for a damaged archive.
     """
-    with pa.input_stream(str(path)) as stream:  # decompresses by the name's ending
+    with pa.input_stream(str(path)) as compressed:  # decompresses by the name's ending
+        stream = io.BufferedReader(Unpacked(compressed, path), BLOCK_BYTES)
         if path.name.endswith(".tar.gz"):
             yield from archived_lines(stream, path)
         else:
-            yield from split_lines(io.BufferedReader(stream), path)
+            yield from split_lines(stream, path)
 
 
-def archived_lines(stream: pa.NativeFile, path: Path) -> Iterator[bytes]:
+def archived_lines(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
     """Lines of NAME/NAME-sentences.txt in the tar stream of NAME.tar.gz, without writing anything to disk."""
     name = path.name.removesuffix(".tar.gz")
     wanted = f"{name}/{name}-sentences.txt"
     found = False
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
         for member in archive:
             parts = member.name.split("/")
             if parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
@@ -424,7 +463,7 @@ def print_table(sources: list[dict], splits: dict, output_dir: str) -> None:
 
 
 def made(manifest: dict) -> dict:
-    """What shaped an earlier dataset, out of its manifest; those made before there was --join_words did not join."""
+    """The settings that shaped an earlier dataset, from its manifest. Those older than --join_words joined no lines."""
     names = ", ".join(source["name"] for source in manifest["sources"])
     return {"join_words": None, **manifest, "sources": names}
 

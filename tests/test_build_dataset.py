@@ -578,3 +578,41 @@ def test_a_dataset_of_the_same_flags_is_kept_and_another_refused(capsys):
     for damaged in ("{", "[]", '{"sources": 3}'):
         Path("data/manifest.json").write_text(damaged)
         assert "data/manifest.json is damaged" in refused("--from_files", "a.txt", "--keep")
+
+
+def bomb(kind: str) -> tuple[str, bytes]:
+    """(name, content) of a file of some 40 kB that says it holds 40 MB, or 7 GB."""
+    lines = b"La suno brilas. " * 50 + b"\n"
+    block = lines * (1_000_000 // len(lines))
+    if kind == "gz":
+        return "text.gz", gzip.compress(block) * 40
+    if kind == "zst":
+        return "text.zst", zstandard.compress(block) * 40
+    name = "epo_web_2012_1M"
+    members = {"sentences": (f"{name}/{name}-sentences.txt", b"1\tLa suno.\n2\tLa luno.\n", tarfile.REGTYPE)}
+    if kind == "another member":
+        members = {"other": (f"{name}/{name}-words.txt", bytes(40_000_000), tarfile.REGTYPE)} | members
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        if kind == "header":
+            header = tarfile.TarInfo("x")
+            header.type, header.size = tarfile.XHDTYPE, 7 << 30
+            buffer.write(header.tobuf())
+        for path, content, what in members.values():
+            member = tarfile.TarInfo(path)
+            member.size, member.type = len(content), what
+            tar.addfile(member, io.BytesIO(content))
+    return f"{name}.tar.gz", gzip.compress(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "another member", "header"])
+def test_a_file_that_unpacks_to_far_more_than_text_can_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build_dataset, "FREE_UNPACKED_BYTES", 1_000_000)
+    name, content = bomb(kind)
+    Path(name).write_bytes(content)
+    flags = ["--sources", "epo_web_2012_1M", "--download_dir", "."] if ".tar" in name else ["--from_files", name]
+    said = "a header of 7,516,192,768 bytes" if kind == "header" else "unpacks to more than 100 times its size"
+    with pytest.raises(SystemExit, match=rf"^error: {name} .*{said}"):
+        build_dataset.main([*flags, "--validation_fraction", "0.1"])
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [name]

@@ -1,5 +1,7 @@
 """Kills at drawn moments; what the experiment then leaves is what it leaves undisturbed (see crash_harness.py)."""
 
+import signal
+import time
 from pathlib import Path
 
 import crash_harness
@@ -26,3 +28,24 @@ def test_no_stage_escapes(tmp_path):
 def test_nor_does_it_matter_how_the_scripts_start(tmp_path):
     with crash_harness.experiment(import_each_time=True) as made:
         crash_harness.survive(made, kills=3, seed=2, keep=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_runner_that_is_killed_alone_takes_its_trainings_with_it():
+    with crash_harness.experiment(import_each_time=True) as made:
+        made.watched(parallel=2)
+        expected = made.artefacts()
+        made.new()
+        process = made.begin(parallel=2)
+        while made.stage() != "training":
+            assert process.poll() is None
+            time.sleep(crash_harness.LOOK_SECONDS)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while list(made.processes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert not (made.work / "results" / "report.md").exists()
+        made.expect(made.begin(parallel=2))
+        assert crash_harness.differing(expected, made.artefacts()) == []

@@ -1,6 +1,7 @@
 """train_model.py with a small architecture: pairing, repeatability, resuming, the record, bad input."""
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,22 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     before, after = weights("whole-models/esperberto-softmax1"), weights("results-models/esperberto-softmax1")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(Path("results-models").glob("*/checkpoint-*"))  # complete: nothing left to resume
+
+
+def test_a_clock_that_is_set_back_changes_nothing(train, monkeypatch):
+    """During the training it runs backwards, and the files that are there when it goes on are of next year."""
+    train(results="whole")
+    clock = itertools.count(2e9, -1000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    interrupted(monkeypatch, train)
+    [checkpoint] = Path("results-models/esperberto-softmax0").glob("checkpoint-*")
+    for path in [*checkpoint.rglob("*"), checkpoint, Path("results-models/esperberto-softmax0.lock")]:
+        path.touch()
+        os.utime(path, (3e9, 3e9))
+    result = train()
+    assert 0 < result["training"]["wall_seconds"] < 600 and next(clock) < 2e9 - 1000
+    name = "models/esperberto-softmax0/model.safetensors"
+    assert Path(f"results-{name}").read_bytes() == Path(f"whole-{name}").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

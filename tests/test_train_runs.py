@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import folder
 import train_model
 import train_runs
 from train_runs import Job, seconds_left
@@ -146,6 +147,16 @@ def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sampl
     with pytest.raises(SystemExit, match=r"config_overrides = '.*num_hidden_layers=1', not '': move"):
         train_runs.main(["--", *flags, "--max_steps", "2", "--config_overrides", ""])
     assert not Path("results/esperberto-softmax1.json").exists()
+
+
+def test_a_run_that_another_process_still_trains_is_told_in_the_terminal(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
+    flags += ["--config_overrides", SMALL, "--max_length", "32"]
+    with folder.sole("models/esperberto-softmax0"), pytest.raises(SystemExit, match="esperberto-softmax0 failed"):
+        train_runs.main(["--softmax_n", "0", "--parallel", "2", "--", *flags])
+    at_work = f"process {os.getpid()} is at work on models/esperberto-softmax0: wait until it has ended, or end it"
+    assert f"esperberto-softmax0 failed: {at_work} (see results/logs/" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_ends_before_any_run(stand_in):

@@ -46,8 +46,9 @@ def columns_of(runs: list[Run]) -> dict[str, list[Run]]:
     columns = {}
     for arm, of_arm in arms(headline(runs)).items():
         complete = [run for run in of_arm if not run.diverged]
-        gone = len(of_arm) - len(complete)
-        counted = f"mean of {len(complete)} runs" + f", {gone} diverged" * bool(gone)
+        counted = f"mean of {len(complete)} runs" if len(complete) > 1 else "1 run" if complete else "no run"
+        if diverged := len(of_arm) - len(complete):
+            counted += f", {diverged} diverged"
         columns[arm if len(of_arm) == 1 and complete else f"{arm} ({counted})"] = complete
     return columns
 
@@ -129,7 +130,7 @@ def seeds_of(runs: list[Run]) -> str:
 
 def states(columns: dict[str, list[Run]]) -> list[list[str]]:
     """Rows that only some reports have: to which comparison set a run belongs, and whether it diverged."""
-    if averaged(columns):
+    if any(len(of_column) != 1 for of_column in columns.values()):
         return []
     runs = [run for (run,) in columns.values()]
     rows = []
@@ -151,6 +152,8 @@ def how_it_ended(run: Run) -> str:
 def summary_section(runs: list[Run]) -> list[str]:
     columns = columns_of(runs)
     over = OF_ARMS if averaged(columns) else "n = 1 run a column."
+    if len(columns) < len(runs) and len(comparison_sets(runs)) > 1:
+        over += " These are the runs of the headline's set; the last section has those of other sets too."
     return [
         "## Summary of the runs",
         table(["", *PUBLISHED, *columns], summary(columns)),
@@ -264,34 +267,25 @@ def executed_section(runs: list[Run]) -> list[str]:
         for run in runs
         if "error" in run.damage.get("executed", {})
     ]
-    columns = executed_in(columns_of(runs))
     parts = [*refused]
-    if columns:
+    if columns := columns_of(executed_runs(runs)):
         parts += [executed_table(columns), executed_said(columns)]
     return ["## INT8 that is executed", *parts] if parts else []
 
 
-def executed_in(columns: dict[str, list[Run]]) -> dict[str, list[dict]]:
-    """{heading: what executed.execute returned of its runs}, of the runs that were executed."""
-    results = {
-        heading: [
-            run.damage["executed"] for run in of_column if "error" not in run.damage.get("executed", {"error": ""})
-        ]
-        for heading, of_column in columns.items()
-    }
-    return {heading: of_column for heading, of_column in results.items() if of_column}
+def executed_runs(runs: list[Run]) -> list[Run]:
+    return [run for run in runs if "error" not in run.damage.get("executed", {"error": "not asked for"})]
 
 
-def executed_table(columns: dict[str, list[dict]]) -> str:
+def executed_table(columns: dict[str, list[Run]]) -> str:
+    """A row for each column of the other tables and format."""
     header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
-    rows = [
-        [
-            f"{label}, {heading}",
-            *(executed_cells(results[0], scheme) if len(results) == 1 else executed_means(results, scheme)),
-        ]
-        for heading, results in columns.items()
-        for scheme, label in EXECUTED.items()
-    ]
+    rows = []
+    for heading, of_column in columns.items():
+        results = [run.damage["executed"] for run in of_column]
+        for scheme, label in EXECUTED.items():
+            cells = executed_cells(results[0], scheme) if len(results) == 1 else executed_means(results, scheme)
+            rows.append([f"{label}, {heading}", *cells])
     return table(header, rows)
 
 
@@ -343,8 +337,8 @@ def latency_said(result: dict) -> str:
     )
 
 
-def executed_said(columns: dict[str, list[dict]]) -> str:
-    results = [result for of_column in columns.values() for result in of_column]
+def executed_said(columns: dict[str, list[Run]]) -> str:
+    results = [run.damage["executed"] for of_column in columns.values() for run in of_column]
     latency, kernels = (" / ".join(dict.fromkeys(map(said, results))) for said in (latency_said, kernels_said))
     over = "with its standard error over texts"
     if averaged(columns):
@@ -474,7 +468,7 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
 
 def run_by_run(runs: list[Run]) -> list[str]:
     """A row for each run, where the tables above have a column for each arm; otherwise nothing."""
-    if not averaged(columns_of(runs)):
+    if len(columns_of(runs)) == len(runs):
         return []
     columns = {run.title: [run] for run in runs}
     measured = measured_in(columns)
@@ -490,7 +484,7 @@ def run_by_run(runs: list[Run]) -> list[str]:
     ]
     if parts_rows := parts_table(measured):
         parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
-    if executed := executed_in(columns):
+    if executed := {run.title: [run] for run in executed_runs(runs)}:
         over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
         parts += ["### INT8 that is executed", executed_table(executed), over]
     for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):

@@ -245,9 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     push = Push(args.push)
     missing = []
     for job in jobs:
-        settings = train_model.parse(
-            job.command[2:]
-        )  # a wrong flag ends the script here, not every training in its log
+        # A wrong flag ends the script here, not every training in its log.
+        settings = train_model.parse(job.command[2:])
         if job.results.is_file():
             train_model.refuse_other_settings(job.results, *settings)
             print(f"{job.results}: found and kept, not trained again", flush=True)

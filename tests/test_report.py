@@ -10,9 +10,11 @@ from made_runs import diverged, made, pairs
 
 from answer import findings
 from page import html_page
+from quantization import EXECUTED
 from report import LEAD_PICTURE, PICTURED, report
 from tables import figure, gap_cell, number, over_runs, plus_minus, signed, table
 
+INT8 = [scheme for scheme in EXECUTED if scheme != "float32"]
 NAMES = [LEAD_PICTURE, *(name for names in PICTURED.values() for name in names)]
 
 
@@ -93,6 +95,54 @@ def test_many_runs_are_shown_by_arm_and_one_a_row_behind():
     assert alone["esperberto-softmax1-seed46-1200 (diverged)"][0] == "diverged at step 1,200"
     assert len(alone) == 2 + 10 and len(section(behind, "Quantization damage: loss")) == 2 + 9
     assert section(behind, "Static W8A8 in one part alone")["esperberto-softmax1-seed43"] == ["+0.3000"]
+
+
+def test_runs_of_other_sets_are_in_the_last_section_alone():
+    other = pairs([0.2], [0.1], training__steps=2000, training__samples=32_000)
+    text = whole([*pairs([0.2, 0.4, 0.6], [0.1, 0.1, 0.1]), *other])
+    assert section(text, "Summary of the runs")["steps"][2:] == ["3,000", "3,000"]
+    assert "the last section has those of other sets too" in text
+    alone = section(text.partition("## Run by run")[2], "Summary")
+    assert alone["esperberto-softmax0-seed42"][:1] == ["1 (headline)"]
+    assert alone["esperberto-softmax0-seed42-2000"][:1] == ["2"] and len(alone) == 2 + 8
+
+
+def test_no_run_is_lost_where_every_arm_of_the_headline_has_one():
+    runs = [
+        made(n, 42, training__steps=steps, training__samples=16 * steps) for steps in (3000, 2000) for n in (0, 1, 2)
+    ]
+    text = whole([*runs, diverged(4, 42)])
+    assert section(text, "Summary of the runs")[""][2:] == [
+        *("softmax0", "softmax1", "softmax2", "softmax4 (no run, 1 diverged)")
+    ]
+    assert len(section(text.partition("## Run by run")[2], "Summary")) == 2 + 7
+
+
+def test_many_executed_runs_are_shown_by_arm():
+    def executed(gap: float) -> dict:
+        speed = {"median": 10 * gap, "q25": 1.0, "q75": 2.0, "speedup": 2.0}
+        scheme = {"loss": 3.0 + gap, "gap": gap, "error": 0.001, "floor": 0.002, "bytes": 4_500_000}
+        twin = {"difference": gap, "error": 0.1, "correlation": 0.5, "arithmetic": 0.0}
+        return {
+            "schemes": {"float32": {**scheme, "loss": 3.0, "gap": 0.0}, **dict.fromkeys(INT8, scheme)},
+            "agreement": dict.fromkeys(INT8, twin),
+            "latency": {"tokens": 64, "predicted": 10, "repetitions": 9}
+            | {"formats": dict.fromkeys(("float32", *INT8), speed)},
+            "operators": {"kernels": {"int8": {"Gemm": 3}, "float32": {"Gemm": 4}}},
+            "hardware": {"name": "a CPU"},
+        }
+
+    runs = pairs([0.2, 0.4, 0.6, 0.8], [0.1, 0.1, 0.1, 0.5])
+    for i, run in enumerate(runs):
+        run.damage["executed"] = executed(i / 10)
+    table = section(whole(runs), "INT8 that is executed")
+    cells = ["3.3000 ± 0.2582", "0.30 ± 0.26", "0.30 ± 0.26", "0.50 ± 0.00", "0.00 ± 0.00", "4.5 ± 0.0", "3.00 ± 2.58"]
+    assert table["INT8, executed, MinMax ranges, softmax0 (mean of 4 runs)"] == [*cells, "2.00 ± 0.00"]
+    assert table["float32, executed, softmax0 (mean of 4 runs)"][:5] == ["3.0000 ± 0.0000", "–", "–", "–", "–"]
+    runs[1].damage["executed"] = {"error": "no memory"}
+    text = whole(runs)
+    assert "**esperberto-softmax1-seed42 was not executed in INT8**: no memory" in text
+    assert "float32, executed, softmax1 (mean of 3 runs)" in section(text, "INT8 that is executed")
 
 
 def test_few_runs_have_a_column_each():

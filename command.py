@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 
-ENDS_WITH = "ESPERBERTO_ENDS_WITH"  # in the environment: the id of the process without which a script is not to go on
+ENDS_WITH = "ESPERBERTO_ENDS_WITH"  # in the environment: the id of the process with which a script is to end
 LOOK_SECONDS = 1.0
 
 
@@ -45,7 +45,7 @@ def end_with(parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
-    print("What had started this has gone, so it ends", file=sys.stderr, flush=True)
+    print("The script that started this one is gone: stopping", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -597,7 +597,7 @@ class _StockKernel(torch.autograd.Function):
 
 
 def _apply_stock_kernel() -> Callable:
-    """`_StockKernel.apply`, or the part of it that records the gradient: what the rest does is for torch.func alone."""
+    """How to call the kernel so that autograd records it: `_StockKernel.apply`, or its C++ part without torch.func."""
     transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
     if torch.compiler.is_compiling() or transforms_active():
         return _StockKernel.apply

@@ -206,7 +206,7 @@ def test_a_stage_does_not_go_on_when_runner_alone_is_killed(runner, tmp_path, ho
             time.sleep(0.05)
         process.send_signal(how)
         _, error = process.communicate(timeout=30)  # which is whole when the stage, too, has ended
-        assert process.returncode == -how and b"What had started this has gone" in error
+        assert process.returncode == -how and b"The script that started this one is gone" in error
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

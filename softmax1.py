@@ -333,13 +333,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 # ------------------------------------------------------------------------------------------------- choice of a backend
 
-BACKENDS = ("auto", "flash", "efficient", "cpu", "zero_key", "eager")
+BACKENDS = ("auto", "cudnn", "flash", "efficient", "cpu", "zero_key", "eager")
 logger = logging.getLogger(__name__)
 _forced = "auto"
 
 # The torch operators that a backend calls: {name: (positional arguments that we pass, results that we expect)}. They
 # are not public, so they are checked before the first call.
 _OPERATORS = {
+    "cudnn": {
+        "_scaled_dot_product_cudnn_attention": (8, 9),
+        "_scaled_dot_product_cudnn_attention_backward": (15, 3),
+    },
     "flash": {
         "_scaled_dot_product_flash_attention": (6, 9),
         "_scaled_dot_product_flash_attention_backward": (14, 3),
@@ -363,9 +367,9 @@ _OPERATORS = {
 def attention_backend(name: str):
     """Compute softmax_n attention with n > 0, and packed attention with any n, by one backend only.
 
-    "auto" chooses; "flash" and "efficient" are torch's CUDA kernels, "cpu" is its CPU kernel; "zero_key" uses public
-    PyTorch functions only; "eager" computes the weights. It holds for the whole process, because checkpointed layers
-    run again on autograd's own threads: the backward pass belongs inside the `with` block too.
+    "auto" chooses; "cudnn", "flash" and "efficient" are torch's CUDA kernels, "cpu" is its CPU kernel; "zero_key" uses
+    public PyTorch functions only; "eager" computes the weights. It holds for the whole process, because checkpointed
+    layers run again on autograd's own threads: the backward pass belongs inside the `with` block too.
 
     Raises:
         ValueError: there is no such backend; later, in the attention: the backend cannot do what is asked.
@@ -389,15 +393,14 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_
     """The backend to be used. `unsupported_inputs` says why no kernel accepts the inputs."""
     if _forced == "auto" and (_is_exporting() or torch.jit.is_tracing()):
         return "zero_key"  # so that an exported model contains standard operators only
-    packed, is_number = call.cu_seqlens is not None, not isinstance(call.log_n, Tensor)
+    packed, size = call.cu_seqlens is not None, max(query.shape[-1], value.shape[-1])
     needs = {
         "packed": packed,
         "masked": call.attn_mask is not None,
         "dropout": call.dropout_p > 0,
         "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
-        "wide": max(query.shape[-1], value.shape[-1]) > 192,
-        # n = 1 without a mask: then the null key needs no mask entry.
-        "one_more_key": is_number and call.log_n == 0 and not (packed or call.is_causal) and call.attn_mask is None,
+        "wide": size > 128,
+        "very wide": size > 192,
     }
     # Under torch.compile a need may be symbolic. A branch on it makes it a constant; bool() does not.
     needs = [name for name, needed in needs.items() if needed]
@@ -416,9 +419,6 @@ def _chosen(forced: str, device: torch.device, dtype: torch.dtype, unsupported_i
         # For dropout without a kernel PyTorch computes the weights too: on a CPU the plain formula is faster.
         last = "eager" if device.type == "cpu" and "dropout" in needs else "zero_key"
         backend = next((name for name in _OPERATORS if not obstacles[name]), last)
-        # From Hopper on, PyTorch's own attention prefers cuDNN, which was faster on an H200 (docs/h200/README.md).
-        if backend == "flash" and "one_more_key" in needs and torch.cuda.get_device_capability(device) >= (9, 0):
-            backend = "zero_key"
     elif obstacles.get(forced):
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:
@@ -444,18 +444,27 @@ def _obstacle(
         return f"it does not take {dtype}"
     if backend == "efficient" and "packed" in needs and "dropout" in needs:  # PyTorch's issue 115590: docs/softmax_n.md
         return "packed, its backward pass draws another dropout mask than its forward pass"
-    if backend == "flash":
+    if backend in ("cudnn", "flash"):
         if not half:
             return f"it takes half precision, not {dtype}"
         if "masked" in needs:
             return "it takes no mask"
         if "rectangular" in needs:
             return "it aligns the causal mask differently when query and key lengths differ"
-        if "wide" in needs:
+    if backend == "flash":
+        if "very wide" in needs:
             return "it takes head sizes up to 192 (some GPUs have no backward kernel for larger ones)"
         ampere = torch.backends.cuda.is_flash_attention_available()
         if not ampere or torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
+    if backend == "cudnn":
+        if "packed" in needs:
+            return "it is called for dense attention only"
+        if "wide" in needs:
+            return "it takes head sizes up to 128"
+        # Where PyTorch's own attention prefers it; before Hopper, flash is as fast.
+        if not torch.backends.cudnn.is_available() or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+            return "it needs a Hopper GPU or a Blackwell GPU of a data center, and a PyTorch built with cuDNN"
     return _changed_operator(backend)
 
 
@@ -519,6 +528,11 @@ class _StockKernel(torch.autograd.Function):
             output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
+        elif backend == "cudnn":
+            output, lse, _, _, _, _, *random, _ = aten._scaled_dot_product_cudnn_attention(
+                *qkv, None, True, dropout_p, is_causal, False, scale=scale
+            )
+            lse = lse.reshape(query.shape[:3])
         elif backend == "flash" and cu_seqlens is None:
             output, lse, _, _, _, _, *random, _ = aten._scaled_dot_product_flash_attention(
                 *qkv, dropout_p, is_causal, False, scale=scale
@@ -575,6 +589,11 @@ class _StockKernel(torch.autograd.Function):
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, *qkv, *result, *options, attn_mask=bias, scale=ctx.scale
             )
+        elif ctx.backend == "cudnn":
+            lengths = (None, None, query.shape[2], key.shape[2])
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                grad, *qkv, output, lse[..., None], *random, None, *lengths, *options, scale=ctx.scale
+            )
         elif ctx.backend == "flash" and cu_seqlens is None:
             lengths = (None, None, query.shape[2], key.shape[2])
             grads = aten._scaled_dot_product_flash_attention_backward(
@@ -622,7 +641,7 @@ def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor,
 def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     """softmax_n attention by a stock kernel, for any n >= 0. Gives the arguments the form that the kernel accepts."""
     attn_mask, dropout_p, is_causal, scale, log_n, _, cu_seqlens, max_seqlen = call
-    if backend != "flash":  # only flash shares heads itself
+    if backend not in ("cudnn", "flash"):  # these share heads themselves
         key, value = _shared_heads(query, key, value, dim=-3 if cu_seqlens is None else -2)
     sizes = query.shape[-1], value.shape[-1]
     scale = sizes[0] ** -0.5 if scale is None else scale

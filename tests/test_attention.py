@@ -34,11 +34,19 @@ SINKS = torch.tensor([-1.3, 0.9, 2.7, 4.3], dtype=F64)
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+FOR_CUDNN = [*GPU, pytest.mark.skipif(not HOPPER, reason="needs a Hopper or a Blackwell GPU of a data center")]
+
+
 def paths(cpu, cuda):
     """(backend, device, dtype) for {backend: dtypes}, on the CPU and on a GPU."""
     names = {F64: "float64", F32: "float32", BF16: "bfloat16", F16: "float16"}
     return [
-        pytest.param((backend, device, dtype), id=f"{backend}-{device}-{names[dtype]}", marks=marks)
+        pytest.param(
+            (backend, device, dtype),
+            id=f"{backend}-{device}-{names[dtype]}",
+            marks=FOR_CUDNN if backend == "cudnn" else marks,
+        )
         for device, backends, marks in (("cpu", cpu, []), ("cuda", cuda, GPU))
         for backend, dtypes in backends.items()
         for dtype in dtypes
@@ -47,9 +55,11 @@ def paths(cpu, cuda):
 
 EVERY = [F64, F32, BF16, F16]
 ON_GPU = {"flash": [BF16, F16], "efficient": [F32, BF16, F16], "zero_key": [F64, BF16], "eager": [F32, BF16]}
+
 PATHS = paths({"cpu": EVERY, "zero_key": EVERY, "eager": EVERY}, ON_GPU)
 DROPOUT_PATHS = paths({"zero_key": [F64, F32, BF16], "eager": [F64, F32, BF16]}, ON_GPU)
 SOME_PATHS = paths({"cpu": [F32], "zero_key": [F32], "eager": [F32]}, {"flash": [BF16], "efficient": [F32, BF16]})
+ONLY_DENSE = paths({}, {"cudnn": [BF16, F16]})
 
 
 def by_definition(scores, value, n, drop):
@@ -206,7 +216,7 @@ CASES += ["causal, more keys", "causal, more queries"]
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n", NS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PATHS + ONLY_DENSE)
 def test_dense(path, n, case):
     backend, device, dtype = path
     inputs, options = dense_case(case)
@@ -218,8 +228,8 @@ def test_dense(path, n, case):
         shared = query.shape[1] != key.shape[1]
         return softmax_n_attention(query, key, value, mask, enable_gqa=shared, **given(n, sinks), **options)
 
-    if backend == "flash" and (mask is not None or case.startswith("causal, ")):
-        with attention_backend("flash"), pytest.raises(ValueError, match="'flash' cannot do this"):
+    if backend in ("cudnn", "flash") and (mask is not None or case.startswith("causal, ")):
+        with attention_backend(backend), pytest.raises(ValueError, match=f"'{backend}' cannot do this"):
             ours(*(x.to(device, dtype) for x in inputs), SINKS.to(device))
         return
 
@@ -280,7 +290,7 @@ def test_extreme_scores():
         assert [x.item() for x in torch.autograd.grad(output, inputs)] == [0.0, 0.0, limit]
 
 
-@pytest.mark.parametrize("path", SOME_PATHS)
+@pytest.mark.parametrize("path", SOME_PATHS + ONLY_DENSE)
 def test_arguments_of_any_layout_are_left_alone(path):
     backend, device, dtype = path
     torch.manual_seed(0)
@@ -394,7 +404,7 @@ def test_packed_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("n", NS)
-@pytest.mark.parametrize("path", DROPOUT_PATHS)
+@pytest.mark.parametrize("path", DROPOUT_PATHS + ONLY_DENSE)
 def test_dropout_with_the_same_mask(path, n, layout):
     """An identity as value shows the dropout mask of a seed; with it the definition is exact, gradients included."""
     backend, device, dtype = path
@@ -415,8 +425,8 @@ def test_dropout_with_the_same_mask(path, n, layout):
     identity = torch.cat([torch.eye(64, device=device)[:length] for _, length in rows])[:, None].expand(-1, 3, -1)
     # With gradients, as below: PyTorch chooses its kernel by that, and each has masks of its own.
     given_inputs = [*(x.to(dtype) for x in inputs[:2]), identity.to(dtype).contiguous(), SINKS[:3].to(device)]
-    if backend == "efficient" and layout == "packed":
-        with attention_backend(backend), pytest.raises(ValueError, match="draws another dropout mask"):
+    if backend in ("cudnn", "efficient") and layout == "packed":
+        with attention_backend(backend), pytest.raises(ValueError, match=r"another dropout mask|dense attention only"):
             ours(*given_inputs)
         return
     with attention_backend(backend):
@@ -446,7 +456,7 @@ def test_dropout_with_the_same_mask(path, n, layout):
     assert_within_2x(path, with_sinks(inputs, n, 3), upstream, ours, formula, (stock, formula(by_definition, n=0.0)))
 
 
-@pytest.mark.parametrize("path", paths({"auto": [F32]}, {"flash": [BF16], "efficient": [F32]}))
+@pytest.mark.parametrize("path", paths({"auto": [F32]}, {"cudnn": [BF16], "flash": [BF16], "efficient": [F32]}))
 def test_dropout_in_distribution(path):
     """Mean of outputs and of gradients over many masks: those without dropout (both are linear in the mask)."""
     backend, device, dtype = path
@@ -477,14 +487,14 @@ def leaves(path, count=4):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"flash": [BF16], "efficient": [F32]}))
+@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"cudnn": [BF16], "flash": [BF16], "efficient": [F32]}))
 def test_torch_compile(path, dynamic):
     inputs = leaves(path)
     mask = torch.ones(4, 1, 1, 12, dtype=torch.bool, device=path[1])
     mask[0, ..., 9:] = False
 
     def attention(query, key, value):
-        masked = None if path[0] == "flash" else mask
+        masked = None if path[0] in ("cudnn", "flash") else mask
         return softmax_n_attention(query, key, value, masked, n=0.5) + softmax_n_attention(
             query, key, value, is_causal=True, scale=0.3, n=1
         )
@@ -498,7 +508,7 @@ def test_torch_compile(path, dynamic):
     assert_close(torch.autograd.grad(compiled, inputs, upstream), torch.autograd.grad(eager, inputs, upstream))
 
 
-@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"flash": [BF16], "efficient": [F32]}))
+@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"cudnn": [BF16], "flash": [BF16], "efficient": [F32]}))
 def test_torch_compile_where_nothing_needs_a_gradient(path):
     query, key, value = (x.detach() for x in leaves(path))
 
@@ -517,7 +527,7 @@ def test_torch_compile_where_nothing_needs_a_gradient(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SOME_PATHS)
+@pytest.mark.parametrize("path", SOME_PATHS + ONLY_DENSE)
 def test_torch_compile_with_inductor(path):
     inputs = leaves(path)
     torch.compiler.reset()
@@ -572,7 +582,7 @@ def test_checkpointing_repeats_the_dropout_mask(path, use_reentrant):
         assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"flash": [BF16], "efficient": [F32]}))
+@pytest.mark.parametrize("path", paths({"cpu": [F32]}, {"cudnn": [BF16], "flash": [BF16], "efficient": [F32]}))
 def test_second_gradient_raises(path):
     inputs = leaves(path)
     with attention_backend(path[0]):
@@ -656,7 +666,8 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
         (F16, {"packed": True, "dropout": True}, "flash"),
         (BF16, {"masked": True}, "efficient"),
         (BF16, {"rectangular": True}, "efficient"),
-        (BF16, {"wide": True}, "efficient"),
+        (BF16, {"wide": 160}, "flash"),
+        (BF16, {"wide": 256}, "efficient"),
         (F32, {"dropout": True}, "efficient"),
         (F32, {"packed": True}, "efficient"),
         (F32, {"packed": True, "dropout": True}, "zero_key"),  # and then, in rows, "efficient"
@@ -666,12 +677,13 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
 )
 def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(
         softmax1,
         "_constant_choice",
         lambda forced, device, *need: softmax1._chosen(forced, torch.device("cuda"), *need),
     )
-    query = torch.empty(2, 4, 6, 256 if options.get("wide") else 64, dtype=dtype, device="meta")
+    query = torch.empty(2, 4, 6, options.get("wide", 64), dtype=dtype, device="meta")
     key = torch.empty(2, 4, 9, query.shape[-1], dtype=dtype, device="meta") if options.get("rectangular") else query
 
     def choice(log_n=0.5, card=(8, 0)):
@@ -687,9 +699,9 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
         )
         return softmax1._choose(query, key, key, call, options.get("unsupported_inputs"))
 
-    assert choice() == choice(log_n=0.0) == choice(card=(9, 0)) == expected
-    one_more_key = expected == "flash" and not options.get("packed")
-    assert choice(log_n=0.0, card=(9, 0)) == ("zero_key" if one_more_key else expected)
+    assert choice() == choice(log_n=0.0) == expected
+    hopper = "cudnn" if expected == "flash" and not (options.get("packed") or options.get("wide")) else expected
+    assert choice(card=(9, 0)) == choice(card=(10, 0)) == hopper
     if expected == "flash":  # a Turing card
         assert choice(card=(7, 5)) == ("zero_key" if options.get("dropout") else "efficient")
 
@@ -704,7 +716,7 @@ def test_forced_backend_says_why_it_cannot():
     ):
         with attention_backend(backend), pytest.raises(ValueError, match=f"'{backend}' cannot do this: .*{reason}"):
             softmax_n_attention(*inputs, **options)
-    with pytest.raises(ValueError, match="one of auto, flash, efficient, cpu, zero_key, eager, got 'fast'"):
+    with pytest.raises(ValueError, match="one of auto, cudnn, flash, efficient, cpu, zero_key, eager, got 'fast'"):
         with attention_backend("fast"):
             pass
     assert softmax1._forced == "auto"
@@ -724,7 +736,9 @@ def test_without_its_operator_there_is_one_warning_and_the_right_numbers(fresh_c
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("backend", "dtype"), [("flash", BF16), ("efficient", F32), ("efficient", F16)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cudnn", BF16), ("flash", BF16), ("efficient", F32), ("efficient", F16)]
+)
 def test_operators_of_a_gpu_take_what_we_give_them(backend, dtype, compiled):
     """On tensors without data: the schemas, shapes and dtypes of every call, forward and backward."""
     attention = softmax1._stock_attention
@@ -745,6 +759,8 @@ def test_operators_of_a_gpu_take_what_we_give_them(backend, dtype, compiled):
         (packed, (None, 0.0, True, 0.3, -math.inf), (cu_seqlens, 30)),
         (packed, (None, 0.0, True, 0.3, "sinks"), (cu_seqlens, 30)),
     ):
+        if backend == "cudnn" and rest:
+            continue  # it is called for dense attention only
         torch.compiler.reset()
         inputs = tensors(*shapes)
         sinks = torch.empty(4, device="meta", requires_grad=True)
@@ -1029,7 +1045,7 @@ def test_gradient_of_sinks_by_finite_differences(backend, layout):
         assert torch.autograd.gradcheck(attention, [*inputs, SINKS.clone().requires_grad_()])
 
 
-@pytest.mark.parametrize("path", SOME_PATHS)
+@pytest.mark.parametrize("path", SOME_PATHS + ONLY_DENSE)
 def test_n_and_its_logarithm_and_both_shapes_are_one_thing(path):
     backend, device, dtype = path
     inputs = [x.detach() for x in leaves(path)]
@@ -1058,7 +1074,7 @@ def test_n_and_its_logarithm_and_both_shapes_are_one_thing(path):
             )
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PATHS + ONLY_DENSE)
 def test_a_head_without_sink_is_softmax(path):
     backend, device, dtype = path
     inputs = [x.requires_grad_() for x in leaves(path)]

@@ -399,6 +399,7 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_
         "masked": call.attn_mask is not None,
         "dropout": call.dropout_p > 0,
         "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
+        "single": query.shape[-2] == 1 or key.shape[-2] == 1,
         "wide": size > 128,
         "very wide": size > 192,
     }
@@ -460,6 +461,8 @@ def _obstacle(
     if backend == "cudnn":
         if "packed" in needs:
             return "it is called for dense attention only"
+        if "single" in needs:
+            return "it takes more than one query and key"
         if "wide" in needs:
             return "it takes head sizes up to 128"
         # Where PyTorch's own attention prefers it; before Hopper, flash is as fast.
@@ -591,6 +594,8 @@ class _StockKernel(torch.autograd.Function):
             )
         elif ctx.backend == "cudnn":
             lengths = (None, None, query.shape[2], key.shape[2])
+            if grad.stride() != output.stride():  # another layout gives wrong gradients: docs/softmax_n.md
+                grad = torch.empty_like(output).copy_(grad)
             grads = aten._scaled_dot_product_cudnn_attention_backward(
                 grad, *qkv, output, lse[..., None], *random, None, *lengths, *options, scale=ctx.scale
             )

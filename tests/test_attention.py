@@ -228,7 +228,8 @@ def test_dense(path, n, case):
         shared = query.shape[1] != key.shape[1]
         return softmax_n_attention(query, key, value, mask, enable_gqa=shared, **given(n, sinks), **options)
 
-    if backend in ("cudnn", "flash") and (mask is not None or case.startswith("causal, ")):
+    unmasked_only = backend in ("cudnn", "flash") and (mask is not None or case.startswith("causal, "))
+    if unmasked_only or (backend == "cudnn" and case == "one token"):
         with attention_backend(backend), pytest.raises(ValueError, match=f"'{backend}' cannot do this"):
             ours(*(x.to(device, dtype) for x in inputs), SINKS.to(device))
         return
@@ -666,6 +667,7 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
         (F16, {"packed": True, "dropout": True}, "flash"),
         (BF16, {"masked": True}, "efficient"),
         (BF16, {"rectangular": True}, "efficient"),
+        (BF16, {"single": True}, "flash"),
         (BF16, {"wide": 160}, "flash"),
         (BF16, {"wide": 256}, "efficient"),
         (F32, {"dropout": True}, "efficient"),
@@ -683,7 +685,7 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
         "_constant_choice",
         lambda forced, device, *need: softmax1._chosen(forced, torch.device("cuda"), *need),
     )
-    query = torch.empty(2, 4, 6, options.get("wide", 64), dtype=dtype, device="meta")
+    query = torch.empty(2, 4, 1 if options.get("single") else 6, options.get("wide", 64), dtype=dtype, device="meta")
     key = torch.empty(2, 4, 9, query.shape[-1], dtype=dtype, device="meta") if options.get("rectangular") else query
 
     def choice(log_n=0.5, card=(8, 0)):
@@ -700,7 +702,7 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
         return softmax1._choose(query, key, key, call, options.get("unsupported_inputs"))
 
     assert choice() == choice(log_n=0.0) == expected
-    hopper = "cudnn" if expected == "flash" and not (options.get("packed") or options.get("wide")) else expected
+    hopper = "cudnn" if expected == "flash" and not options.keys() & {"packed", "single", "wide"} else expected
     assert choice(card=(9, 0)) == choice(card=(10, 0)) == hopper
     if expected == "flash":  # a Turing card
         assert choice(card=(7, 5)) == ("zero_key" if options.get("dropout") else "efficient")

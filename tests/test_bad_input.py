@@ -17,7 +17,6 @@ import analyze_kurtosis
 import benchmark
 import build_dataset
 import hub
-import tag_words
 import train_model
 import train_runs
 import train_tokenizer
@@ -34,7 +33,6 @@ MAIN = {
     "train_model": train_model.main,
     "train_runs": train_runs.main,
     "analyze_kurtosis": analyze_kurtosis.main,
-    "tag_words": tag_words.main,
     "hub": hub.main,
     "benchmark": benchmark.main,
 }
@@ -228,15 +226,6 @@ ANALYZE = [
     ("--data_dir data-empty", 1, "no texts in the validation split of data-empty"),
 ]
 
-TAG = [
-    ("nowhere.conllu", 1, "nowhere.conllu cannot be read"),
-    ("one.conllu", 1, "one.conllu has too few sentences to be split"),
-    ("old_mac.txt", 1, "old_mac.txt, line 1: 1 columns between tabs instead of 10"),
-    ("tagged.conllu models/none/none", 1, "no model folder models/none/none"),
-    ("tagged.conllu --models_dir nowhere", 1, "no models in nowhere/: run train_model.py first"),
-    (f"tagged.conllu models/{RUN} --results_dir file", 1, "nothing can be written to file/tagging (Not a directory)"),
-]
-
 HUB = [
     ("push nowhere", 1, "nowhere holds neither a dataset of build_dataset.py nor a model of train_model.py"),
     ("push tokenizer", 1, "tokenizer holds neither a dataset of build_dataset.py nor a model of train_model.py"),
@@ -264,7 +253,6 @@ TABLE = {
     "train_model": TRAIN,
     "train_runs": RUNS,
     "analyze_kurtosis": ANALYZE,
-    "tag_words": TAG,
     "hub": HUB,
     "benchmark": BENCHMARK,
 }
@@ -339,9 +327,6 @@ def project(sample, tmp_path_factory):
     (root / "old_mac.txt").write_text("\r".join(f"Jen la frazo {i}." for i in range(99)), newline="")
     (root / "repeated.txt").write_text("Ĉiam la sama frazo.\n" * 500)
     (root / "four.txt").write_text("unu\ndu\ntri\nkvar\n")
-    word = "\t".join(["1", "vorto", "_", "NOUN", *["_"] * 6])
-    (root / "one.conllu").write_text(f"{word}\n")
-    (root / "tagged.conllu").write_text(f"{word}\n\n" * 20)
     return root
 
 

@@ -76,7 +76,7 @@ from experiment import (
     read_softmax_n,
     run_name,
 )
-from folder import locked, refuse_unwritable, sole
+from folder import locked, refuse_unwritable
 from held_out import (
     HELD_OUT_SEED,
     evenly_spread,
@@ -958,7 +958,7 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
     if args.process_index == 0:
         print(f"{run} trains on {record.hardware(args.device)['name']} ({args.device})", flush=True)
         refuse_unwritable(args.output_dir)
-    with sole(args.output_dir) if args.process_index == 0 else contextlib.nullcontext():
+    with locked(args.output_dir, wait=False) if args.process_index == 0 else contextlib.nullcontext():
         train_alone(experiment, args, command, results_path, push_to_hub)
 
 

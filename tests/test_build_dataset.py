@@ -515,7 +515,7 @@ def test_what_a_killed_build_left_is_cleared_away(capsys):
 
 
 def test_two_builds_of_one_dataset_do_not_meet(server):
-    with folder.sole("data"):
+    with folder.locked("data"):
         assert f"process {os.getpid()} is at work on" in refused("--sample")
     got = []
     with folder.locked("downloads/oscar.eo.txt"):

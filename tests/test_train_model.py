@@ -337,7 +337,7 @@ def test_code_in_a_checkpoint_is_not_run(train, monkeypatch, capsys):
 
 
 def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
-    with folder.sole("results-models/esperberto-softmax0"):
+    with folder.locked("results-models/esperberto-softmax0"):
         exits_with(capsys, f"process {os.getpid()} is at work on results-models/esperberto-softmax0: wait", train)
         train("--use_softmax1")  # another run is nobody's concern
     train()

@@ -153,7 +153,7 @@ def test_a_run_that_another_process_still_trains_is_told_in_the_terminal(sample,
     monkeypatch.chdir(tmp_path)
     flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
     flags += ["--config_overrides", SMALL, "--max_length", "32"]
-    with folder.sole("models/esperberto-softmax0"), pytest.raises(SystemExit, match="esperberto-softmax0 failed"):
+    with folder.locked("models/esperberto-softmax0"), pytest.raises(SystemExit, match="esperberto-softmax0 failed"):
         train_runs.main(["--softmax_n", "0", "--parallel", "2", "--", *flags])
     at_work = f"process {os.getpid()} is at work on models/esperberto-softmax0: wait until it has ended, or end it"
     assert f"esperberto-softmax0 failed: {at_work} (see results/logs/" in capsys.readouterr().err

@@ -1121,8 +1121,8 @@ def trainer_of(
         seed=args.seed,
         packed=not experiment.padded,
         bucket=BUCKET if args.torch_compile else 1,
-        process=args.process_index,
-        processes=args.world_size,
+        rank=args.process_index,
+        world_size=args.world_size,
     )
     emergence = Emergence(padded_batches(inputs.tokenizer, inputs.watched, EMERGENCE_BATCH), inputs.tokenizer)
     bookkeeping = Bookkeeping(shaping_settings(experiment, args, inputs.data_sha, inputs.tokenizer_sha), emergence)

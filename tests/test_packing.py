@@ -121,7 +121,7 @@ def test_loader_workers_change_nothing(sample):
 def test_processes_share_the_batch_that_one_would_have(sample, packed):
     batch = examples(LENGTHS)
     whole = collator(sample)(batch)
-    shares = [collator(sample, packed=packed, process=process, processes=3)(batch) for process in range(3)]
+    shares = [collator(sample, packed=packed, rank=rank, world_size=3)(batch) for rank in range(3)]
     found = []
     for process, share in enumerate(shares):
         assert [share[name] for name in BOOKKEEPING[:3]] == [whole[name] for name in BOOKKEEPING[:3]]
@@ -135,7 +135,7 @@ def test_processes_share_the_batch_that_one_would_have(sample, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_process_without_a_sample_has_a_batch_without_loss(sample, packed):
-    share = collator(sample, packed=packed, process=2, processes=3)(examples([5, 6]))
+    share = collator(sample, packed=packed, rank=2, world_size=3)(examples([5, 6]))
     assert (share["labels"] == IGNORED).all() and share["input_ids"].numel()
     model = keep_masked_positions(small_model(1))
     labels = share["labels"].flatten()

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from test_bad_input import RUN, TRAINING, listing
 
 import analyze_kurtosis
+import arguments
 import build_dataset
 import checkpoints
 import command
@@ -319,7 +320,7 @@ PARSERS = {
     "analyze_kurtosis": analyze_kurtosis.parse_arguments,
     "hub": hub.parse_arguments,
 }
-FLAGS = [f"--{name}" for flags in train_model.HELP.values() for name in flags] + [
+FLAGS = [f"--{name}" for flags in arguments.HELP.values() for name in flags] + [
     "--sample", "--from_files", "--sources", "--vocab_size", "--seeds", "--parallel", "--", "--text", "--help", "push",
 ]  # fmt: skip
 WORDS = st.sampled_from(FLAGS) | st.sampled_from(["0", "1", "-1", "nan", "1e999", "9" * 30, "{", "", "x", "true", "\0"])

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
+import arguments
 import checkpoints
 import command
 import experiment
@@ -39,6 +40,7 @@ import folder
 import measurement
 import record
 import train_model
+import trainer as trainer_module
 from controls import CONTROLS
 from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
@@ -136,8 +138,9 @@ def interrupted(monkeypatch, call) -> None:
     """`call` trains, and is interrupted in its fourth step."""
     init = train_model.ExperimentTrainer.__init__
 
-    def stopping(self, *args, callbacks, **kwargs):
-        init(self, *args, callbacks=[*callbacks, StopAfter()], **kwargs)
+    def stopping(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(StopAfter())
 
     with monkeypatch.context() as patch:
         patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
@@ -795,7 +798,7 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, 
         def on_log(self, args, state, control, logs=None, **kwargs):
             drawn.append((state.global_step, dict(logs)))
 
-    monkeypatch.setattr(train_model, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    monkeypatch.setattr(arguments, "get_reporting_integration_callbacks", lambda names: [Tracker])
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
     result = train("--report_to", "tensorboard", "--use_softmax1", "--disable_tqdm", lines)
     for entry in result["emergence"]:  # step 0 included
@@ -829,15 +832,15 @@ def test_help_shows_ours_first_each_once_and_the_rest_is_behind_help_all(capsys)
         assert end.value.code == 0
         told[flag] = capsys.readouterr().out
         assert train_model.__doc__ in told[flag]  # examples, reads and writes
-    shown = [name for flags in train_model.HELP.values() for name in flags]
-    ours = [field.name for field in dataclasses.fields(train_model.ExperimentArguments)]
+    shown = [name for flags in arguments.HELP.values() for name in flags]
+    ours = [field.name for field in dataclasses.fields(arguments.ExperimentArguments)]
     assert set(ours) <= set(shown) and shown[0] == "softmax_n"
     for text in told.values():
         flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
         assert len(flags) == len(set(flags)) and [f"--{name}" for name in shown] == flags[: len(shown)]
         assert not re.search(r"--\w+-\w", text)  # by one of its spellings
     assert "--adam_epsilon" not in told["--help"] and "--adam_epsilon X" in told["--help_all"]
-    assert "where it is highest (5e-05)" in told["--help"] and "(52032)" in told["--help"]
+    assert "highest learning rate (5e-05)" in told["--help"] and "(52032)" in told["--help"]
     assert "--label_smoothing_factor: the loss is the published cross-entropy" in told["--help_all"]
 
 
@@ -892,12 +895,12 @@ def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatc
     assert capsys.readouterr().out.startswith("esperberto-softmax0 trains on ")  # the device is said first of all
     for hidden in ("", "-1"):  # on purpose
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert train_model.visible_gpu() is None
+        assert arguments.visible_gpu() is None
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     exits_with(capsys, "CUDA_VISIBLE_DEVICES=1 names a GPU, which PyTorch", train)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert train_model.visible_gpu() is None
+    assert arguments.visible_gpu() is None
 
 
 def test_a_gpu_without_float64_is_not_taken(monkeypatch):
@@ -937,7 +940,7 @@ def written_with(limit: int, call) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (train_model, "seal")]
+WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (trainer_module, "seal")]
 WRITES += [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerBase, "save_pretrained")]
 
 

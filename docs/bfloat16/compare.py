@@ -3,7 +3,8 @@
     PYTHONPATH=. python docs/bfloat16/compare.py
 
 The float32 runs are those of docs/replication. Prints a table for each arm: means, the mean of the paired differences,
-and its 95 % interval (Student's t over seeds); then what repeating one float32 run changes (rerun/).
+and its 95 % interval (Student's t over seeds); then the two arms in bfloat16; then one float32 run and its repetition
+(rerun/).
 """
 
 from pathlib import Path
@@ -28,17 +29,24 @@ def measured(folder: Path) -> dict[str, dict[int, dict[str, float | None]]]:
     return by_arm
 
 
+def beside(title: str, first: str, second: str, before: dict[int, dict], after: dict[int, dict]) -> str:
+    """A table of two sets of runs, paired by seed."""
+    rows = []
+    for key in GLANCE:
+        values = ({seed: metrics_of[key] for seed, metrics_of in runs.items()} for runs in (before, after))
+        paired = compare(*values)
+        means = spread(paired.baseline_mean, paired.baseline_std), spread(paired.mean, paired.std)
+        rows.append(
+            [METRICS[key][0], *means, figure(paired.difference), f"{figure(paired.low)} to {figure(paired.high)}"]
+        )
+    return table([title, first, second, "difference", "95% interval"], rows) + "\n"
+
+
 def main() -> None:
     float32, bfloat16, again = (measured(folder) for folder in (REPLICATION, FOLDER, FOLDER / "rerun"))
     for arm, runs in bfloat16.items():
-        rows = []
-        for key in GLANCE:
-            before, after = ({seed: of_seed[key] for seed, of_seed in of.items()} for of in (float32[arm], runs))
-            paired = compare(before, after)
-            means = spread(paired.baseline_mean, paired.baseline_std), spread(paired.mean, paired.std)
-            interval = f"{figure(paired.low)} to {figure(paired.high)}"
-            rows.append([METRICS[key][0], *means, figure(paired.difference), interval])
-        print(table([arm, "float32", "bfloat16", "difference", "95% interval"], rows), end="\n\n")
+        print(beside(arm, "float32", "bfloat16", float32[arm], runs))
+    print(beside("bfloat16", *bfloat16, *bfloat16.values()))
     first, second = float32["softmax0"][48], again["softmax0"][48]
     rows = [[METRICS[key][0], figure(first[key]), figure(second[key])] for key in GLANCE]
     print(table(["softmax0, seed 48, float32", "first time", "second time"], rows))

@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python docs/lengths/table.py
 
-As training recorded its last step, on 64 held-out texts: the largest layer; sinks and null mass are means of the layers.
+As training recorded its last step, on 64 held-out texts: the largest layer, and means of the layers for sinks and null
+mass.
 """
 
 from pathlib import Path

@@ -80,88 +80,32 @@ EMERGENCE_BATCH = 16
 USD_PER_HOUR = {"NVIDIA A10G": 1.212}
 
 
-def shaping_settings(
-    experiment: ExperimentArguments, args: TrainingArguments, data_sha: str, tokenizer_sha: str
-) -> dict:
-    """The settings that determine the weights and the statistics: a run can continue only with the same ones."""
-    names = (
-        "softmax_n control max_length mlm_probability vocab_size config_overrides padded statistics_steps "
-        "seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
-        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 "
-        "adam_epsilon max_grad_norm optim optim_args optim_target_modules dataloader_drop_last bf16 fp16"
-    ).split()
-    settings = {**vars(experiment), **args.to_dict()}
-    inputs = {"dataset": data_sha, "tokenizer": tokenizer_sha, "processes": args.world_size}
-    return {**inputs, **{name: settings[name] for name in names}}
+@dataclass
+class Inputs:
+    """The data and the tokenizer of a run."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset  # at most --max_eval_samples of it
+    watched: list[list[int]]  # token ids of the texts on which outliers are measured during training
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_sha: str
+    manifest: dict  # of the dataset
+
+    @property
+    def data_sha(self) -> str:
+        return self.manifest["splits"]["train"]["sha256"]
 
 
-def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, args: TrainingArguments) -> None:
-    """Exit with one line if a finished run had other settings, because then it belongs to another experiment."""
-    results = read_results(results_path)
-    _, manifest = load_data(experiment.data_dir)
-    tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
-    asked = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
-    inputs = {"dataset": results["dataset"]["sha256"], "tokenizer": results["tokenizer"]["sha256"]}
-    earlier = {**results["settings"], **inputs}  # without the number of processes, which changes no figure
-    for name, value in asked.items():
-        if name in earlier and earlier[name] != value:
-            sys.exit(
-                f"error: {results_path} is there, of a run with {name} = {earlier[name]!r}, not {value!r}: move the "
-                "results and models of the other experiment away, or give the settings that they were made with"
-            )
+@dataclass
+class Outcome:
+    """The end of a training. Counts and times are those of all its sessions."""
 
-
-def check_backend(backend: str, args: TrainingArguments) -> None:
-    """Exit with one line if the backend of --attention cannot compute the attention of this training."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    token = torch.zeros(1, 1, 8, device=args.device, dtype=dtype)
-    bounds = torch.tensor([0, 1], device=args.device, dtype=torch.int32)
-    try:
-        softmax_n_attention_varlen(token, token, token, bounds, 1, dropout_p=0.1)
-    except ValueError as error:
-        sys.exit(f"error: --attention {backend}: {record.one_line(error)}")
-
-
-def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
-    """Mean loss of the whole run, as published. Each entry (step, loss) is a mean over the steps since the last entry.
-
-    Trainer's own figure lacks the steps before a resumption.
-    """
-    steps = np.diff([0, *(step for step, _ in loss_history)])
-    return float(np.average([loss for _, loss in loss_history], weights=steps))
-
-
-def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: ExperimentArguments) -> tuple[float, int]:
-    """(held-out loss of the saved model in nats, number of masked tokens), computed in float32.
-
-    Exits with one line if the saved model differs from the trained one.
-    """
-    args, trained = trainer.args, trainer.model.state_dict()
-    reloaded = accept_packed_batches(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
-    if (
-        type(reloaded) is not type(trainer.model)
-        or reloaded.config.softmax_n != experiment.softmax_n
-        or not all(
-            torch.equal(trained[name].nan_to_num(), tensor.nan_to_num())
-            for name, tensor in reloaded.state_dict().items()
-        )
-    ):
-        sys.exit(f"error: the model in {args.output_dir} is not the one just trained: check the disk, and train again")
-    return held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
-
-
-def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
-    """A dataset of the embedded sample and a small tokenizer, for --test_pipeline on a fresh clone."""
-    here = Path(__file__).parent
-    for script, folder, options in (
-        ("build_dataset.py", data_dir, ["--sample", "--validation_fraction", "0.1"]),
-        ("train_tokenizer.py", tokenizer_dir, ["--data_dir", data_dir, "--vocab_size", "2048"]),
-    ):
-        with locked(f"{folder}-sample"):  # if several runs start at the same time, one builds it
-            if not Path(folder).exists():
-                command = [sys.executable, str(here / script), "--output_dir", folder, *options]
-                if (status := subprocess.run(command).returncode) != 0:
-                    sys.exit(status)
+    state: TrainerState
+    counts: dict[str, int]  # see ExperimentTrainer.counts
+    seconds: float
+    emerged: list[dict[str, float]]  # see ExperimentTrainer.watch
+    measured: dict  # "validation", and statistics of the finished model
+    diverged: Diverged | None
 
 
 def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, command: list[str]) -> None:
@@ -192,32 +136,15 @@ def train(experiment: ExperimentArguments, args: PublishedTrainingArguments, com
         train_alone(experiment, args, command, results_path, push_to_hub)
 
 
-@dataclass
-class Inputs:
-    """The data and the tokenizer of a run."""
-
-    train: datasets.Dataset
-    validation: datasets.Dataset  # at most --max_eval_samples of it
-    watched: list[list[int]]  # token ids of the texts on which outliers are measured during training
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_sha: str
-    manifest: dict  # of the dataset
-
-    @property
-    def data_sha(self) -> str:
-        return self.manifest["splits"]["train"]["sha256"]
-
-
-@dataclass
-class Outcome:
-    """The end of a training. Counts and times are those of all its sessions."""
-
-    state: TrainerState
-    counts: dict[str, int]  # see ExperimentTrainer.counts
-    seconds: float
-    emerged: list[dict[str, float]]  # see ExperimentTrainer.watch
-    measured: dict  # "validation", and statistics of the finished model
-    diverged: Diverged | None
+def check_backend(backend: str, args: TrainingArguments) -> None:
+    """Exit with one line if the backend of --attention cannot compute the attention of this training."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    token = torch.zeros(1, 1, 8, device=args.device, dtype=dtype)
+    bounds = torch.tensor([0, 1], device=args.device, dtype=torch.int32)
+    try:
+        softmax_n_attention_varlen(token, token, token, bounds, 1, dropout_p=0.1)
+    except ValueError as error:
+        sys.exit(f"error: --attention {backend}: {record.one_line(error)}")
 
 
 def train_alone(
@@ -296,6 +223,20 @@ def inputs_of(experiment: ExperimentArguments, args: TrainingArguments) -> Input
     if experiment.max_eval_samples is not None:
         validation = validation.select(evenly_spread(len(validation), experiment.max_eval_samples))
     return Inputs(data["train"], validation, watched, tokenizer, tokenizer_sha, manifest)
+
+
+def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
+    """A dataset of the embedded sample and a small tokenizer, for --test_pipeline on a fresh clone."""
+    here = Path(__file__).parent
+    for script, folder, options in (
+        ("build_dataset.py", data_dir, ["--sample", "--validation_fraction", "0.1"]),
+        ("train_tokenizer.py", tokenizer_dir, ["--data_dir", data_dir, "--vocab_size", "2048"]),
+    ):
+        with locked(f"{folder}-sample"):  # if several runs start at the same time, one builds it
+            if not Path(folder).exists():
+                command = [sys.executable, str(here / script), "--output_dir", folder, *options]
+                if (status := subprocess.run(command).returncode) != 0:
+                    sys.exit(status)
 
 
 def model_of(
@@ -379,6 +320,37 @@ def trainer_of(
     return trainer
 
 
+def shaping_settings(
+    experiment: ExperimentArguments, args: TrainingArguments, data_sha: str, tokenizer_sha: str
+) -> dict:
+    """The settings that determine the weights and the statistics: a run can continue only with the same ones."""
+    names = (
+        "softmax_n control max_length mlm_probability vocab_size config_overrides padded statistics_steps "
+        "seed data_seed per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 "
+        "adam_epsilon max_grad_norm optim optim_args optim_target_modules dataloader_drop_last bf16 fp16"
+    ).split()
+    settings = {**vars(experiment), **args.to_dict()}
+    inputs = {"dataset": data_sha, "tokenizer": tokenizer_sha, "processes": args.world_size}
+    return {**inputs, **{name: settings[name] for name in names}}
+
+
+def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, args: TrainingArguments) -> None:
+    """Exit with one line if a finished run had other settings, because then it belongs to another experiment."""
+    results = read_results(results_path)
+    _, manifest = load_data(experiment.data_dir)
+    tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
+    asked = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
+    inputs = {"dataset": results["dataset"]["sha256"], "tokenizer": results["tokenizer"]["sha256"]}
+    earlier = {**results["settings"], **inputs}  # without the number of processes, which changes no figure
+    for name, value in asked.items():
+        if name in earlier and earlier[name] != value:
+            sys.exit(
+                f"error: {results_path} is there, of a run with {name} = {earlier[name]!r}, not {value!r}: move the "
+                "results and models of the other experiment away, or give the settings that they were made with"
+            )
+
+
 def fit(trainer: ExperimentTrainer, checkpoint: str | None) -> Diverged | None:
     """Train to the last step. Returns how it diverged, or None. Exits if a signal stopped it earlier."""
     stop = StopWhenAsked()
@@ -434,8 +406,23 @@ def saved_and_measured(
     return Outcome(trainer.state, counts, seconds, trainer.emerged, measured, diverged)
 
 
-def effective_batch_size(args: TrainingArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: ExperimentArguments) -> tuple[float, int]:
+    """(held-out loss of the saved model in nats, number of masked tokens), computed in float32.
+
+    Exits with one line if the saved model differs from the trained one.
+    """
+    args, trained = trainer.args, trainer.model.state_dict()
+    reloaded = accept_packed_batches(AutoModelForMaskedLM.from_pretrained(args.output_dir).to(trainer.model.device))
+    if (
+        type(reloaded) is not type(trainer.model)
+        or reloaded.config.softmax_n != experiment.softmax_n
+        or not all(
+            torch.equal(trained[name].nan_to_num(), tensor.nan_to_num())
+            for name, tensor in reloaded.state_dict().items()
+        )
+    ):
+        sys.exit(f"error: the model in {args.output_dir} is not the one just trained: check the disk, and train again")
+    return held_out_loss(reloaded, held_out, progress=not args.disable_tqdm)
 
 
 def result_of(
@@ -498,6 +485,19 @@ def result_of(
     }
 
 
+def effective_batch_size(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def mean_over_steps(loss_history: list[tuple[int, float]]) -> float:
+    """Mean loss of the whole run, as published. Each entry (step, loss) is a mean over the steps since the last entry.
+
+    Trainer's own figure lacks the steps before a resumption.
+    """
+    steps = np.diff([0, *(step for step, _ in loss_history)])
+    return float(np.average([loss for _, loss in loss_history], weights=steps))
+
+
 def remedy(error: Exception, args: TrainingArguments) -> str | None:
     """For an error of the machine, what is wrong and what to do; None for other errors.
 
@@ -512,8 +512,8 @@ def remedy(error: Exception, args: TrainingArguments) -> str | None:
         parts = next(parts for parts in range(2, size + 1) if size % parts == 0)
         return (
             f"out of memory with {size} samples at a time ({message}): --per_device_train_batch_size {size // parts} "
-            f"--gradient_accumulation_steps {steps * parts} keeps the effective batch (with checkpoints there, add "
-            "--overwrite)"
+            f"--gradient_accumulation_steps {steps * parts} keeps the effective batch (if there are checkpoints, "
+            "add --overwrite)"
         )
     if "DataLoader worker" in message:
         return (

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import OVERRIDES
 from datasets import Dataset, DatasetDict
 
 import analyze_kurtosis
@@ -22,8 +23,7 @@ import train_model
 import train_runs
 import train_tokenizer
 
-SMALL = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=34"
-TRAINING = f"--vocab_size 1024 --max_length 32 --config_overrides {SMALL} --max_eval_samples 4 --disable_tqdm true"
+TRAINING = f"--vocab_size 1024 --max_length 32 --config_overrides {OVERRIDES} --max_eval_samples 4 --disable_tqdm true"
 RUN = "esperberto-softmax0"
 CHECKPOINT = f"models/{RUN}-seed7/checkpoint-1"
 NINES = "9" * 20

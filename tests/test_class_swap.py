@@ -11,7 +11,6 @@ import datasets
 import pytest
 import torch
 from conftest import SMALL, TEXTS, save_tokenizer
-from test_train_model import train  # noqa: F401  (a fixture)
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 import analyze_kurtosis
@@ -20,7 +19,7 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_
 ZERO = 1e-30  # as n: exp(0) + ZERO is exp(0) in every format
 
 
-def test_training_and_all_that_it_records(train):  # noqa: F811
+def test_training_and_all_that_it_records(train):
     """Dropout included: both classes draw the same."""
     stock = train("--softmax_n", "0")
     swapped = train("--softmax_n", str(ZERO))

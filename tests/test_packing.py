@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ARCHITECTURE
 from datasets import Dataset
 from scipy import stats
 from torch.testing import assert_close
@@ -16,18 +17,8 @@ from kurtosis import ActivationKurtosis
 from packing import BOOKKEEPING, IGNORED, MaskedLMCollator, keep_masked_positions, pack
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
 
-SMALL = {
-    "vocab_size": 1024,
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "initializer_range": 0.1,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+SMALL = {**ARCHITECTURE, "vocab_size": 1024, "initializer_range": 0.1}
+SMALL |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LENGTHS = [9, 3, 40, 17, 3, 25, 12, 33]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ARCHITECTURE, as_flags
 from datasets import Dataset, load_from_disk
 from scipy import stats
 from transformers import (
@@ -51,32 +52,6 @@ from sets import comparison_sets
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ROOT = Path(__file__).parent.parent
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-}
-
-
-@pytest.fixture
-def train(sample, tmp_path, monkeypatch):
-    """train("--flag", ...) trains a small model below tmp_path and returns its results."""
-    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags, steps=6, results="results"):
-        places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
-        numbers = {"max_steps": steps, "per_device_train_batch_size": 4, "max_length": 64, "vocab_size": 1024}
-        numbers |= {"logging_steps": 1, "eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
-        argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
-        train_model.main([*argv, "--disable_tqdm", "true", "--output_dir", f"{results}-models/<run>", *flags])
-        newest = max(Path(results).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return json.loads(newest.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-    return run
 
 
 def exits_with(capsys, text: str, call) -> None:
@@ -394,7 +369,7 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
     data = {"input_ids": ids}
     torch.manual_seed(0)
-    config = RobertaConfig(**SMALL, vocab_size=1024)
+    config = RobertaConfig(**ARCHITECTURE, vocab_size=1024)
     model = accept_packed_batches(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
@@ -479,7 +454,7 @@ def test_config_overrides_make_another_size_and_stand_in_the_record(train):
     result = train("--config_overrides", overrides, "--softmax_n", "1")
     config = AutoModelForMaskedLM.from_pretrained("results-models/esperberto-softmax1").config
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (16, 2, 24)
-    assert config.num_hidden_layers == SMALL["num_hidden_layers"]
+    assert config.num_hidden_layers == ARCHITECTURE["num_hidden_layers"]
     # Written in one way, whatever the order and the spaces, so that pairs compare.
     assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
 
@@ -552,7 +527,7 @@ def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(tra
 
 def test_sinks_are_not_decayed():
     """Trainer itself would, not knowing the name: every n would be pulled to 1."""
-    config = RobertaSoftmaxNConfig(**SMALL, vocab_size=99, softmax_n="learned")
+    config = RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=99, softmax_n="learned")
     model, trainer = RobertaSoftmaxNForMaskedLM(config), train_model.ExperimentTrainer
     decayed = trainer.get_decay_parameter_names(trainer.__new__(trainer), model)
     others = super(trainer, trainer).get_decay_parameter_names(trainer.__new__(trainer), model)
@@ -580,7 +555,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
         assert result["activation_excess_kurtosis"][name] == pytest.approx(expected, rel=1e-4)
 
 
-WITHOUT_DROPOUT = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+WITHOUT_DROPOUT = {**ARCHITECTURE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few roundings of float32
 
 
@@ -681,10 +656,9 @@ train_model.main(sys.argv[1:])
 def by_two_processes(sample, results: str, driver: str, *flags, status: int = 0) -> dict | None:
     """The results of a softmax1 run in batches of 2 x 32, in the working directory; None where it is to fail."""
     Path("driver.py").write_text(driver)
-    places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
-    numbers = {"per_device_train_batch_size": 32, "max_length": 64, "vocab_size": 1024, "logging_steps": 1}
-    numbers |= {"eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
-    argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+    argv = as_flags(data_dir=sample / "data", tokenizer_dir=sample / "tokenizer", results_dir=results)
+    argv += as_flags(per_device_train_batch_size=32, max_length=64, vocab_size=1024, logging_steps=1)
+    argv += as_flags(eval_steps=3, save_steps=3, max_eval_samples=20)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
     command += [*argv, *flags, "--output_dir", f"{results}-models", "--use_cpu", "--ddp_backend", "gloo"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -708,7 +682,7 @@ train_model.ExperimentTrainer.training_step = killed
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sample, workers):
     flags = ["--use_softmax1", "--max_steps", "8", "--dataloader_num_workers", workers]
-    driver = DRIVER.format(architecture=SMALL)
+    driver = DRIVER.format(architecture=ARCHITECTURE)
     expected = by_two_processes(sample, "whole", driver, *flags)
     by_two_processes(sample, "killed", KILLED + driver, *flags, status=1)
     assert {path.name for path in Path("killed-models").glob("checkpoint-*")} == {"checkpoint-3"}
@@ -750,7 +724,7 @@ def test_data_is_tokenized_once_for_all_runs(train, sample):
 def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tmp_path):
     shutil.copytree(sample / "data", tmp_path / "data", ignore=shutil.ignore_patterns("tokenized-*"))
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(architecture=SMALL))
+    driver.write_text(DRIVER.format(architecture=ARCHITECTURE))
     flags = ["--data_dir", "data", "--tokenizer_dir", str(sample / "tokenizer"), "--max_steps", "2"]
     flags += ["--vocab_size", "1024", "--max_length", "32", "--max_eval_samples", "4"]
     running = [

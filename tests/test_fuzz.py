@@ -395,6 +395,6 @@ FOUND = {".env that is not UTF-8": (env_file, b"HUGGINGFACE_TOKEN=\x80")}
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_stays_mended(place, capfd, name):
+def test_earlier_failures_stay_fixed(place, capfd, name):
     reader, *arguments = FOUND[name]
     ends_well(capfd, place, reader(*arguments))

@@ -249,7 +249,7 @@ def test_round_trip_in_a_fresh_process(server, folders, sample, tmp_path):
     assert found["data"]["train"] == data["text"][:] and found["data"]["validation"]
 
 
-def test_what_a_push_holds(server, folders, sample, capfd):
+def test_the_content_of_a_push(server, folders, sample, capfd):
     hub.push(folders[0.5])
     hub.push(sample / "data")
     model = server.files("model", "zamenhof/esperberto-softmax0.5")
@@ -268,7 +268,7 @@ def test_what_a_push_holds(server, folders, sample, capfd):
     assert TOKEN not in "".join(capfd.readouterr())
 
 
-def test_pushing_again_changes_nothing_and_a_changed_dataset_leaves_no_old_shards(server, sample, monkeypatch):
+def test_a_second_push_changes_nothing_and_old_shards_are_deleted(server, sample, monkeypatch):
     monkeypatch.setattr(hub, "SHARD_BYTES", 60_000)
     hub.push(sample / "data")
     hub.push(sample / "data")
@@ -289,7 +289,7 @@ def test_private(server, folders):
     assert printed_command(message) == ["push", str(folders[0.0]), "--private"]
 
 
-def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
+def test_repositories_of_others_and_real_runs_are_not_overwritten(server, folders, sample, tmp_path):
     server.put(
         "dataset", "zamenhof/esperanto", {"README.md": b"---\nlanguage: eo\n---\nMy songs.\n", "songs.txt": b"la"}
     )
@@ -319,7 +319,7 @@ def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
         ("PUT /lfs/", 403, "may not do that for zamenhof"),
     ],
 )
-def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, status, text):
+def test_permanent_errors_are_not_retried(server, folders, pauses, pattern, status, text):
     server.fault(pattern, times=99, status=status)
     message = fails(lambda: hub.push(folders[1.0]))
     assert text in message and not pauses
@@ -344,7 +344,7 @@ def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, sta
         ("POST /api/repos/create", {"drop": True}, 1),
     ],
 )
-def test_errors_that_pass(server, folders, pauses, capfd, pattern, fault, pause):
+def test_transient_errors_are_retried(server, folders, pauses, capfd, pattern, fault, pause):
     server.fault(pattern, times=2, **fault)
     hub.push(folders[1.0])
     assert not any(fault["times"] for fault in server.faults)
@@ -369,7 +369,7 @@ SHORT = ("HTTP 403", "HTTP 503", "cut in the answer")
         pytest.param("dataset", list(FAULTS), marks=pytest.mark.slow),
     ],
 )
-def test_a_fault_at_any_request_costs_one_line_at_most_and_the_next_push_is_whole(
+def test_a_fault_at_any_request_gives_one_line_at_most_and_the_next_push_is_complete(
     server, folders, sample, capfd, what, faults
 ):
     path, name = (folders[1.0], "esperberto-softmax1") if what == "model" else (sample / "data", "esperanto")
@@ -397,7 +397,7 @@ def test_a_fault_at_any_request_costs_one_line_at_most_and_the_next_push_is_whol
         print(f" {requests} requests, {ended.total()} faults: {dict(ended)}", end=" ")
 
 
-def test_a_push_that_broke_off_is_completed_by_the_printed_command(server, folders, pauses):
+def test_an_interrupted_push_is_completed_by_the_printed_command(server, folders, pauses):
     server.fault("PUT /lfs/.*/part/3", times=10_000, drop=True)
     message = fails(lambda: hub.push(folders[0.5]))
     assert "cannot be reached" in message and "is saved and complete here" in message
@@ -412,7 +412,7 @@ def test_a_push_that_broke_off_is_completed_by_the_printed_command(server, folde
     assert len([request for request in server.requests if re.fullmatch(r"PUT /lfs/\w+", request)]) == sent
 
 
-def test_server_gone(server, sample, pauses):
+def test_a_server_that_is_gone_is_retried_and_then_reported(server, sample, pauses):
     server.close()
     message = fails(lambda: hub.push(sample / "data"))
     assert "cannot be reached" in message
@@ -511,7 +511,7 @@ def test_dotenv(server, monkeypatch, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------ inputs
 
 
-def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
+def test_incomplete_folders_are_refused(server, folders, sample, tmp_path):
     assert "holds neither a dataset" in fails(lambda: hub.push(tmp_path))
     folder = tmp_path / "model"
     make_model(1.0).save_pretrained(folder)
@@ -576,7 +576,7 @@ def test_model_card_without_results_says_so(server, folders, tmp_path):
     assert (folder / "README.md").read_text() == text
 
 
-def test_test_runs_say_so():
+def test_the_card_of_a_test_run_says_so():
     results = make_results(1.0, "esperberto-softmax1", test_pipeline=True)
     text = cards.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
     assert "A test run" in text and "test-pipeline" in ModelCard(text).data.tags
@@ -643,7 +643,7 @@ def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fa
     assert json.loads(server.files("model", "zamenhof/esperberto-softmax0")["config.json"])["softmax_n"] == 0
 
 
-def test_a_run_that_diverged_has_no_model_to_push_and_is_no_error(tmp_path, capsys):
+def test_the_push_of_a_diverged_run_is_skipped_without_an_error(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "esperberto-softmax0.json").write_text(json.dumps({"status": "diverged"}))
     hub.push(tmp_path / "models" / "esperberto-softmax0")  # asks no server: there is none
@@ -665,7 +665,7 @@ def test_build_dataset_pushes_in_the_end(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["softmax", "another n", "no mask"])
-def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
+def test_construction_fails_without_softmax_n_attention(monkeypatch, wrong):
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         n = {"softmax": 0.0, "another n": 1.001, "no mask": 1.0}[wrong]
         mask = None if wrong == "no mask" else attention_mask
@@ -679,7 +679,7 @@ def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
 
 
 @pytest.mark.parametrize("n", [0.0, 1e-3, 1e6])
-def test_the_check_passes_where_it_should_and_touches_nothing(n):
+def test_the_check_of_the_attention_has_no_side_effects(n):
     sizes = {"hidden_size": 192, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 99}
     config = RobertaSoftmaxNConfig(n, **sizes)
     torch.manual_seed(0)
@@ -712,7 +712,7 @@ def test_stock_classes_refuse_the_folder(folders, model_class, attention):
         model_class.from_pretrained(folders[1.0], **attention)
 
 
-def test_the_inner_model_cannot_be_turned_into_softmax_either():
+def test_the_attention_of_the_inner_model_cannot_be_changed():
     model = make_model(1.0)
     inputs = {"input_ids": torch.arange(5, 14)[None]}
     with torch.no_grad():
@@ -803,7 +803,7 @@ def test_half_precision(folders, n, dtype):
 
 
 @pytest.mark.slow
-def test_runner_pushes_and_a_stranger_asks_the_model(server, tmp_path, monkeypatch):
+def test_runner_pushes_models_that_a_stranger_can_use(server, tmp_path, monkeypatch):
     """runner.sh --test_pipeline on a copy of the project; first with a Hub that refuses every commit."""
     server.part_bytes = 5_000_000  # the weights, 29 MB, go up in parts
     project = tmp_path / "project"
@@ -869,7 +869,7 @@ print(len(fill("La suno <mask>.")))
         ({}, "HUGGINGFACE_TOKEN=$(touch ran)\nHUGGINGFACE_USER=zamenhof\n", 1, "no token has"),
     ],
 )
-def test_what_runner_asks_before_the_work(server, monkeypatch, tmp_path, capsys, environment, env_file, status, said):
+def test_check_optional_answers_runner(server, monkeypatch, tmp_path, capsys, environment, env_file, status, said):
     """.env is read by one reader, as data: what looks like a command in it is not run."""
     for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER"):
         monkeypatch.delenv(name, raising=False)

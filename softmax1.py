@@ -33,7 +33,6 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -631,14 +630,6 @@ class _StockKernel(torch.autograd.Function):
         return None, *grads[:3], None, None, grad_log_n, *(None,) * 4
 
 
-def _apply_stock_kernel() -> Callable:
-    """How to call the kernel so that autograd records it: `_StockKernel.apply`, or its C++ part without torch.func."""
-    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-    if torch.compiler.is_compiling() or transforms_active():
-        return _StockKernel.apply
-    return super(torch.autograd.Function, _StockKernel).apply  # 50 us faster: it does not bind the arguments
-
-
 def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """lse - log n for every row of the output, (B, H, L) or packed (T, H). Its sigmoid is 1 - null mass."""
     if cu_seqlens is None:
@@ -685,11 +676,12 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
         bias = bias.expand(*query.shape[:3], key.shape[2])
     if isinstance(log_n, Tensor):
         log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
-    with_gradient = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():  # torch.compile cannot trace `apply` if no input requires a gradient
-        inputs = (query, key, value, log_n)
-        with_gradient = with_gradient and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    run = _apply_stock_kernel() if with_gradient else _StockKernel.forward
+    run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
+    if torch.compiler.is_compiling():  # which cannot trace `apply` if no input requires a gradient
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in (query, key, value, log_n)):
+            run = _StockKernel.forward
+    elif run is not _StockKernel.forward and not torch._C._are_functorch_transforms_active():
+        run = super(torch.autograd.Function, _StockKernel).apply  # 50 us faster: it does not bind the arguments
     output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
@@ -917,7 +909,7 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     if not roots:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
     # Configs are copied first: another model may share them, and after a failure this model gets its old ones back.
-    before = [(module, name, config) for module in model.modules() for name, config in _configs(module)]
+    before = _configs(model)
     copies: dict = {}
     try:
         for module, name, config in before:
@@ -936,19 +928,19 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     return model
 
 
-def _configs(module: nn.Module) -> list[tuple[str, PretrainedConfig]]:
-    """The configs that the module itself holds, each with the name of its attribute."""
-    return [(name, value) for name, value in vars(module).items() if isinstance(value, PretrainedConfig)]
+def _configs(model: nn.Module) -> list[tuple[nn.Module, str, PretrainedConfig]]:
+    """The configs of all modules, each with the module that holds it and the name of its attribute."""
+    attributes = ((module, *attribute) for module in model.modules() for attribute in vars(module).items())
+    return [attribute for attribute in attributes if isinstance(attribute[2], PretrainedConfig)]
 
 
 def _set_configs(model: nn.Module, attention: str, n: float | str, heads: dict[str, int] | None = None) -> None:
     """Set what the configs say of the attention; `heads`, for learned sinks: {class of attention module: heads}."""
-    for module in model.modules():
-        for _, config in _configs(module):
-            config.softmax_n, config._attn_implementation_internal = n, attention
-            vars(config).pop("softmax_n_heads", None)
-            if heads:
-                config.softmax_n_heads = heads
+    for _, _, config in _configs(model):
+        config.softmax_n, config._attn_implementation_internal = n, attention
+        vars(config).pop("softmax_n_heads", None)
+        if heads:
+            config.softmax_n_heads = heads
 
 
 def _choose_attention(model: PreTrainedModel, n: float | str | None) -> None:

@@ -159,7 +159,7 @@ def ladder(inputs: Inputs, output_dir: str, device: torch.device) -> dict[str, P
     published = partial(PublishedStep, inputs.tokenizer, device)
     ours = partial(OurStep, inputs, output_dir, "--use_cpu", str(device.type == "cpu"))
     every_step = ("--statistics_steps", "1")
-    rungs = {
+    rungs: dict[str, PublishedStep | OurStep] = {
         "published: padded, eager attention": published("eager", fused=False),
         "+ fused AdamW, no waiting": published("eager", fused=True),
         "+ SDPA attention": published("sdpa", fused=True),
@@ -239,7 +239,7 @@ def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[d
                     "seconds": seconds.tolist(),
                 }
             )
-        ours = rungs[SOFTMAX1]
+        ours: OurStep = rungs[SOFTMAX1]
         seconds = next(row["median_seconds"] for row in rows if row["rung"] == SOFTMAX1)
         yield {
             "text": lengths_of(ours, batches),
@@ -463,18 +463,19 @@ def attention_times(
     # Compiled attention (flex) is compiled for this length only: from its ninth shape on PyTorch would not compile it.
     torch.compiler.reset()
     shape = (batch, HEADS, length, HEAD_SIZE)
-    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     sinks = torch.linspace(-2, 4, HEADS, device=device).requires_grad_()
     upstream = torch.randn(shape, device=device, dtype=dtype)
-    exact = {kind: exact_rows(kind, *qkv, sinks, upstream) for kind in ("softmax", "softmax1", "sinks")}
+    inputs = (query, key, value, sinks)
+    exact = {kind: exact_rows(kind, *inputs, upstream) for kind in ("softmax", "softmax1", "sinks")}
 
     @torch.no_grad()
     def forward(name: str) -> Tensor:
-        return ways[name](*qkv, sinks)
+        return ways[name](*inputs)
 
     def both(name: str) -> Tensor:
-        leaves = [*qkv, sinks] if function_of(name) == "sinks" else qkv
-        return torch.autograd.grad(ways[name](*qkv, sinks), leaves, upstream)[0]
+        leaves = inputs if function_of(name) == "sinks" else inputs[:3]
+        return torch.autograd.grad(ways[name](*inputs), leaves, upstream)[0]
 
     parts = {"forward": forward, "forward+backward": both}
     bytes_taken, errors, seconds = {}, {}, {}

@@ -14,21 +14,22 @@ import numpy as np
 from answer import (
     FLOAT32,
     MARGIN,
+    PERHAPS,
     PRIMARY,
     PRIMARY_ARM,
     QUANTIZED,
     RATIOS,
     Finding,
     at_step_0,
-    beyond_margin,
+    brackets,
     capital,
+    conclusion,
     costs,
     direction,
     divergences,
     failed_check,
     failures,
     few_pairs,
-    interval,
     less,
     metrics,
     rescue,
@@ -41,7 +42,7 @@ from answer import (
     within_margin,
 )
 from outliers import NEAR_ZERO, OUTLIER, SHORT, SINK
-from pairs import SIGN_TEST, Comparison, compare, compare_ratio, no_interval, percent
+from pairs import Comparison, compare, compare_ratio, no_interval, percent
 from record import look_up
 from runs import Run
 from sets import BASELINE
@@ -74,6 +75,15 @@ REMOVAL = {  # kind of conclusion: sentence about what softmax1 is to remove
     "nothing to remove": "{baseline} has no {what} that could be removed",
     "nothing in either arm": "neither {baseline} nor {arm} has {what}, so there is nothing to remove",
     "undecided": "whether {arm} removes {what} cannot be said",
+}
+LOSS_KINDS = {  # conclusion about a difference of losses: kind of conclusion about held-out loss
+    "equivalent": "kept",
+    "differs within the margin": "kept",
+    "less": "better",
+    "more": "worse",
+    "less, perhaps within the margin": "better, perhaps within the margin",
+    "more, perhaps within the margin": "worse, perhaps within the margin",
+    "undecided": "undecided",
 }
 ONE_PAIR = "one pair"
 NOT_MEASURED = "not measured"
@@ -127,14 +137,8 @@ def questions(all_findings: list[Finding]) -> dict[str, Answered]:
         *({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1)),
         [at_step_0(run) for run in runs],
     )
-    asked = {
-        "sinks": sinks,
-        "outliers": outliers,
-        "held_out_loss": held_out_loss,
-        "int8": int8,
-        "explanation": explanation,
-    }
-    return {key: ask(both) for key, ask in asked.items()}
+    asked = (sinks, outliers, held_out_loss, int8, explanation)
+    return {key: ask(both) for key, ask in zip(LABELS, asked, strict=True)}
 
 
 # --------------------------------------------------------------------------------------------- decisions, one each
@@ -183,14 +187,7 @@ def keeping(comparison: Comparison | None, diverged: bool) -> str:
         return NOT_MEASURED
     if comparison.pairs == 1:
         return ONE_PAIR
-    if diverged:
-        return "undecided"
-    if comparison.test != SIGN_TEST and within_margin(comparison):
-        return "kept"
-    if not shown(comparison):
-        return "undecided"
-    kind = "better" if less(comparison) else "worse"
-    return kind if comparison.test == SIGN_TEST or beyond_margin(comparison) else f"{kind}, perhaps within the margin"
+    return "undecided" if diverged else LOSS_KINDS[conclusion(comparison)]
 
 
 def rescued(comparison: Comparison, rescues: str) -> str:
@@ -199,11 +196,7 @@ def rescued(comparison: Comparison, rescues: str) -> str:
         return ONE_PAIR
     if claimed := direction(comparison):
         return "less harmful" if claimed < 0 else "more harmful"
-    if rescues:
-        return "nothing to rescue"
-    if comparison.test != SIGN_TEST and within_margin(comparison):
-        return "differs within the margin" if shown(comparison) else "equivalent"
-    return "undecided"
+    return "nothing to rescue" if rescues else conclusion(comparison)
 
 
 def explained(whole: Comparison | None, attending: Comparison | None, rest: Comparison | None) -> str:
@@ -289,7 +282,7 @@ def held_out_loss(pairs: Pairs) -> Answered:
     )
     if comparison is None:
         return Answered("The held-out loss was not measured.", {FLOAT32: kind})
-    perhaps = f", though perhaps by less than the margin of {MARGIN:g} nats" if kind.endswith("margin") else ""
+    perhaps = PERHAPS if kind.endswith("margin") else ""
     phrase = {
         "kept": f"{PRIMARY_ARM} keeps held-out loss",
         "worse": f"{PRIMARY_ARM} makes held-out loss worse{perhaps}",
@@ -403,11 +396,6 @@ def opening(kind: str, comparison: Comparison, what: str) -> str:
 
 def only(comparison: Comparison) -> str:
     return f"open, from one pair (seed {comparison.seeds[0]}) nothing is concluded"
-
-
-def brackets(comparison: Comparison, more: str = "") -> str:
-    """The interval of a difference, in brackets; none of one pair."""
-    return "" if comparison.pairs == 1 else f" ({interval(comparison)}{more})"
 
 
 def points(comparison: Comparison) -> str:

@@ -6,8 +6,6 @@ with a column for each run are in run_tables.py, those with a row for each arm i
 
 from __future__ import annotations
 
-import numpy as np
-
 from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from arm_tables import arm_sections
 from controls import CHECKS
@@ -27,7 +25,7 @@ from run_tables import (
 )
 from runs import Run, arms
 from sets import NOT_RECORDED, headline, in_a_pair, recorded
-from tables import figure, gap_cell, table
+from tables import figure, gap_cell, over_runs, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
 
@@ -42,7 +40,7 @@ def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
     for comparison, key in ((compared[key], key) for key in keys if key in compared):
         rows.append(
             [
-                f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
+                f"**{METRICS[key]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key],
                 own(
                     comparison.baseline_mean,
                     comparison.baseline_std,
@@ -114,8 +112,8 @@ def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
         )
         if arm != PRIMARY_ARM:
             over = f"Exploratory. {over}"
-            if (others := sum(name != PRIMARY_ARM for name in finding.compared)) > 1:
-                over += f" Corrected for {others} exploratory arms (Bonferroni)."
+            if finding.exploratory > 1:
+                over += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
         parts += [comparison_table(comparisons, arm, keys), f"*{over}*"]
     return parts
 
@@ -195,23 +193,14 @@ def dose_section(findings: list[Finding]) -> list[str]:
         cells = []
         for arm in order:
             floor = noise(measured[arm], GAPS[key]) if key in GAPS and measured[arm] else None
-            cells.append(over_seeds([of_run[key] for of_run in values[arm]], floor))
-        rows.append([METRICS[key][0], *cells])
+            cells.append(over_runs([of_run[key] for of_run in values[arm]], floor=floor))
+        rows.append([METRICS[key], *cells])
     return [
         "## Dose response: all arms",
         table(["", *order], rows),
         "*Mean ± sample standard deviation over the seeds of an arm that are in a pair. No test: comparisons with "
         f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
     ]
-
-
-def over_seeds(values: list[float | None], floor: float | None) -> str:
-    known = np.array([value for value in values if value is not None], dtype=float)
-    if not len(known):
-        return "–"
-    if lost := int((~np.isfinite(known)).sum()):
-        return f"not finite in {lost} of {len(known)}"
-    return own_mean(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None, floor)
 
 
 def comparisons_section(findings: list[Finding]) -> list[str]:
@@ -338,8 +327,8 @@ def headline_of_models(runs: list[Run]) -> str:
     shown = [
         key for key in OF_A_MODEL if key != "null_mass" or any((of_model[key] or 0) > 0.01 for of_model in values)
     ]  # %
-    rows = [[METRICS[key][0], *(figure(of_model[key]) for of_model in values)] for key in shown]
-    rows.append([METRICS["held_out_loss"][0], *(f"{of_model['held_out_loss']:.4f}" for of_model in values)])
+    rows = [[METRICS[key], *(figure(of_model[key]) for of_model in values)] for key in shown]
+    rows.append([METRICS["held_out_loss"], *(f"{of_model['held_out_loss']:.4f}" for of_model in values)])
     for scheme in DAMAGE_OF_A_MODEL:
         cells = [run.damage["schemes"].get(scheme) for run in runs]
         rows.append(

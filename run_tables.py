@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from answer import noise_of_mean
 from experiment import STEPS
 from outliers import FFN
-from pairs import below_noise
 from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from record import by_layer, look_up
@@ -223,10 +220,7 @@ def mean_gap(gaps: list[dict]) -> str:
     values = [of_run["gap"] for of_run in gaps]
     if None in values or not any(values):
         return "–"
-    below = np.isfinite(values).all() and below_noise(
-        float(np.mean(values)), noise_of_mean([of["floor"] for of in gaps])
-    )
-    return below or over_runs(values)
+    return over_runs(values, floor=noise_of_mean([of_run["floor"] for of_run in gaps]))
 
 
 def damage_section(runs: list[Run]) -> list[str]:

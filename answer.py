@@ -17,7 +17,7 @@ from pairs import POWER, SIGN_TEST, Comparison, compare, compare_ratio, no_inter
 from quantization import SCHEMES, bootstrap_difference
 from runs import Run
 from sets import ComparisonSet, comparison_sets, in_a_pair
-from tables import below_noise, figure, spread
+from tables import below_noise, ends, figure, spread
 
 # One metric and one arm were named beforehand, because the hypothesis ends there: outliers matter for what they do to
 # quantization, static per-tensor ranges are what they break, and softmax1 is the remedy that was proposed. The other
@@ -371,8 +371,8 @@ def few_pairs(comparison: Comparison) -> str:
 
 def interval(comparison: Comparison) -> str:
     """The interval of the difference, in words."""
-    level, ends = percent(comparison.confidence), f"{figure(comparison.low)} to {figure(comparison.high)}"
-    return no_interval(comparison) or f"{level} interval from {ends}"
+    said = f"{percent(comparison.confidence)} interval from {ends(comparison.low, comparison.high)}"
+    return no_interval(comparison) or said
 
 
 def brackets(comparison: Comparison, more: str = "") -> str:
@@ -424,7 +424,7 @@ def divergences(arm: str, group: ComparisonSet) -> str:
     of = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
     listed = "; ".join(
         f"seed {run.results['seed']}{'' if any(run in pair for pair in pairs) else ', without a pair'}: {run.arm} "
-        f"diverged at step {run.results['diverged']['step']:,}"
+        f"{run.ending}"
         for run in lost
     )
     return (
@@ -458,7 +458,7 @@ def texts(comparison: Comparison) -> str:
     if comparison.texts_low is None:
         return ""
     only = ", this pair only" if comparison.pairs == 1 else ""
-    return f"95% interval over texts{only}: {figure(comparison.texts_low)} to {figure(comparison.texts_high)}"
+    return f"95% interval over texts{only}: {ends(comparison.texts_low, comparison.texts_high)}"
 
 
 def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:

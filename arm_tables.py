@@ -72,14 +72,20 @@ def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: 
         header: of the columns, that of the row labels first.
         runs: of all arms.
         subjects: {label of the row: what it is of}.
-        cells: (subject, runs of an arm) -> the cells of the row.
+        cells: (subject, runs of an arm that did not diverge) -> the cells of the row.
     """
-    rows = [
-        [f"{label}, {arm}", *cells(subject, of_arm)]
-        for label, subject in subjects.items()
-        for arm, of_arm in arms(runs).items()
-    ]
-    return table(header, rows)
+    return table(header, arm_rows(header, runs, subjects, cells))
+
+
+def arm_rows(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: Callable) -> list[list[str]]:
+    """The rows of `by_arm`."""
+    rows = []
+    for label, subject in subjects.items():
+        for arm, of_arm in arms(runs).items():
+            measured = [run for run in of_arm if not run.diverged]
+            row = cells(subject, measured) if measured else ["diverged"] * (len(header) - 1)
+            rows.append([f"{label}, {arm}" if label else arm, *row])
+    return rows
 
 
 def same(names) -> dict[str, str]:
@@ -109,19 +115,18 @@ def qualcomm_table(runs: list[Run]) -> str:
         values = [np.mean([mean_of([run], place, statistic, reduce) for place in places]) + shift for run in measured]
         return "–" if np.isnan(values).all() else over_runs(values)
 
-    rows = [[name, *cells, "–"] for name, cells in QUALCOMM.items()]
-    for arm, of_arm in arms(runs).items():
-        measured = [run for run in of_arm if not run.diverged]
-        cells = [
+    def cells(_, measured: list[Run]) -> list[str]:
+        return [
             perplexity(measured, "float32"),
             activations(measured, ("ffn_output",), "inf_norm", np.max),
             activations(measured, ("ffn_output", "ffn_layernorm"), "kurtosis_sequence", shift=3.0),
             perplexity(measured, "w8a8_published"),
             perplexity(measured, "w8a8_static"),
         ]
-        rows.append([arm, *(cells if measured else ["diverged"] * 5)])
+
     header = ["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity", "W8A8 perplexity, our setting"]
-    return table(header, rows)
+    published = [[name, *figures, "–"] for name, figures in QUALCOMM.items()]
+    return table(header, published + arm_rows(header, runs, {"": None}, cells))
 
 
 # ------------------------------------------------------------------------------------------------------ activations
@@ -373,16 +378,11 @@ def weights_table(runs: list[Run]) -> str:
         "4-bit error, %": ("int4_error", np.max, 100),
     }
 
-    def cells(pattern: str, of_arm: list[Run]) -> list[str]:
-        measured = [run for run in of_arm if not run.diverged]
-        if not measured:
-            return ["diverged"] * len(columns)
+    def cells(pattern: str, measured: list[Run]) -> list[str]:
+        parameters = [[weight for name, weight in run.weights.items() if re.search(pattern, name)] for run in measured]
         row = []
         for key, reduce, factor in columns.values():
-            of_runs = [
-                [weight[key] for name, weight in run.weights.items() if re.search(pattern, name) and key in weight]
-                for run in measured
-            ]
+            of_runs = [[weight[key] for weight in of_run if key in weight] for of_run in parameters]
             known = all(of_runs)  # every model has such a parameter
             row.append(figure(float(np.mean([reduce(values) for values in of_runs])) * factor if known else None))
         return row

@@ -181,9 +181,16 @@ def percent(confidence: float) -> str:
     return f"{100 * confidence:.3g}%"
 
 
-def own_mean(mean: float | None, std: float | None, floor: float | None) -> str:
-    """An arm's mean and deviation over its seeds, or that the mean is below its noise."""
-    return below_noise(mean, floor) or spread(mean, std)
+def own_means(comparison: Comparison) -> list[str]:
+    """Of the baseline, then of the arm: mean and deviation over seeds, or that it is not finite or below its noise."""
+    arms = (
+        (comparison.baseline_mean, comparison.baseline_std, comparison.baseline_floor, comparison.baseline_not_finite),
+        (comparison.mean, comparison.std, comparison.floor, comparison.not_finite),
+    )
+    return [
+        f"not finite in {len(lost)} of {comparison.pairs}" if lost else below_noise(mean, floor) or spread(mean, std)
+        for mean, std, floor, lost in arms
+    ]
 
 
 def no_interval(comparison: Comparison) -> str | None:

@@ -129,7 +129,7 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
             differences.append((run.arm, [held_out[run][step] - partner[step] for step in common], common))
     curves = ([(run.arm, [*of[run].values()], [*of[run]]) for run in trained] for of in (training, held_out))
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
-    gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in trained if run.diverged]
+    gone = [f" {run.name} {run.ending}." for run in trained if run.diverged]
     caption = (
         "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats a masked "
         f"token.{below}"

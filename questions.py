@@ -44,9 +44,8 @@ from answer import (
 from outliers import NEAR_ZERO, OUTLIER, SHORT, SINK
 from pairs import Comparison, compare, compare_ratio, no_interval, percent
 from record import look_up
-from runs import Run
 from sets import BASELINE
-from tables import figure, number, spread
+from tables import ends, figure, number, spread
 
 SECONDARY = 4  # intervals: sinks, infinity norm, kurtosis, held-out loss
 EXPLAINING = 3  # intervals of the explanation of the context's kurtosis: exploratory, an error of 5 % by themselves
@@ -231,7 +230,9 @@ def sinks(pairs: Pairs) -> Answered:
     the share of every token, so only this second rate compares tokens with each other. It is tested only where the
     first one is shown (a fixed sequence of tests, which needs no further correction).
     """
-    known = None not in [values[f"{key}_above_start"] for key in SINKS for values in _all(pairs)]
+    known = None not in [
+        values[f"{key}_above_start"] for key in SINKS for values in (*pairs.before.values(), *pairs.after.values())
+    ]
     first, second = ((f"{key}_above_start" if known else key) for key in SINKS)
     raw, shares = pairs.compare(first), pairs.compare(second)
     if raw is None or shares is None:
@@ -294,8 +295,8 @@ def held_out_loss(pairs: Pairs) -> Answered:
     if comparison.low90 is not None:
         inside = "inside" if within_margin(comparison) else "not inside"
         level = percent(1 - 2 * (1 - comparison.confidence))
-        ends = f"{figure(comparison.low90)} to {figure(comparison.high90)}"
-        tost = f"; for equivalence: {level} interval from {ends}, {inside} the margin of ±{MARGIN:g}"
+        sure = ends(comparison.low90, comparison.high90)
+        tost = f"; for equivalence: {level} interval from {sure}, {inside} the margin of ±{MARGIN:g}"
     before, after = losses(comparison.baseline_mean, comparison.baseline_std), losses(comparison.mean, comparison.std)
     said = (
         f"{capital(phrase)}{few_pairs(comparison)}: {PRIMARY_ARM} {after} nats in float32, {BASELINE} {before}, "
@@ -425,8 +426,8 @@ def times(comparison: Comparison) -> str:
         return ratio
     if comparison.low is None:
         return f"{ratio} ({no_interval(comparison)})"
-    ends = " to ".join(figure(math.exp(end)) for end in (comparison.low, comparison.high))
-    return f"{ratio} ({percent(comparison.confidence)} interval from {ends})"
+    sure = ends(math.exp(comparison.low), math.exp(comparison.high))
+    return f"{ratio} ({percent(comparison.confidence)} interval from {sure})"
 
 
 def losses(mean: float | None, std: float | None) -> str:
@@ -438,14 +439,10 @@ def seen(comparison: Comparison | None, pairs: Pairs) -> str:
     """The scale for which a sentence holds: pairs, steps, parameters, tokens."""
     over = size(comparison.pairs if comparison else len(pairs.before), PRIMARY_ARM, pairs.finding.group)
     run = next(iter(trained_pairs(pairs.finding.group, PRIMARY_ARM).values()))[0]
-    scale = [f"{shorter(value)} {what}" for what, value in scales(run).items() if value]
+    counts = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
+    known = {what: look_up(run.results, key, None) for what, key in counts.items()}
+    scale = [f"{shorter(count)} {what}" for what, count in known.items() if count]
     return f"over {over}" + (f" ({', '.join(scale)})" if scale else "")
-
-
-def scales(run: Run) -> dict[str, int | None]:
-    """Parameters and real tokens seen, as training wrote them down; None where it did not."""
-    keys = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
-    return {what: look_up(run.results, key, None) for what, key in keys.items()}
 
 
 def shorter(count: int) -> str:
@@ -454,7 +451,3 @@ def shorter(count: int) -> str:
         if count >= size_of:
             return f"{count / size_of:.{1 if count < 10 * size_of else 0}f}{letter}"
     return str(count)
-
-
-def _all(pairs: Pairs) -> list[dict[str, float | None]]:
-    return [*pairs.before.values(), *pairs.after.values()]

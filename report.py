@@ -6,12 +6,12 @@ with a column for each run are in run_tables.py, those with a row for each arm i
 
 from __future__ import annotations
 
-from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
+from answer import FLOAT32, GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from arm_tables import arm_sections
 from controls import CHECKS
 from experiment import BASELINE, PRIMARY_ARM
 from outliers import SHORT, SINK
-from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
+from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_means, percent
 from quantization import SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from run_tables import (
@@ -25,7 +25,7 @@ from run_tables import (
 )
 from runs import Run, arms
 from sets import NOT_RECORDED, headline, in_a_pair, recorded
-from tables import figure, gap_cell, over_runs, table
+from tables import ends, figure, gap_cell, over_runs, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
 
@@ -33,42 +33,24 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
     """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
 
-    def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
-        return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
+    def ratio(text: str) -> str:
+        """A ratio of geometric means, or its ends, behind a difference; empty where there is none."""
+        return "" if text == "–" else f" (× {text})"
 
     rows = []
-    for comparison, key in ((compared[key], key) for key in keys if key in compared):
+    for key in (key for key in keys if key in compared):
+        label, one = METRICS[key], compared[key]
         rows.append(
             [
-                f"**{METRICS[key]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key],
-                own(
-                    comparison.baseline_mean,
-                    comparison.baseline_std,
-                    comparison.baseline_floor,
-                    comparison.baseline_not_finite,
-                    comparison.pairs,
-                ),
-                own(comparison.mean, comparison.std, comparison.floor, comparison.not_finite, comparison.pairs),
-                figure(comparison.difference)
-                + ("" if comparison.ratio is None else f" (× {figure(comparison.ratio)})"),
-                no_interval(comparison)
-                or f"{figure(comparison.low)} to {figure(comparison.high)}" + ratio_cell(comparison),
-                "–"
-                if comparison.texts_low is None
-                else f"{figure(comparison.texts_low)} to {figure(comparison.texts_high)}",
+                f"**{label}**" if key == PRIMARY and arm == PRIMARY_ARM else label,
+                *own_means(one),
+                figure(one.difference) + ratio(figure(one.ratio)),
+                no_interval(one) or ends(one.low, one.high) + ratio(ends(one.ratio_low, one.ratio_high)),
+                ends(one.texts_low, one.texts_high),
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
     return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
-
-
-def ratio_cell(comparison: Comparison) -> str:
-    """The interval of the ratio of geometric means, behind that of the difference; empty where there is none."""
-    return (
-        ""
-        if comparison.ratio_low is None
-        else f" (× {figure(comparison.ratio_low)} to {figure(comparison.ratio_high)})"
-    )
 
 
 VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
@@ -77,10 +59,10 @@ VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 def self_check_table(runs: list[Run]) -> str:
     """What every part of the instrument's self-check found, on the first run of every arm."""
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
-    rows = []
-    for key, label in CHECKS.items():
-        cells = [f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for check in checked.values()]
-        rows.append([label, *cells])
+    rows = [
+        [label, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for check in checked.values())]
+        for key, label in CHECKS.items()
+    ]
     return table(["", *checked], rows)
 
 
@@ -184,20 +166,18 @@ def dose_section(findings: list[Finding]) -> list[str]:
     by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
-    order = sorted(by_arm, key=lambda arm: by_arm[arm][0].arm_order)
-    measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
-    values = {arm: [metrics(run) for run in of_arm] for arm, of_arm in measured.items()}
-    lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
-    rows = [["seeds", *(str(len(by_arm[arm])) + f" ({lost[arm]} diverged)" * bool(lost[arm]) for arm in order)]]
-    for key in GLANCE:
-        cells = []
-        for arm in order:
-            floor = noise(measured[arm], GAPS[key]) if key in GAPS and measured[arm] else None
-            cells.append(over_runs([of_run[key] for of_run in values[arm]], floor=floor))
-        rows.append([METRICS[key], *cells])
+    columns = {"": ["seeds", *(METRICS[key] for key in GLANCE)]}
+    for arm, of_arm in sorted(by_arm.items(), key=lambda item: item[1][0].arm_order):
+        measured = [run for run in of_arm if not run.diverged]
+        values = [metrics(run) for run in measured]
+        lost = len(of_arm) - len(measured)
+        columns[arm] = [f"{len(of_arm)} ({lost} diverged)" if lost else str(len(of_arm))]
+        for key in GLANCE:
+            floor = noise(measured, GAPS[key]) if key in GAPS and measured else None
+            columns[arm].append(over_runs([of_run[key] for of_run in values], floor=floor))
     return [
         "## Dose response: all arms",
-        table(["", *order], rows),
+        table([*columns], [list(row) for row in zip(*columns.values(), strict=True)]),
         "*Mean ± sample standard deviation over the seeds of an arm that are in a pair. No test: comparisons with "
         f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
     ]
@@ -324,18 +304,14 @@ def absent_notes(runs: list[Run]) -> list[str]:
 def headline_of_models(runs: list[Run]) -> str:
     """The first table, with a column for each model: outliers, sinks, quantization damage."""
     values = [metrics(run) for run in runs]
-    shown = [
-        key for key in OF_A_MODEL if key != "null_mass" or any((of_model[key] or 0) > 0.01 for of_model in values)
-    ]  # %
+    some_null = any((of_model["null_mass"] or 0) > 0.01 for of_model in values)  # %
+    shown = [key for key in OF_A_MODEL if key != "null_mass" or some_null]
     rows = [[METRICS[key], *(figure(of_model[key]) for of_model in values)] for key in shown]
-    rows.append([METRICS["held_out_loss"], *(f"{of_model['held_out_loss']:.4f}" for of_model in values)])
+    rows.append([METRICS[FLOAT32], *(f"{of_model[FLOAT32]:.4f}" for of_model in values)])
     for scheme in DAMAGE_OF_A_MODEL:
-        cells = [run.damage["schemes"].get(scheme) for run in runs]
+        damages = [run.damage["schemes"].get(scheme) for run in runs]
         rows.append(
-            [
-                f"{SCHEMES[scheme]}: loss over that",
-                *("–" if of_model is None else gap_cell(of_model) for of_model in cells),
-            ]
+            [f"{SCHEMES[scheme]}: loss over that", *(gap_cell(damage) if damage else "–" for damage in damages)]
         )
     return table(["", *(run.name for run in runs)], rows)
 

@@ -181,16 +181,13 @@ def refuse_duplicates(runs: list[Run]) -> None:
     It is not known which of them belongs in the pair.
     """
     for group in comparison_sets(runs):
-        for arm, of_arm in arms(group.runs).items():
-            seen: dict[int, Run] = {}
-            for run in of_arm:
-                seed = run.results["seed"]
-                if seed in seen:
-                    files = " and ".join(
-                        str(twin.file or twin.name) + f" (model {twin.model})" for twin in (seen[seed], run)
-                    )
-                    sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
-                seen[seed] = run
+        seen: dict[tuple, Run] = {}
+        for run in group.runs:
+            arm, seed = run.arm, run.results["seed"]
+            twin = seen.setdefault((arm, seed), run)
+            if twin is not run:
+                files = " and ".join(f"{of.file or of.name} (model {of.model})" for of in (twin, run))
+                sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
 
 
 def refuse_copies(runs: list[Run]) -> None:
@@ -220,6 +217,14 @@ def notes(runs: list[Run], data_dir: Path) -> list[str]:
     return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
+def _difference(what: str, values: dict[str, str], then: str) -> list[str]:
+    """A sentence if the runs differ; `values` is {name of the run: its value as text}."""
+    if len(set(values.values())) < 2:
+        return []
+    listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
+    return [f"The runs differ in {what} ({listed}): {then}."]
+
+
 def _notes_on_sets(runs: list[Run]) -> list[str]:
     lines = []
     trained = [run for run in runs if run.results]
@@ -234,13 +239,9 @@ def _notes_on_sets(runs: list[Run]) -> list[str]:
     shaped = {run.name: shaping(run) for run in trained}
     for label in dict.fromkeys(label for values in shaped.values() for label in values):
         told = {name: values[label] for name, values in shaped.items() if label in values}
-        if len(set(told.values())) > 1:
-            listed = ", ".join(f"{name}: {shortened(value)}" for name, value in told.items())
-            lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
+        lines += _difference(label, told, "only those that agree are compared")
     lines += [line for group in sets for line in group.refused]
-    for run in trained:
-        if run.diverged:
-            lines.append(f"{run.name} diverged at step {run.results['diverged']['step']:,}: it left no model.")
+    lines += [f"{run.name} {run.ending}: it left no model." for run in trained if run.diverged]
     pairs = sets[0].pairs if sets else {}
     by_arm = arms(sets[0].runs) if sets else {}
     seeds = [{run.results["seed"] for run in of_arm} for of_arm in by_arm.values()]
@@ -266,22 +267,19 @@ def _notes_on_circumstances(runs: list[Run]) -> list[str]:
         packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}
         keys = CIRCUMSTANCES | {f"versions.{package}": package for package in sorted(packages)}
         for key, label in keys.items():
-            values = {run.name: recorded(run, key) for run in group.runs}
-            if len(set(values.values())) > 1:
-                listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
-                lines.append(f"The runs differ in {label} ({listed}): compared nevertheless.")
+            lines += _difference(label, {run.name: recorded(run, key) for run in group.runs}, "compared nevertheless")
     for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():
-        values = {run.name: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with}
-        if len(set(values.values())) > 1:
-            groups = [
-                ", ".join(name for name in values if values[name] == value) for value in dict.fromkeys(values.values())
-            ]
-            lines.append(f"Measured with different {label} ({' | '.join(groups)}): compared nevertheless.")
-    if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
-        lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")
-    if dirty := [run.name for run in runs if run.measured_at.get("dirty")]:
-        lines.append(f"Measured from a modified tree, so no record: {', '.join(dirty)}.")
-    return lines
+        alike: dict[str, list[str]] = {}
+        for run in (run for run in runs if run.made_with):
+            alike.setdefault(json.dumps(run.made_with[key], sort_keys=True), []).append(run.name)
+        if len(alike) > 1:
+            groups = " | ".join(", ".join(names) for names in alike.values())
+            lines.append(f"Measured with different {label} ({groups}): compared nevertheless.")
+    dirty = {
+        "Trained": [run.name for run in runs if from_modified_tree(run)],
+        "Measured": [run.name for run in runs if run.measured_at.get("dirty")],
+    }
+    return lines + [f"{done} from a modified tree, so no record: {', '.join(of)}." for done, of in dirty.items() if of]
 
 
 def _dict(value) -> dict:

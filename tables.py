@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -27,6 +27,16 @@ def figure(value: float | None) -> str:
 
 def spread(mean: float, std: float | None) -> str:
     return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
+
+
+def ends(low: float | None, high: float | None) -> str:
+    """The two ends of an interval, and a dash for none."""
+    return "–" if low is None else f"{figure(low)} to {figure(high)}"
+
+
+def each_once(texts: Iterable[str]) -> str:
+    """Different texts, separated by strokes; a text that is there several times stands once."""
+    return " / ".join(dict.fromkeys(texts))
 
 
 def below_noise(mean: float | None, floor: float | None) -> str:

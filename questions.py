@@ -230,9 +230,8 @@ def sinks(pairs: Pairs) -> Answered:
     the share of every token, so only this second rate compares tokens with each other. It is tested only where the
     first one is shown (a fixed sequence of tests, which needs no further correction).
     """
-    known = None not in [
-        values[f"{key}_above_start"] for key in SINKS for values in (*pairs.before.values(), *pairs.after.values())
-    ]
+    metrics_of_runs = [*pairs.before.values(), *pairs.after.values()]
+    known = None not in [of_run[f"{key}_above_start"] for key in SINKS for of_run in metrics_of_runs]
     first, second = ((f"{key}_above_start" if known else key) for key in SINKS)
     raw, shares = pairs.compare(first), pairs.compare(second)
     if raw is None or shares is None:

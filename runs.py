@@ -184,8 +184,8 @@ def read_results(path: Path) -> dict:
             sys.exit(f"error: {path} has no {key!r}: not a results file of train_model.py; train again or move it away")
         if not kind.holds(value):
             sys.exit(
-                f"error: {path}: {key!r} holds {str(value)[:60]!r}, but train_model.py writes {kind.words} there: train "
-                "again or move the file away"
+                f"error: {path}: {key!r} holds {str(value)[:60]!r}, but train_model.py writes {kind.words} there: "
+                "train again or move the file away"
             )
     if results.get("status") == "diverged" and "diverged.step" not in optional:
         sys.exit(f"error: {path}: the status is 'diverged', but it has no 'diverged.step': move the file away")

@@ -31,6 +31,8 @@ COLOURS = [
     ("#C06FA5", "D", ":"),
     ("#56B4E9", "v", "-"),
     ("#8C2D04", "P", "--"),
+    ("#A6A000", "X", "-."),
+    ("#7B3FBF", "<", ":"),
 ]
 WIDTH = 6.4  # inches; with this font a phone shows letters of some 10 pixels
 STYLE = {

@@ -348,15 +348,15 @@ def failed_check(group: ComparisonSet) -> str:
     )
 
 
-def undecided_check(group: ComparisonSet) -> str:
-    """A sentence for the case that the positive control is undecided on every checked run of the set; else empty."""
+def undecided_check(group: ComparisonSet) -> list[str]:
+    """A sentence for the case that the positive control is undecided on every checked run of the set; else none."""
     checks = [run.damage["self_check"]["passed"] for run in group.runs if "self_check" in run.damage]
     if not checks or any(passed is not None for passed in checks):
-        return ""
-    return (
-        " The positive control is undecided on these models: they have learnt too little that quantization could "
+        return []
+    return [
+        "The positive control is undecided on these models: they have learnt too little that quantization could "
         "destroy."
-    )
+    ]
 
 
 def few_pairs(comparison: Comparison) -> str:
@@ -533,14 +533,14 @@ def of_arm(finding: Finding, arm: str) -> str:
     return f"Exploratory: {said}{corrected}"
 
 
-def of_set(finding: Finding, others: list[str] | None = None) -> str:
-    """The sentences about one set, then those about `others`; no verdict where the instrument failed on the set."""
+def of_set(finding: Finding, others: list[str] | None = None) -> list[str]:
+    """A paragraph for each arm of a set, then `others`; no verdict where the instrument failed on the set."""
     if failed := failed_check(finding.group):
-        return failed
+        return [failed]
     said = [of_arm(finding, arm) for arm in ordered(finding.group)]
     if PRIMARY_ARM not in finding.group.pairs:
         said.insert(0, f"None about {PRIMARY_ARM}, the arm named beforehand: it has no pair here.")
-    return " ".join([*said, *(others or [])]) + undecided_check(finding.group)
+    return [*said, *(others or []), *undecided_check(finding.group)]
 
 
 def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
@@ -559,20 +559,21 @@ def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
     return said
 
 
-def answer(runs: list[Run], all_findings: list[Finding]) -> str:
-    """The answer from the headline's set, then from every other set with a pair; or why there is none."""
+def answer(runs: list[Run], all_findings: list[Finding]) -> list[str]:
+    """Paragraphs: the answer from the headline's set, then from every other set with a pair; or why there is none."""
     trained = [run for run in runs if run.results]
     if trained and all(run.results["test_pipeline"] for run in trained):
-        return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."
+        return ["None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."]
     if not all_findings:
-        return (
+        return [
             f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
             "tokenizer, steps and settings."
-        )
+        ]
     first = all_findings[0].group
     if failed := failed_check(first):
-        return failed
-    said = [of_set(all_findings[0], trained_on_more(runs, first))]
+        return [failed]
+    said = of_set(all_findings[0], trained_on_more(runs, first))
     for other in all_findings[1:]:
-        said.append(f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {of_set(other)}")
-    return " ".join(said)
+        begins, *rest = of_set(other)
+        said += [f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {begins}", *rest]
+    return said

@@ -326,7 +326,7 @@ def int8(pairs: Pairs) -> Answered:
         f"{costs(comparison, PRIMARY_ARM)}, a difference of {figure(comparison.difference)} nats"
     )
     said = f"{capital(phrase)}{few_pairs(comparison)}: {figures}{brackets(comparison)}; {seen(comparison, pairs)}."
-    return Answered(said + undecided_check(group), {PRIMARY: kind}, {PRIMARY: comparison})
+    return Answered(" ".join([said, *undecided_check(group)]), {PRIMARY: kind}, {PRIMARY: comparison})
 
 
 def explanation(pairs: Pairs) -> Answered:

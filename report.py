@@ -23,7 +23,7 @@ from run_tables import (
     scored_said,
     summary_section,
 )
-from runs import Run, arms
+from runs import Run, arms, ranges
 from sets import NOT_RECORDED, headline, in_a_pair, recorded
 from tables import ends, figure, gap_cell, over_runs, table
 
@@ -57,13 +57,13 @@ VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 
 
 def self_check_table(runs: list[Run]) -> str:
-    """What every part of the instrument's self-check found, on the first run of every arm."""
+    """What every part of the instrument's self-check found, on the first run of every arm: a row for each run."""
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
     rows = [
-        [label, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for check in checked.values())]
-        for key, label in CHECKS.items()
+        [name, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for key in CHECKS)]
+        for name, check in checked.items()
     ]
-    return table(["", *checked], rows)
+    return table(["", *CHECKS.values()], rows)
 
 
 def self_check_notes(runs: list[Run]) -> list[str]:
@@ -82,9 +82,10 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
     """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
+    shown = {only} if only in finding.compared else finding.compared.keys()
     parts = []
     for arm, comparisons in finding.compared.items():
-        if only in finding.compared and arm != only:
+        if arm not in shown:
             continue
         first = next(iter(comparisons.values()))
         over = (
@@ -96,14 +97,15 @@ def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
             over = f"Exploratory. {over}"
             if finding.exploratory > 1:
                 over += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
-        parts += [comparison_table(comparisons, arm, keys), f"*{over}*"]
+        heading = [f"### {arm} and {BASELINE}"] if len(shown) > 1 else []
+        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{over}*"]
     return parts
 
 
 def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """A sentence for each question, or the reason why there is none."""
     if not asked:
-        return [f"**Answer.** {answer(runs, findings)}"]
+        return [f"**Answer.** {' '.join(answer(runs, findings))}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
     return [
         f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
@@ -158,7 +160,7 @@ def opening(
 
 def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
-    return ["## INT8, the primary question: all that is concluded", answer(runs, findings)] if asked else []
+    return ["## INT8, the primary question: all that is concluded", *answer(runs, findings)] if asked else []
 
 
 def dose_section(findings: list[Finding]) -> list[str]:
@@ -166,20 +168,27 @@ def dose_section(findings: list[Finding]) -> list[str]:
     by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
+    shown = {BASELINE: by_arm.pop(BASELINE)}
+    for pairs in findings[0].group.pairs.values():  # an arm that lacks some seeds: softmax0 of those that it has
+        if len(pairs) < len(shown[BASELINE]):
+            shown[f"{BASELINE}, seeds {ranges(pairs)}"] = [pair[0] for pair in pairs.values()]
+    shown |= dict(sorted(by_arm.items(), key=lambda item: item[1][0].arm_order))
     columns = {"": ["seeds", *(METRICS[key] for key in GLANCE)]}
-    for arm, of_arm in sorted(by_arm.items(), key=lambda item: item[1][0].arm_order):
-        measured = [run for run in of_arm if not run.diverged]
+    for heading, of_column in shown.items():
+        measured = [run for run in of_column if not run.diverged]
         values = [metrics(run) for run in measured]
-        lost = len(of_arm) - len(measured)
-        columns[arm] = [f"{len(of_arm)} ({lost} diverged)" if lost else str(len(of_arm))]
+        lost = len(of_column) - len(measured)
+        seeds = ranges(run.results["seed"] for run in of_column)
+        columns[heading] = [f"{seeds} ({lost} diverged)" if lost else seeds]
         for key in GLANCE:
             floor = noise(measured, GAPS[key]) if key in GAPS and measured else None
-            columns[arm].append(over_runs([of_run[key] for of_run in values], floor=floor))
+            columns[heading].append(over_runs([of_run[key] for of_run in values], floor=floor))
     return [
         "## Dose response: all arms",
         table([*columns], [list(row) for row in zip(*columns.values(), strict=True)]),
-        "*Mean ± sample standard deviation over the seeds of an arm that are in a pair. No test: comparisons with "
-        f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
+        "*Mean ± sample standard deviation over the seeds of an arm that are in a pair; an arm that lacks some seeds "
+        f"is to be read beside {BASELINE} of the seeds that it has. No test: comparisons with {BASELINE} by pairs, "
+        'corrected for the number of arms, follow under "All comparisons".*',
     ]
 
 
@@ -200,13 +209,15 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
 
 
 def self_check_section(runs: list[Run]) -> list[str]:
+    unchecked = [arm for arm, of_arm in arms(runs).items() if not any("self_check" in run.damage for run in of_arm)]
     return [
         "## Self-check of the instrument",
         self_check_table(runs),
-        "*On a few of the texts and the first run of every arm. The first two checks put a compensated outlier into a "
-        "layer: the model's function stays the same, and static quantization has to break in that layer. The third "
-        "computes the same function in another class. DEFINITIONS.md says when a check passes; it is undecided where a "
-        "model has learnt too little that quantization could destroy.*",
+        "*On a few of the texts and the first run of every arm that an analysis measured. The first two checks put a "
+        "compensated outlier into a layer: the model's function stays the same, and static quantization has to break "
+        "in that layer. The third computes the same function in another class. DEFINITIONS.md says when a check "
+        "passes; it is undecided where a model has learnt too little that quantization could destroy."
+        + (f" Of {', '.join(unchecked)} no run was checked.*" if unchecked else "*"),
     ]
 
 

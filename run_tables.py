@@ -13,7 +13,7 @@ from outliers import FFN
 from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from record import by_layer, look_up
-from runs import Run, arms
+from runs import FEW_RUNS, Run, arms, ranges
 from sets import comparison_sets, headline
 from tables import (
     duration,
@@ -31,7 +31,6 @@ from tables import (
     transposed,
 )
 
-FEW_RUNS = 6  # so many columns can be read side by side
 OF_ARMS = "Mean ± sample standard deviation over the runs of an arm that did not diverge."
 
 
@@ -102,7 +101,7 @@ def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
     return [
         *states(columns),
         ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
-        ["seed", "42", "42", *map(seeds_of, each)],
+        ["seed", "42", "42", *(ranges(run.results["seed"] for run in of if run.results) or "–" for of in each)],
         ["steps", f"{STEPS:,}", f"{STEPS:,}", *ours("training.steps", "{:,.0f}".format)],
         ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,.0f}".format)],
         ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
@@ -117,14 +116,6 @@ def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
         ["cost, USD", "11.22", "11.24", *ours("training.cost_usd")],
         ["hardware", "1 × NVIDIA A10G", "1 × NVIDIA A10G", *ours("hardware", machine)],
     ]
-
-
-def seeds_of(runs: list[Run]) -> str:
-    """43 to 47, or 43, 45 where seeds between them are missing."""
-    seeds = sorted({run.results["seed"] for run in runs if run.results})
-    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds)) or "–"
 
 
 def states(columns: dict[str, list[Run]]) -> list[list[str]]:

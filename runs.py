@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +80,7 @@ OPTIONAL = {
     "log_n": HEADS,
 }
 BINS = np.linspace(-20, 20, 161)  # of the histograms, in standard deviations; what lies beyond is in the outermost ones
+FEW_RUNS = 6  # so many can be named in a sentence, and their columns can be read side by side
 MEASURED_DIR = "measured"  # in the folder of the results: what was measured of each run, for the next analysis
 
 
@@ -165,6 +166,25 @@ def arms(runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
     return by_arm
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in ascending order: 43 to 47, 49, 50."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{of[0]} to {of[-1]}" if len(of) > 2 else ", ".join(map(str, of)) for of in parts)
+
+
+def named(runs: list[Run]) -> str:
+    """The names of a few runs; of more, every arm with its seeds."""
+    if len(runs) <= FEW_RUNS:
+        return ", ".join(run.name for run in runs)
+    seeds = {arm: [run.results["seed"] for run in of_arm if run.results] for arm, of_arm in arms(runs).items()}
+    return ", ".join(f"{arm} (seed{'s' * (len(of) > 1)} {ranges(of)})" if of else arm for arm, of in seeds.items())
 
 
 # ------------------------------------------------------------------------------------------------ what training wrote

@@ -6,7 +6,7 @@ import pytest
 from made_runs import RESULTS, changed, diverged
 
 from experiment import arm_name, run_name
-from runs import find_runs, read_results
+from runs import find_runs, ranges, read_results
 from sets import refuse_duplicates
 
 GOOD = changed({**RESULTS, "softmax_n": 1.0, "seed": 42}, {})
@@ -82,3 +82,7 @@ def test_a_diverged_run_needs_no_model_and_a_duplicate_is_named(tmp_path):
 def test_different_n_never_share_a_name(n, name):
     assert arm_name(n) == name
     assert run_name(n, 42) == f"esperberto-{name}" and run_name(n, 43) == f"esperberto-{name}-seed43"
+
+
+def test_ranges_of_seeds():
+    assert ranges([48, 43, 44, 45, 50, 51, 45]) == "43 to 45, 48, 50, 51" and ranges([]) == ""

@@ -93,13 +93,20 @@ def same(names) -> dict[str, str]:
     return {name: name for name in names}
 
 
+def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
+    """("layer <i>", statistics of the place) of every layer of the runs; of a place outside the layers it is once."""
+    return [
+        (name.removesuffix(f".{place}").replace(".", " "), statistics)
+        for run in runs
+        for name, statistics in run.places.items()
+        if name.rpartition(".")[2] == place
+    ]
+
+
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
     """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
-    values = []
-    for run in runs:
-        layers = [of_place[statistic] for name, of_place in run.places.items() if name.rpartition(".")[2] == place]
-        values.append(reduce(layers) if layers else np.nan)
-    return float(np.mean(values))
+    of_runs = [[layer[statistic] for _, layer in layers_of([run], place)] for run in runs]
+    return float(np.mean([reduce(layers) if layers else np.nan for layers in of_runs]))
 
 
 # -------------------------------------------------------------------------------------------------- others' figures
@@ -167,22 +174,11 @@ def places_table(runs: list[Run]) -> str:
     return by_arm(["", *statistics], runs, same((*EMBEDDINGS, *PLACES, LOGITS)), cells)
 
 
-def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
-    """("layer <i>", statistics of the place) of every layer of the runs."""
-    return [
-        (name.removesuffix(f".{place}").replace(".", " "), statistics)
-        for run in runs
-        for name, statistics in run.places.items()
-        if name.endswith(f".{place}")
-    ]
-
-
 def classes_table(runs: list[Run]) -> str:
     def cells(place: str, of_arm: list[Run]) -> list[str]:
         row = []
         for kind in TOKEN_CLASSES:
-            classes = [statistics["classes"] for _, statistics in layers_of(of_arm, place)]
-            tokens = [of_layer[kind] for of_layer in classes if kind in of_layer]
+            tokens = [layer["classes"][kind] for _, layer in layers_of(of_arm, place) if kind in layer["classes"]]
             kurtosis, largest = ([of_layer[key] for of_layer in tokens] for key in ("kurtosis_token", "max_abs"))
             row.append(f"{figure(np.mean(kurtosis))} / {figure(np.max(largest))}" if tokens else "–")
         return row

@@ -24,7 +24,7 @@ from run_tables import (
     summary_section,
 )
 from runs import Run, arms, ranges
-from sets import NOT_RECORDED, headline, in_a_pair, recorded
+from sets import headline, in_a_pair, recorded
 from tables import ends, figure, gap_cell, over_runs, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
@@ -120,7 +120,7 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
 def trained_with(finding: Finding) -> str:
     """The conditions of the runs besides their scale, in one sentence: length, batch, optimizer, number format."""
     run = finding.group.runs[0]
-    named = {
+    conditions = {
         "effective_batch_size": "batches of {}",
         "settings.max_length": "at most {} tokens a text",
         "settings.learning_rate": "learning rate {}",
@@ -128,9 +128,7 @@ def trained_with(finding: Finding) -> str:
         "settings.optim": "{}",
         "dtype": "{}",
     }
-    values = {key: recorded(run, key) for key in named}
-    told = [named[key].format(value) for key, value in values.items() if value != NOT_RECORDED]
-    return f"All these runs: {', '.join(told)}."
+    return f"All these runs: {', '.join(text.format(recorded(run, key)) for key, text in conditions.items())}."
 
 
 def opening(

@@ -331,11 +331,9 @@ def watched_in_training(runs: list[Run]) -> str:
     """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
     said = []
     for settings in (run.results["settings"] for run in runs if run.results):
-        steps = settings.get("statistics_steps", 1)
-        said.append(
-            ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
-            + (", every step" if steps == 1 else f", every {steps}th step")
-        )
+        batches = "padding counted" if settings["padded"] else "packed batches, so no padding counted"
+        steps = settings["statistics_steps"]
+        said.append(f"{batches}, every step" if steps == 1 else f"{batches}, every {steps}th step")
     return each_once(said) or "no results file"
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,29 +53,26 @@ def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: i
     `collator` masks and pads, for one process.
     """
     samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
-    pad = collator.tokenizer.pad_token_id
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-
-        def stack(name: str, fill: int, chosen: list = chosen) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, fill)
-
-        batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED)}
-        batches.append({**batch, "attention_mask": stack("attention_mask", 0)})
-    return batches
+    filling = {"input_ids": collator.tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    return _padded([{name: sample[name][0] for name in filling} for sample in samples], filling, batch_size)
 
 
 def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
     """Batches of unmasked texts, sorted by length to need little padding: input_ids and attention_mask (B, T)."""
-    samples = [torch.tensor(text) for text in sorted(ids, key=len)]
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-        padded = torch.nn.utils.rnn.pad_sequence(chosen, True, tokenizer.pad_token_id)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in chosen], True)
-        batches.append({"input_ids": padded, "attention_mask": mask})
-    return batches
+    texts = [torch.tensor(text) for text in sorted(ids, key=len)]
+    samples = [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in texts]
+    return _padded(samples, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}, batch_size)
+
+
+def _padded(samples: list[dict[str, Tensor]], filling: dict[str, int], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of consecutive samples; each tensor (tokens,) is padded on the right with its value of `filling`."""
+    return [
+        {
+            name: pad_sequence([sample[name] for sample in samples[start : start + batch_size]], True, fill)
+            for name, fill in filling.items()
+        }
+        for start in range(0, len(samples), batch_size)
+    ]
 
 
 def losses_without_context(
@@ -107,9 +105,9 @@ def losses_without_context(
         masked = batch["labels"] != IGNORED
         labels, shown = batch["labels"][masked], batch["input_ids"][masked]
         visible = shown != tokenizer.mask_token_id
-        known = ((shown == labels).double() + 1 / entries) / (p[shown] + 1 / entries)
+        ratio = ((shown == labels).double() + 1 / entries) / (p[shown] + 1 / entries)  # P(w | v is shown) / p(w)
         unigram.append(-p[labels].log())
-        gained.append(torch.where(visible, known, 1.0).log())
+        gained.append(torch.where(visible, ratio, 1.0).log())
     unigram, gained = torch.cat(unigram), torch.cat(gained)
     return unigram.mean().item(), (unigram - gained).mean().item()
 

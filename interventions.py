@@ -16,18 +16,18 @@ from __future__ import annotations
 import copy
 import math
 import random
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from held_out import kept_positions
-from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, hides_attention, watched
+from hooks import Hooks
+from outliers import SINK, ActivationOutliers, AttentionSinks, hides_attention, self_attentions, watched
 from packing import IGNORED
 from softmax1 import ATTENTION, apply_softmax_n
 
@@ -77,17 +77,17 @@ def interventions(
             if changed.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
                 results[f"as_softmax{n}"], _ = _measure(changed, batches, tokenizer)
 
-    every: Heads = {
-        (layer, head) for layer, of_layer in attention.items() for head in range(len(of_layer["null_mass"]))
-    }
-    sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
+    sinks, others = set(), set()
+    for layer, of_layer in attention.items():
+        for head, rate in enumerate(of_layer["sink_rate_any_or_null"]):
+            (sinks if rate > SINK else others).add((layer, head))
     if sinks:
         results["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
-    if sinks and len(every - sinks) >= len(sinks):
-        draws = random.Random(0)
-        chosen = [set(draws.sample(sorted(every - sinks), len(sinks))) for _ in range(DRAWS)]
-        drawn = [_without(model, heads, batches, tokenizer) for heads in chosen]
-        means = {key: float(np.mean([of_draw[key] for of_draw in drawn])) for key in drawn[0]}
+    if sinks and len(others) >= len(sinks):
+        generator = random.Random(0)
+        draws = [set(generator.sample(sorted(others), len(sinks))) for _ in range(DRAWS)]
+        measured = [_without(model, heads, batches, tokenizer) for heads in draws]
+        means = {key: float(np.mean([of_draw[key] for of_draw in measured])) for key in measured[0]}
         results["without_random_heads"] = {**means, "heads": len(sinks)}
 
     starts = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}
@@ -100,7 +100,17 @@ def interventions(
 def _without(
     model: PreTrainedModel, heads: Heads, batches: list[dict], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    with _zeroed(model, heads):
+    """The figures of `interventions` while the context of these heads is zero."""
+    kept = {
+        layer: torch.tensor([(layer, head) not in heads for head in range(model.config.num_attention_heads)])
+        for layer, _ in self_attentions(model)
+    }
+
+    def zero(layer: str, module: nn.Module, inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        context = output[0].unflatten(-1, (len(kept[layer]), -1))
+        return (context * kept[layer].to(context)[:, None]).flatten(-2), *output[1:]
+
+    with Hooks((module, partial(zero, layer)) for layer, module in self_attentions(model)):
         return {**_measure(model, batches, tokenizer)[0], "heads": len(heads)}
 
 
@@ -109,57 +119,29 @@ def _measure(
     model: PreTrainedModel, batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
     """(the figures of `interventions`, attention by layer). The masked-LM head runs on masked positions only."""
+    outliers = ActivationOutliers(model, ("ffn_output", "ffn_residual"), embeddings=False)
+    sinks = AttentionSinks(model)
     loss = masked = 0
-    with (
-        eager_attention(model),
-        ActivationOutliers(model, ("ffn_output", "ffn_residual"), embeddings=False) as outliers,
-        AttentionSinks(model) as sinks,
-    ):
-        for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
-            labels = batch.pop("labels")
-            chosen = labels != IGNORED
-            with kept_positions(model, chosen):
-                logits = model(**batch).logits[0]
-            loss += F.cross_entropy(logits.float(), labels[chosen], reduction="sum").item()
-            masked += int(chosen.sum())
+    for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
+        labels = batch.pop("labels")
+        chosen = labels != IGNORED
+        with kept_positions(model, chosen):
+            logits = model(**batch).logits[0]
+        loss += F.cross_entropy(logits.float(), labels[chosen], reduction="sum").item()
+        masked += int(chosen.sum())
     places, attention = outliers.result(), sinks.result()
 
-    def layers(place: str, statistic: str) -> list[float]:
+    def by_layer(place: str, statistic: str) -> list[float]:
         return [of_place[statistic] for name, of_place in places.items() if name.endswith(f".{place}")] or [math.nan]
 
-    def heads(statistic: str) -> float:
+    def mean_of_heads(statistic: str) -> float:
         return float(np.mean([of_layer[statistic] for of_layer in attention.values()] or [math.nan]))
 
     figures = {
         "loss": loss / masked,
-        "ffn_output_kurtosis": float(np.mean(layers("ffn_output", "kurtosis_sequence"))),
-        "residual_inf_norm": max(layers("ffn_residual", "inf_norm")),
-        "sink_rate_first": heads("sink_rate_first"),
-        "null_mass": heads("null_mass"),
+        "ffn_output_kurtosis": float(np.mean(by_layer("ffn_output", "kurtosis_sequence"))),
+        "residual_inf_norm": max(by_layer("ffn_residual", "inf_norm")),
+        "sink_rate_first": mean_of_heads("sink_rate_first"),
+        "null_mass": mean_of_heads("null_mass"),
     }
     return figures, attention
-
-
-@contextmanager
-def _zeroed(model: PreTrainedModel, heads: Heads) -> Iterator[None]:
-    """A context in which attention.output.dense reads zeros in place of these heads' outputs."""
-
-    def hook(kept: Tensor):
-        def zero(module, inputs):
-            context = inputs[0]
-            parts = context.unflatten(-1, (len(kept), -1)) * kept.to(context)[:, None]
-            return (parts.flatten(-2), *inputs[1:])
-
-        return zero
-
-    count = model.config.num_attention_heads
-    handles = []
-    for name, module in model.named_modules():
-        if match := re.search(r"\b(layer\.\d+)\.attention\.output\.dense$", name):
-            kept = torch.tensor([(match[1], head) not in heads for head in range(count)])
-            handles.append(module.register_forward_pre_hook(hook(kept)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -246,11 +246,11 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
 
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
-    run.places, run.attention, seen = measure_model(model, batches, tokenizer)
-    run.tokens = seen["tokens"]
-    of_heads = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
+    run.places, run.attention, lengths = measure_model(model, batches, tokenizer)
+    run.tokens = sum(lengths)
+    learned_n = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
     own_weights = getattr(model.config, "attention_weights", None)
-    run.attention_uniform = uniform_attention(seen["lengths"], of_heads or n, own_weights)
+    run.attention_uniform = uniform_attention(lengths, learned_n or n, own_weights)
     if (before := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
         run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))

@@ -18,7 +18,8 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from held_out import kept_positions
-from hooks import Hooks
+from hooks import Hooks, modules_by_layer
 from kurtosis import Moments, with_float64
 from softmax1 import learned_sinks
 
@@ -44,24 +45,21 @@ def token_classes(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
     but Unicode punctuation (categories P*) and white space.
     """
     separators = {tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id}
-    ids = input_ids.unique().tolist()
-    kinds = {}
-    for i in ids:
-        text = tokenizer.decode([i]).strip()
-        if i in separators:
-            kinds[i] = SEPARATOR
-        elif text and all(unicodedata.category(character)[0] == "P" for character in text):
-            kinds[i] = PUNCTUATION
-        else:
-            kinds[i] = OTHER
-    table = torch.tensor([kinds.get(i, OTHER) for i in range(max(ids) + 1)], device=input_ids.device)
-    classes = table[input_ids]
+
+    def class_of(token_id: int) -> int:
+        if token_id in separators:
+            return SEPARATOR
+        text = tokenizer.decode([token_id]).strip()
+        return PUNCTUATION if text and all(unicodedata.category(letter)[0] == "P" for letter in text) else OTHER
+
+    token_ids, index = input_ids.unique(return_inverse=True)
+    classes = torch.tensor([class_of(token_id) for token_id in token_ids.tolist()], device=input_ids.device)[index]
     classes[:, 0] = FIRST
     return classes
 
 
 class BatchStatistics(Hooks):
-    """Hooks that sum a statistic over the real tokens of batches. Call `batch` before every forward pass."""
+    """Hooks that sum statistics over the real tokens of batches. Call `batch` before every forward pass."""
 
     def batch(self, mask: Tensor, classes: Tensor, input_ids: Tensor | None = None) -> None:
         """Announce the batch of the next forward pass.
@@ -73,6 +71,12 @@ class BatchStatistics(Hooks):
         """
         self._mask = mask.bool()
         self._classes = classes
+
+    @staticmethod
+    def add_to(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+        """Add every term to the sum of the same name, which begins at 0."""
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term
 
 
 # --------------------------------------------------------------------------------------------------------- activations
@@ -134,28 +138,27 @@ class ActivationOutliers(BatchStatistics):
     def __init__(
         self, model: nn.Module, places: Iterable[str] = PLACES, embeddings: bool = True, massive: bool = False
     ):
-        self._sums: dict[str, _Place] = {}
+        self._sums: dict[str, _PlaceSums] = {}
         self._massive = massive
-        hooks = []
-        for name, module in model.named_modules():
-            if match := re.search(r"\blayer\.(\d+)\.(.+)$", name):
-                hooks += [
-                    (module, self._hook(f"layer.{match[1]}.{place}", PLACES[place].side))
-                    for place in places
-                    if PLACES[place].module == match[2]
-                ]
-            elif embeddings and name.endswith("embeddings.LayerNorm"):
-                hooks += [(module, self._hook(place, side)) for place, side in EMBEDDINGS.items()]
+        hooks = [
+            (module, partial(self._read, f"{layer}.{place}", PLACES[place].side))
+            for place in places
+            for layer, module in modules_by_layer(model, PLACES[place].module)
+        ]
+        if embeddings:
+            hooks += [
+                (module, partial(self._read, place, side))
+                for name, module in model.named_modules()
+                if name.endswith("embeddings.LayerNorm")
+                for place, side in EMBEDDINGS.items()
+            ]
         super().__init__(hooks)
 
-    def _hook(self, name: str, side: str) -> Callable:
-        def add(module: nn.Module, inputs, output) -> None:
-            values = inputs[0] if side == "input" else output
-            if values.shape[:2] == self._mask.shape:
-                tokens = self._tokens if self._massive and name.rpartition(".")[2] in FFN_PLACES else None
-                self.add(name, values[self._mask], self._sequence, self._real_classes, tokens)
-
-        return add
+    def _read(self, name: str, side: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        values = inputs[0] if side == "input" else output
+        if values.shape[:2] == self._mask.shape:
+            tokens = self._tokens if self._massive and name.rpartition(".")[2] in FFN_PLACES else None
+            self.add(name, values[self._mask], self._sequence, self._real_classes, tokens)
 
     def batch(self, mask: Tensor, classes: Tensor, input_ids: Tensor | None = None) -> None:
         super().batch(mask, classes)
@@ -183,15 +186,15 @@ class ActivationOutliers(BatchStatistics):
         values, sequence, classes = with_float64(values), with_float64(sequence), with_float64(classes)
         tokens = tokens and (with_float64(tokens[0]), with_float64(tokens[1]))
         if name not in self._sums:
-            self._sums[name] = _Place(values.shape[1], values.device)
+            self._sums[name] = _PlaceSums(values.shape[1], values.device)
         self._sums[name].add(values, sequence, classes, tokens)
 
     def result(self) -> dict[str, dict]:
         """Statistics by place, `layer.<i>.<place>` or `<place>`; DEFINITIONS.md explains the keys."""
-        return {name: place.result() for name, place in self._sums.items()}
+        return {name: sums.result() for name, sums in self._sums.items()}
 
 
-class _Place:
+class _PlaceSums:
     """The sums of one place."""
 
     def __init__(self, channels: int, device: torch.device):
@@ -347,11 +350,9 @@ def hides_attention(model: nn.Module) -> bool:
     return not getattr(model, "_supports_attention_backend", True)
 
 
-def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def self_attentions(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """(`layer.<i>`, its self-attention module) of every layer; nothing of a model that `hides_attention`."""
-    for name, module in () if hides_attention(model) else model.named_modules():
-        if match := re.search(r"\b(layer\.\d+)\.attention\.self$", name):
-            yield match[1], module
+    return () if hides_attention(model) else modules_by_layer(model, "attention.self")
 
 
 @contextmanager
@@ -392,18 +393,15 @@ class AttentionSinks(BatchStatistics):
 
     def __init__(self, model: nn.Module):
         self._sums: dict[str, dict[str, Tensor]] = {}
-        super().__init__((module, self._hook(layer)) for layer, module in self_attentions(model))
+        super().__init__((module, partial(self._read, layer)) for layer, module in self_attentions(model))
 
-    def _hook(self, layer: str) -> Callable:
-        def add(module: nn.Module, inputs, output) -> None:
-            if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
-                raise ValueError(f"{type(module).__name__} hands out no attention weights: use eager_attention")
-            self.add(layer, output[1])
-
-        return add
+    def _read(self, layer: str, module: nn.Module, inputs: tuple, output: tuple) -> None:
+        if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+            raise ValueError(f"{type(module).__name__} returns no attention weights: use eager_attention")
+        self.add(layer, output[1])
 
     @torch.no_grad()
-    def add(self, name: str, weights: Tensor) -> None:
+    def add(self, layer: str, weights: Tensor) -> None:
         """Add the weights (B, H, T, T) of one layer: rows are queries and sum to 1 minus the null mass."""
         weights = with_float64(weights.detach()).float()
         real, classes = with_float64(self._mask), with_float64(self._classes)
@@ -445,9 +443,7 @@ class AttentionSinks(BatchStatistics):
                     new[f"sink_rate_{which}{kind}{length}"] = sinks.sum(0).double()
             most = torch.maximum(received[""].amax(-1), nowhere)
             new[f"sink_rate_any_or_null{length}"] = ((most > SINK) & chosen[:, None]).sum(0).double()
-        sums = self._sums.setdefault(name, {key: torch.zeros_like(value) for key, value in new.items()})
-        for key, value in new.items():
-            sums[key] = sums[key] + value
+        self.add_to(self._sums.setdefault(layer, {}), new)
 
     def result(self) -> dict[str, dict[str, list[float]]]:
         """By layer (`layer.<i>`), a list over its heads for every key; DEFINITIONS.md explains them.
@@ -485,7 +481,8 @@ def uniform_attention(
     if isinstance(n, list):
         lengths = list(lengths)
         heads = [uniform_attention(lengths, n_of_head) for n_of_head in n]
-        return {key: value if key.startswith("sequences") else _mean(heads, key) for key, value in heads[0].items()}
+        means = {key: sum(head[key] for head in heads) / len(heads) for key in heads[0]}
+        return means | {key: heads[0][key] for key in ("sequences", "sequences_short")}  # the same for every head
     length = torch.tensor(list(lengths), dtype=torch.float64)
     key = 1 / (n + length)
     if attention_weights is not None:
@@ -500,10 +497,6 @@ def uniform_attention(
         for kind, mean in {**means, "any_or_null": torch.maximum(key, null)}.items():
             rates[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
     return rates
-
-
-def _mean(heads: list[dict[str, float]], key: str) -> float:
-    return sum(head[key] for head in heads) / len(heads)
 
 
 # One number for each layer: kurtosis of the context of active heads, of heads that attend, of queries that attend.
@@ -532,25 +525,19 @@ class HeadVectors(BatchStatistics):
         for layer, module in self_attentions(model):
             projections = {part: getattr(module, part, None) for part in ("query", "key", "value")}
             if None not in projections.values():
-                hooks += [(projection, self._keep(part)) for part, projection in projections.items()]
-                hooks.append((module, self._hook(layer)))
+                hooks += [(projection, partial(self._keep, part)) for part, projection in projections.items()]
+                hooks.append((module, partial(self._read, layer)))
         super().__init__(hooks)
 
-    def _keep(self, part: str) -> Callable:
-        def keep(module: nn.Module, inputs, output: Tensor) -> None:
-            self._vectors[part] = output
+    def _keep(self, part: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._vectors[part] = output
 
-        return keep
-
-    def _hook(self, layer: str) -> Callable:
-        def add(module: nn.Module, inputs, output) -> None:
-            self.add(layer, output[1], **self._vectors, context=output[0])
-            self._vectors = {}
-
-        return add
+    def _read(self, layer: str, module: nn.Module, inputs: tuple, output: tuple) -> None:
+        self.add(layer, output[1], **self._vectors, context=output[0])
+        self._vectors = {}
 
     @torch.no_grad()
-    def add(self, name: str, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def add(self, layer: str, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
         """Add one layer: weights (B, H, T, T), the others (B, T, C) with the heads side by side in C."""
         heads, real, classes = weights.shape[1], with_float64(self._mask), with_float64(self._classes)
         weights = with_float64(weights)
@@ -570,7 +557,7 @@ class HeadVectors(BatchStatistics):
         zero = context.abs().double() <= NEAR_ZERO * (squares / size).sqrt()[:, None, None, None]
         near_zero = (zero.double().mean(-1) * queries).sum(-1) / queries.sum(-1)  # (B, H)
         attends = (1 - weights.sum(-1, dtype=torch.float64) <= ATTENDING) & real[:, None]  # (B, H, T)
-        every = {
+        totals = {
             "tokens": kinds.sum((0, 1)).expand(heads, -1),
             "queries": queries.sum().expand(heads),
             "sequences": queries.new_tensor(float(len(real))).expand(heads),
@@ -581,31 +568,29 @@ class HeadVectors(BatchStatistics):
             **{f"{part}_norm": torch.einsum("bht,btk->hk", norm, kinds) for part, norm in norms.items()},
         }
         largest = torch.maximum(high.abs(), low.abs()).masked_fill(~real[:, None], 0).amax((0, 2)).double()
-        sums = self._sums.setdefault(name, {"logit_max": torch.zeros_like(largest)})
+        sums = self._sums.setdefault(layer, {"logit_max": torch.zeros_like(largest)})
         sums["logit_max"] = torch.maximum(sums["logit_max"], largest)
-        for what, total in every.items():
-            sums[what] = sums[what] + total if what in sums else total
+        self.add_to(sums, totals)
         rows = Moments.of_rows(context.transpose(1, 2)[real].flatten(0, 1))  # tokens x heads
         sequence = real.nonzero()[:, :1]
         group = sequence * heads + torch.arange(heads, device=real.device)
         moments = rows.merged(group.flatten(), len(real) * heads).sums
-        self._moments.setdefault(name, []).append(moments.view(-1, heads, 5))
+        self._moments.setdefault(layer, []).append(moments.view(-1, heads, 5))
         group = torch.where(attends.transpose(1, 2)[real], sequence, len(real))  # the others: a group that is dropped
         moments = rows.merged(group.flatten(), len(real) + 1).sums
-        self._attending.setdefault(name, []).append(moments[:-1])
+        self._attending.setdefault(layer, []).append(moments[:-1])
 
-    def result(self, idle: dict[str, list[float]], null: dict[str, list[float]]) -> dict[str, dict]:
+    def result(self, attention: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
         """By layer, a list over its heads for every key, and one number for each key of CONTEXTS.
 
         Args:
-            idle, null: {layer: idle mass, null mass of its heads}, of AttentionSinks.
+            attention: the result of AttentionSinks, whose idle mass and null mass say which heads count.
         """
         by_layer = {}
         for layer, sums in self._sums.items():
             by_layer[layer] = of_layer = {"logit_max": sums["logit_max"].tolist()}
-            of_layer["logit_range"] = (sums["logit_range"] / sums["queries"]).tolist()
-            of_layer["context_near_zero"] = (sums["context_near_zero"] / sums["sequences"]).tolist()
-            of_layer["attending_share"] = (sums["attending_share"] / sums["queries"]).tolist()
+            counts = {"logit_range": "queries", "context_near_zero": "sequences", "attending_share": "queries"}
+            of_layer |= {key: (sums[key] / sums[count]).tolist() for key, count in counts.items()}
             for i, kind in enumerate(TOKEN_CLASSES):
                 for part in ("key", "value"):
                     of_layer[f"{part}_norm_{kind}"] = (sums[f"{part}_norm"][:, i] / sums["tokens"][:, i]).tolist()
@@ -614,12 +599,10 @@ class HeadVectors(BatchStatistics):
             sequences, heads, _ = moments.shape
             kurtosis = Moments(moments.flatten(0, 1)).excess_kurtosis.view(sequences, heads)
             of_layer["context_kurtosis"] = kurtosis.nanmean(0).tolist()
-            of_heads = (("active", idle, IDLE[0]), ("attending_heads", null, ATTENDING))
-            for key, mass, bound in of_heads:
-                below = torch.tensor(mass[layer], dtype=torch.float64, device=moments.device) <= bound
-                chosen = moments[:, below].flatten(0, 1)
-                group = torch.arange(sequences, device=moments.device).repeat_interleave(int(below.sum()))
-                merged = Moments(chosen).merged(group, sequences)
+            for key, mass, bound in (("active", "idle_mass", IDLE[0]), ("attending_heads", "null_mass", ATTENDING)):
+                chosen = torch.tensor(attention[layer][mass], dtype=torch.float64, device=moments.device) <= bound
+                group = torch.arange(sequences, device=moments.device).repeat_interleave(int(chosen.sum()))
+                merged = Moments(moments[:, chosen].flatten(0, 1)).merged(group, sequences)
                 of_layer[f"context_kurtosis_{key}"] = merged.excess_kurtosis.nanmean().item()
             attending = Moments(torch.cat(self._attending[layer]))
             of_layer["context_kurtosis_attending"] = attending.excess_kurtosis.nanmean().item()
@@ -637,21 +620,27 @@ def watched(
     tokenizer: PreTrainedTokenizerBase,
     *statistics: BatchStatistics,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """Each batch on the model's device, with its mask and token classes, after `batch` of each statistic was called."""
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        mask = batch["attention_mask"].bool()
-        classes = token_classes(batch["input_ids"], tokenizer)
-        for statistic in statistics:
-            statistic.batch(mask, classes, batch["input_ids"])
-        yield batch, mask, classes
+    """Each batch on the model's device, with its mask and its token classes (B, T), for the caller to run.
+
+    Until the last batch has run, the hooks of the statistics are in the model and its attention is `eager_attention`.
+    """
+    with ExitStack() as contexts:
+        for context in (eager_attention(model), *statistics):
+            contexts.enter_context(context)
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            mask = batch["attention_mask"].bool()
+            classes = token_classes(batch["input_ids"], tokenizer)
+            for statistic in statistics:
+                statistic.batch(mask, classes, batch["input_ids"])
+            yield batch, mask, classes
 
 
 @torch.inference_mode()
 def measure_model(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, dict], dict[str, dict], dict[str, int]]:
-    """ActivationOutliers and AttentionSinks of a masked-LM in eval mode.
+) -> tuple[dict[str, dict], dict[str, dict], list[int]]:
+    """ActivationOutliers, AttentionSinks and HeadVectors of a masked-LM in eval mode.
 
     Args:
         model: a BERT-shaped masked-LM, on any device.
@@ -659,39 +648,30 @@ def measure_model(
         tokenizer: the one that made them.
 
     Returns:
-        (statistics by place, attention by layer, {"sequences", "tokens", "lengths": tokens of every sequence}). Where
-        sinks are learned, the attention has "log_n" of every head too.
+        (statistics by place, attention by layer, number of tokens of every sequence). Where sinks are learned, the
+        attention has "log_n" of every head too.
     """
     model.eval()
-    seen = {"sequences": 0, "tokens": 0, "lengths": []}
-    with (
-        eager_attention(model),
-        ActivationOutliers(model, massive=True) as outliers,
-        AttentionSinks(model) as sinks,
-        HeadVectors(model) as vectors,
-    ):
-        for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
-            sequence, position = mask.nonzero().unbind(1)
-            # Tokens are counted over all batches, so that the choice does not depend on the batch size.
-            chosen = (torch.arange(len(sequence), device=mask.device) + seen["tokens"]) % LOGIT_STRIDE == 0
-            keep = torch.zeros_like(mask)
-            keep[sequence[chosen], position[chosen]] = True
-            with kept_positions(model, keep):
-                logits = model(**batch).logits[0]
-            outliers.add(LOGITS, logits, sequence[chosen], classes[keep])
-            seen["sequences"] += len(mask)
-            seen["tokens"] += len(sequence)
-            seen["lengths"] += mask.sum(1).tolist()
+    outliers, sinks, vectors = ActivationOutliers(model, massive=True), AttentionSinks(model), HeadVectors(model)
+    lengths: list[int] = []
+    for batch, mask, classes in watched(model, batches, tokenizer, outliers, sinks, vectors):
+        # Tokens are counted over all batches, so that the choice does not depend on the batch size.
+        count = torch.arange(int(mask.sum()), device=mask.device) + sum(lengths)
+        chosen = mask.clone()
+        chosen[mask] = count % LOGIT_STRIDE == 0
+        with kept_positions(model, chosen):
+            logits = model(**batch).logits[0]
+        outliers.add(LOGITS, logits, chosen.nonzero()[:, 0], classes[chosen])
+        lengths += mask.sum(1).tolist()
     places, attention = outliers.result(), sinks.result()
     for place in places.values():
         for entry in place.get("massive", {}).get("top", []):
             entry["token"] = tokenizer.decode([entry.pop("token_id")])
-    masses = [{layer: of_layer[key] for layer, of_layer in attention.items()} for key in ("idle_mass", "null_mass")]
-    for layer, of_layer in vectors.result(*masses).items():
+    for layer, of_layer in vectors.result(attention).items():
         attention[layer] |= of_layer
     for layer, log_n in sinks_by_layer(model).items():
         attention[layer]["log_n"] = log_n
-    return places, attention, seen
+    return places, attention, lengths
 
 
 # ----------------------------------------------------------------------------------------------------------- emergence
@@ -720,13 +700,9 @@ class Emergence:
         """{"layer.<i>.<place>.<statistic>" or "layer.<i>.attention.<statistic>": value}; attention: mean over heads."""
         training = model.training
         model.eval()
-        with (
-            eager_attention(model),
-            ActivationOutliers(model, FFN_PLACES, embeddings=False) as outliers,
-            AttentionSinks(model) as sinks,
-        ):
-            for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
-                model.base_model(**batch)
+        outliers, sinks = ActivationOutliers(model, FFN_PLACES, embeddings=False), AttentionSinks(model)
+        for batch, *_ in watched(model, self.batches, self.tokenizer, outliers, sinks):
+            model.base_model(**batch)
         model.train(training)
         numbers = {
             f"{place}.{statistic}": values[statistic]

@@ -152,8 +152,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--text",
         type=Path,
         metavar="FILE",
-        help="for models named, instead of --data_dir: UTF-8, plain or .gz, one text a line; of its different lines, "
-        "every other one is scored and those between calibrate the quantization",
+        help="for named models, instead of --data_dir: UTF-8 text, plain, .gz or .zst, one text a line; of its "
+        "different lines, every second one is scored and the others calibrate the quantization",
     )
     parser.add_argument(
         "--output_dir",

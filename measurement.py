@@ -9,17 +9,15 @@ load               loads a masked-LM and its tokenizer, or exits with one line t
 from __future__ import annotations
 
 import copy
-import gzip
 import hashlib
 import json
 import math
 import random
-import re
 import sys
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -31,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import build_dataset
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import self_check  # which registers the controls' classes too
 from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
@@ -42,12 +41,21 @@ from held_out import (
     longest_text,
     padded_batches,
 )
-from hooks import Hooks
+from hooks import Hooks, modules_by_layer
 from interventions import interventions
 from kurtosis import weights_of
 from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
+from quantization import (
+    DRAWS,
+    PUBLISHED_LENGTH,
+    int4_weight,
+    int8_weight,
+    joined,
+    measure_damage,
+    measured_copy,
+    relative_error,
+)
 from record import git_state, one_line, versions, weights_sha256
 from runs import BINS, Run, refuse_missing, unused_layer
 
@@ -69,44 +77,43 @@ class NotFinite(ValueError):
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub name; exits with one line where they cannot be loaded or measured."""
     refuse_missing(name)
-    kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
-    # A folder or a repository can hold anything, and what reads it may raise any exception.
+    unreadable = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
+    # A folder or a repository can hold anything, so reading it may raise any exception.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
-    family = config.model_type
-    if type(config) not in AutoModelForMaskedLM._model_mapping:
-        sys.exit(f"error: {name} ({family}) is not a masked language model, and only those are measured")
-    try:
+        family = config.model_type
+        if type(config) not in AutoModelForMaskedLM._model_mapping:
+            sys.exit(f"error: {name} ({family}) is not a masked language model, and only those are measured")
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
-        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
+        sys.exit(f"error: {name} is {unreadable}: {one_line(error)}")
     n = getattr(config, "softmax_n", 0)
     if n and not str(model.config._attn_implementation).startswith(softmax1.ATTENTION):
         sys.exit(
-            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n was "
-            "saved from a class that does not keep it"
+            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n "
+            "changed its attention before it was saved, and this class does not restore that change"
         )
-    if lacking := sorted(loading["missing_keys"]):
-        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-        sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
-    if spare := unused_layer(loading):
-        sys.exit(f"error: {name} is {kind}: its config.json has fewer layers than the weights, which hold {spare}")
-    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        sys.exit(f"error: {name} is not a complete masked language model: it lacks {missing[0]}{more}")
+    if unused := unused_layer(loading):
+        sys.exit(
+            f"error: {name} is {unreadable}: its config.json has fewer layers than the weights, which hold {unused}"
+        )
+    if "layer.0" not in dict(modules_by_layer(model, FFN)):
         sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
-        empty = len(tokenizer) <= len(set(tokenizer.all_special_tokens))
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            raise ValueError("it has no entries besides its special tokens")
     except Exception as error:
         sys.exit(
-            f"error: {name} has no tokenizer that loads, copy the one it was trained with there: {one_line(error)}"
+            f"error: {name} has no tokenizer that can be loaded ({one_line(error)}): copy the tokenizer that the model "
+            "was trained with into the folder"
         )
-    if empty:
-        sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if len(tokenizer) > model.config.vocab_size:
         sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
@@ -114,7 +121,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
         try_out(model, tokenizer)
-        measured_copy(model)  # which refuses a model with an attention that would stay as it is
+        measured_copy(model)  # raises an error where an attention of the model cannot be replaced
     except Exception as error:
         sys.exit(f"error: {name} ({family}) cannot be measured: {one_line(error)}")
     return model, tokenizer
@@ -133,25 +140,25 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = torch.full((2, length), tokenizer.mask_token_id)
     ids[1, short:] = tokenizer.pad_token_id
     mask = (ids != tokenizer.pad_token_id).long()
-    shapes = {}
+    shapes: dict[nn.Module, tuple] = {}
 
-    def keep(name: str):
-        return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
+    def keep_shape(module: nn.Module, inputs: tuple, output) -> None:
+        shapes[module] = getattr(output, "shape", ())[:2]
 
     chosen = mask.bool() & (torch.arange(length) < short)
-    with Hooks((module, keep(name)) for name, module in model.named_modules()), kept_positions(model, chosen):
+    with Hooks((module, keep_shape) for module in model.modules()), kept_positions(model, chosen):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    for name, shape in shapes.items():
-        if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
-            raise ValueError(f"{name} does not hold one row for every token of a text")
+    for layer, module in modules_by_layer(model, FFN):
+        if shapes.get(module, mask.shape) != mask.shape:
+            raise ValueError(f"{layer}.{FFN} does not return one row for every token of a text")
     if logits.shape[:2] != (1, int(chosen.sum())):
-        raise ValueError("its head does not work token by token")
-    alone = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
-    if (alone - logits[0, -len(alone) :]).abs().max() > 1e-3 * alone.abs().max():
-        raise ValueError("padding changes what it makes of a text, so its figures would depend on the other texts")
+        raise ValueError("its head does not compute the logits of each token alone")
+    unpadded = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
+    if (unpadded - logits[0, -len(unpadded) :]).abs().max() > 1e-3 * unpadded.abs().max():
+        raise ValueError("padding changes its logits, so the figures of a text would depend on the other texts")
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in shapes and not hides_attention(model):
-            raise ValueError(f"{name} does not run, so that its quantization has no range")
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module not in shapes and not hides_attention(model):
+            raise ValueError(f"{name} does not run, so its activations have no range to be quantized with")
 
 
 def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
@@ -173,14 +180,10 @@ def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The distinct lines of a UTF-8 text file, plain or .gz, without blank ones. Exits with one line on any other."""
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as text:
-            lines = list(dict.fromkeys(stripped for line in text if (stripped := line.strip())))
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        sys.exit(f"error: {file} cannot be read ({one_line(error)}): name a text file in UTF-8, plain or .gz")
-    if any("\0" in line for line in lines):
-        sys.exit(f"error: {file} is not text in UTF-8 (it has a NUL): name a text file, plain or .gz")
+    """The different lines of a text file, read and bounded as build_dataset.py does. Exits with one line on others."""
+    source = build_dataset.Source(file.name, str(file), file)
+    lines = list(dict.fromkeys(build_dataset.samples(source)))
+    build_dataset.check(source, whole=True)
     if len(lines) < 2 * DRAWS:
         sys.exit(
             f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "
@@ -189,18 +192,13 @@ def lines_of(file: Path) -> list[str]:
     return lines
 
 
-def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of every text; texts without a token are left out."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of every text, in the order of the texts; a text that has only special tokens is left out."""
     if not len(texts):
         return []
     encoded = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
     special = set(tokenizer.all_special_ids)
     return [ids for ids in encoded if not special.issuperset(ids)]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The same, sorted by length, so that batches need little padding."""
-    return sorted(in_order(tokenizer, texts), key=len)
 
 
 # ------------------------------------------------------------------------------------------------------ what we measure
@@ -241,7 +239,7 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = token_ids(tokenizer, texts.held_out)
+    ids = sorted(token_ids(tokenizer, texts.held_out), key=len)
     if not ids:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
 
@@ -284,7 +282,7 @@ def measure_quantization(
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
     # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
     limit = texts.calibration_batches * CALIBRATION_SIZE
-    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
+    full = joined(token_ids(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
     published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
     run.damage = {
         "sequences": sum(len(batch["input_ids"]) for batch in scored),
@@ -336,44 +334,47 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """{weight: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
-    statistics = weight_errors(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
-        for name, parameter in weights_of(model).items():
-            values = parameter.detach().numpy().ravel().astype(np.float64)
-            statistics[name] = {
-                "kurtosis": float(scipy.stats.kurtosis(values)),
-                "inf_norm": float(np.abs(values).max()),
-                **statistics[name],
-            }
+    """Excess kurtosis, infinity norm and relative rounding errors of every weight.
+
+    Returns:
+        {weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", "int8_error", and for
+        matrices "int4_error"}}.
+    """
+    statistics = {}
+    for name, parameter in weights_of(model).items():
+        values = parameter.detach().numpy().ravel().astype(np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns about constant parameters
+            kurtosis = float(scipy.stats.kurtosis(values))
+        statistics[name] = {
+            "kurtosis": kurtosis,
+            "inf_norm": float(np.abs(values).max()),
+            "int8_error": relative_error(parameter, int8_weight(parameter)),
+        }
+        if parameter.dim() == 2:
+            statistics[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
     return statistics
 
 
 @torch.inference_mode()
 def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
     """Counts in runs.BINS of the standardised FFN output of every layer, on a few texts."""
-    held: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
     mask = None
 
-    def keep(name: str):
-        return lambda module, inputs, output: held.setdefault(name, []).append(output[mask].flatten().float().cpu())
+    def keep(layer: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        outputs.setdefault(layer, []).append(output[mask].flatten().float().cpu())
 
-    hooks = [
-        (module, keep(f"layer {match[1]}"))
-        for name, module in model.named_modules()
-        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(FFN)}$", name))
-    ]
-    with Hooks(hooks):
+    with Hooks((module, partial(keep, layer)) for layer, module in modules_by_layer(model, FFN)):
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             mask = batch["attention_mask"].bool()
             model.base_model(**batch)
     counts = {}
-    for name, values in held.items():
-        values = torch.cat(values).double().numpy()
+    for layer, batch_outputs in outputs.items():
+        values = torch.cat(batch_outputs).double().numpy()
         scores = (values - values.mean()) / (values.std() or 1.0)
-        counts[name] = np.histogram(np.clip(scores, BINS[0], BINS[-1]), BINS)[0]
+        counts[layer.replace(".", " ")] = np.histogram(np.clip(scores, BINS[0], BINS[-1]), BINS)[0]
     return counts
 
 
@@ -382,22 +383,21 @@ def attention_maps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], attention: dict
 ) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
     """(caption, tokens, weights, null mass) of the head with the largest idle mass, on a few short texts."""
-    chosen = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
-    chosen = [chosen[i] for i in sorted(set(np.linspace(0, len(chosen) - 1, MAPPED_TEXTS).astype(int)))]
     if not attention:
         return []
+    short = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
     idle = {
         (layer, head): mass for layer, of_layer in attention.items() for head, mass in enumerate(of_layer["idle_mass"])
     }
     layer, head = max(idle, key=idle.get)
     maps = []
-    for text in chosen:
-        text = text[: MAPPED_LENGTH[-1]]
+    for i in evenly_spread(len(short), MAPPED_TEXTS):
+        text = short[i][: MAPPED_LENGTH[-1]]
         with eager_attention(model):
             output = model.base_model(torch.tensor([text], device=model.device), output_attentions=True)
         weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
         # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
-        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in text]
+        tokens = [tokenizer.decode([token_id]).strip().replace("\ufffd", "·") or "_" for token_id in text]
         maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
     return maps
 

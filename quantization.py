@@ -50,7 +50,6 @@ from transformers.masking_utils import sdpa_mask
 
 import softmax1
 from held_out import per_text_loss, perplexity
-from kurtosis import weights_of
 from outliers import hides_attention
 from softmax1 import apply_softmax_n, log_n_of
 
@@ -603,16 +602,6 @@ def _with_weights(model: PreTrainedModel, rounded) -> PreTrainedModel:
         if isinstance(module, nn.Linear):  # a new parameter each, so that a tied embedding stays exact
             module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)
     return quantized
-
-
-def weight_errors(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Relative rounding error of every weight: {parameter: {"int8_error", and for matrices "int4_error"}}."""
-    errors = {}
-    for name, parameter in weights_of(model).items():
-        errors[name] = {"int8_error": relative_error(parameter, int8_weight(parameter))}
-        if parameter.dim() == 2:
-            errors[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
-    return errors
 
 
 # ------------------------------------------------------------------------------------------------------- the damage

@@ -18,6 +18,7 @@ from transformers import (
 
 import quantization
 from held_out import held_out_loss, per_text_loss
+from measurement import weight_statistics
 from outliers import measure_model
 from quantization import (
     SCHEMES,
@@ -34,7 +35,6 @@ from quantization import (
     mse_weight,
     published_weight,
     relative_error,
-    weight_errors,
     weight_only_w4,
 )
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n, learned_sinks
@@ -136,15 +136,15 @@ def test_groups_of_four_bit_weights_are_rounded_by_themselves():
 
 def test_rounding_errors_of_parameters():
     model = model_of("softmax0")
-    errors = weight_errors(model)
-    assert errors.keys() == dict(model.named_parameters()).keys()
+    statistics = weight_statistics(model)
+    assert statistics.keys() == dict(model.named_parameters()).keys()
     weight = model.roberta.encoder.layer[0].output.dense.weight
-    found = errors["roberta.encoder.layer.0.output.dense.weight"]
+    errors = statistics["roberta.encoder.layer.0.output.dense.weight"]
     scale = weight.abs().max() / 127
     by_hand = (weight - (weight / scale).round() * scale).norm() / weight.norm()
-    assert found["int8_error"] == pytest.approx(by_hand.item(), rel=1e-5)
-    assert found["int4_error"] > 5 * found["int8_error"]
-    assert "int4_error" not in errors["roberta.encoder.layer.0.output.dense.bias"]
+    assert errors["int8_error"] == pytest.approx(by_hand.item(), rel=1e-5)
+    assert errors["int4_error"] > 5 * errors["int8_error"]
+    assert "int4_error" not in statistics["roberta.encoder.layer.0.output.dense.bias"]
 
 
 # -------------------------------------------------------------------------------------------------------- W8A8, static

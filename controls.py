@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +73,6 @@ def compensated_outlier(model: PreTrainedModel, layer: int, channel: int, size: 
     return copied
 
 
-def can_be_compensated(model: PreTrainedModel) -> bool:
-    """Whether the model has the places that `compensated_outlier` changes."""
-    names = {name for name, _ in model.base_model.named_modules()}
-    places = ("output.dense", "attention.output.LayerNorm", "intermediate.dense")
-    return all(f"encoder.layer.0.{place}" in names for place in places)
-
-
 def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
     """The same weights and the same function in the other class: stock RoBERTa as our class, ours as stock RoBERTa.
 
@@ -113,34 +107,36 @@ def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dic
         all of it for a model that is not statically quantized.
     """
     if hides_attention(model):
-        said = "its attention is not quantized"
-        return {"passed": None, "texts": 0, "context": None} | {key: {"passed": None, "said": said} for key in CHECKS}
+        return {"passed": None, "texts": 0, "context": None} | unchecked(CHECKS, None, "its attention is not quantized")
     scored, calibration = spread_out(scored), spread_out(calibration)
     moved = [{**batch, "input_ids": batch["input_ids"].roll(1, 1)} for batch in scored]
     plain = measured_copy(model)
     exact = held_out_loss(plain, scored)[0]
     context = held_out_loss(plain, moved)[0] - exact
     checks = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
+    outlier_checks = ("large_outlier", "small_outlier")
+    changed_by_outliers = ("encoder.layer.0.attention.output.LayerNorm", "encoder.layer.0.intermediate.dense")
     try:
         static = StaticW8A8(model, calibration)
         checks["rounding"] = check_rounding(static, scored[-1:])
         gap = held_out_loss(static.model, scored)[0] - exact
         checks["class_swap"] = check_class(model, gap, scored, calibration)
-        if not can_be_compensated(model):
-            checks |= undecided("not a post-LayerNorm model")
-        elif not context >= LEARNT:  # or not finite: too little that quantization could destroy
-            checks |= undecided("the model has learnt too little")
+        if not dict(model.base_model.named_modules()).keys() >= set(changed_by_outliers):
+            checks |= unchecked(outlier_checks, None, "not a post-LayerNorm model")
+        elif not context >= LEARNT:  # too little, or NaN
+            checks |= unchecked(outlier_checks, None, "the model has learnt too little")
         else:
             checks |= check_outliers(model, gap, exact, scored, calibration)
     except UnsetRange as error:
-        return checks | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
+        return checks | {"passed": False} | unchecked(CHECKS, False, str(error))
     verdicts = [checks[key]["passed"] for key in CHECKS]
     checks["passed"] = False if False in verdicts else checks["large_outlier"]["passed"]
     return checks
 
 
-def undecided(why: str) -> dict[str, dict]:
-    return {key: {"passed": None, "said": why} for key in ("large_outlier", "small_outlier")}
+def unchecked(checks: Iterable[str], passed: bool | None, why: str) -> dict[str, dict]:
+    """The result of checks that were not made."""
+    return {check: {"passed": passed, "said": why} for check in checks}
 
 
 def spread_out(batches: list[dict]) -> list[dict]:
@@ -189,26 +185,22 @@ def check_outliers(
         gc.collect()  # hooks refer to what holds them: without this, every copy of the model stays in memory
     gaps = [of_layer["gap"] for of_layer in by_layer.values()]
     right = sum(name == of_layer["largest_part"] for name, of_layer in by_layer.items())
-    felt = all(
-        abs(of_layer["float32_change"]) < UNCHANGED and of_layer["gap"] - gap > FELT for of_layer in by_layer.values()
-    )
+    unchanged = all(abs(of_layer["float32_change"]) < UNCHANGED for of_layer in by_layer.values())
     large = {
-        "passed": felt and right == len(by_layer),
+        "passed": unchanged and all(large_gap - gap > FELT for large_gap in gaps) and right == len(by_layer),
         "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(by_layer)}",
         "gap_without": gap,
         "layers": by_layer,
     }
     middle = list(by_layer)[len(by_layer) // 2]
     control = compensated_outlier(model, int(middle.partition(".")[2]), 0, SMALL)
-    small = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
-    return {
-        "large_outlier": large,
-        "small_outlier": {
-            "passed": small - gap < (by_layer[middle]["gap"] - gap) / 2,
-            "said": f"gap {number(small, 3)} nats in {middle}, {number(gap, 3)} without",
-            "gap": small,
-        },
+    small_gap = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
+    small = {
+        "passed": small_gap - gap < (by_layer[middle]["gap"] - gap) / 2,
+        "said": f"gap {number(small_gap, 3)} nats in {middle}, {number(gap, 3)} without",
+        "gap": small_gap,
     }
+    return {"large_outlier": large, "small_outlier": small}
 
 
 # ------------------------------------------------------------------------------------------- the published remedies

@@ -21,14 +21,12 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from held_out import kept_positions
+from held_out import masked_loss
 from hooks import Hooks
 from outliers import SINK, ActivationOutliers, AttentionSinks, hides_attention, self_attentions, watched
-from packing import IGNORED
 from softmax1 import ATTENTION, apply_softmax_n
 
 INTERVENTIONS = {
@@ -123,12 +121,9 @@ def _measure(
     sinks = AttentionSinks(model)
     loss = masked = 0
     for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
-        labels = batch.pop("labels")
-        chosen = labels != IGNORED
-        with kept_positions(model, chosen):
-            logits = model(**batch).logits[0]
-        loss += F.cross_entropy(logits.float(), labels[chosen], reduction="sum").item()
-        masked += int(chosen.sum())
+        nats, masked_tokens = masked_loss(model, batch, "sum")
+        loss += nats.item()
+        masked += int(masked_tokens.sum())
     places, attention = outliers.result(), sinks.result()
 
     def by_layer(place: str, statistic: str) -> list[float]:

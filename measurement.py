@@ -1,9 +1,6 @@
 """What is measured of one model: activations, attention, weights, interventions, quantization. Fills in a runs.Run.
 
-measure            measures everything, on texts that are the same for all runs
-measured_already   reads the same from the file that an earlier analysis wrote, if nothing has changed since
-take_measured      reads the same for all runs from these files alone
-load               loads a masked-LM and its tokenizer, or exits with one line that says what is wrong with them
+Everything that was measured of a run is kept in a file, so that a later analysis need not measure it again.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ from quantization import (
     measured_copy,
     relative_error,
 )
-from record import git_state, one_line, versions, weights_sha256
+from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -164,8 +161,8 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
     """Texts of a split, evenly spread over it, because the split holds one source after the other.
 
-    `source` is the folder that build_dataset.py wrote, or a text file, whose lines belong to validation and train in
-    turn.
+    `source` is the folder that build_dataset.py wrote, or a text file: then its first, third, ... line is in the split
+    "validation", and the others are in "train".
     """
     if source.is_file():
         rows = lines_of(source)[int(split == "train") :: 2]
@@ -215,10 +212,10 @@ class Texts:
     calibration_batches: int
 
 
-def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Callable | None) -> None:
+def measure(run: Run, texts: Texts, batch_size: int, check: bool, execute: Callable | None) -> None:
     """Fill in everything that is measured of a run.
 
-    `checked`: whether the instrument checks itself on this model; `execute`: executed.execute, or None to omit it.
+    `check`: whether the instrument checks itself on this model; `execute`: executed.execute, or None to omit it.
 
     Raises:
         NotFinite: the weights hold NaN or infinities; nothing was filled in.
@@ -226,8 +223,8 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     model, tokenizer = load(run.model)
     sinks = softmax1.learned_sinks(model)
     for name, parameter in model.named_parameters():
-        softmax_heads = (parameter == -math.inf) if name in sinks else False
-        if not (parameter.isfinite() | softmax_heads).all():
+        is_softmax = (parameter == -math.inf) if name in sinks else False  # log n of a head with n = 0
+        if not (parameter.isfinite() | is_softmax).all():
             raise NotFinite(f"{run.name} was not measured: its weights hold NaN or infinities, the first in {name}.")
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
@@ -249,10 +246,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     learned_n = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
     own_weights = getattr(model.config, "attention_weights", None)
     run.attention_uniform = uniform_attention(lengths, learned_n or n, own_weights)
-    if (before := untrained_model(model, run.results)) is not None:
+    if (untrained := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
-        run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
-        del before
+        run.untrained = dict(zip(("places", "attention"), measure_model(untrained, batches, tokenizer), strict=False))
+        del untrained
     run.histograms = ffn_histograms(
         model, padded_batches(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size)
     )
@@ -261,9 +258,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
     scored_ids = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
     scored = held_out_batches({"input_ids": scored_ids}, masks, batch_size)
-    few = [scored_ids[i] for i in evenly_spread(len(scored_ids), INTERVENTION_TEXTS)]
-    run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
-    measure_quantization(run, texts, model, tokenizer, masks, scored, checked, execute)
+    intervention_ids = [scored_ids[i] for i in evenly_spread(len(scored_ids), INTERVENTION_TEXTS)]
+    intervention_batches = held_out_batches({"input_ids": intervention_ids}, masks, batch_size)
+    run.interventions = interventions(model, intervention_batches, tokenizer)
+    measure_quantization(run, texts, model, tokenizer, masks, scored, check, execute)
 
 
 def measure_quantization(
@@ -273,43 +271,42 @@ def measure_quantization(
     tokenizer: PreTrainedTokenizerBase,
     masks: MaskedLMCollator,
     scored: list[dict],
-    checked: bool,
+    check: bool,
     execute: Callable | None,
 ) -> None:
     """Fill in the damage by every quantization, simulated and executed, and the instrument's check of itself."""
     draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
-    # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
+    # As in Bondarenko et al.: texts from the start of the held-out split, joined and cut into full sequences.
     limit = texts.calibration_batches * CALIBRATION_SIZE
-    full = joined(token_ids(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
-    published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
+    sequences = joined(token_ids(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
+    published = held_out_batches({"input_ids": sequences}, masks, CALIBRATION_SIZE)
     run.damage = {
         "sequences": sum(len(batch["input_ids"]) for batch in scored),
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }
-    if execute and hides_attention(model):
-        run.damage["executed"] = {"error": "its attention is not from transformers' attention interface"}
-    elif execute:
-        run.damage["executed"] = execute(model, scored, draws[0], run.damage)
-    if "error" in run.damage.get("executed", {}):
-        print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
-    if checked:
+    if execute:
+        outside = {"error": "its attention is not from transformers' attention interface"}
+        run.damage["executed"] = outside if hides_attention(model) else execute(model, scored, draws[0], run.damage)
+        if error := run.damage["executed"].get("error"):
+            print(f"note: {run.name} was not executed in INT8: {error}", file=sys.stderr)
+    if check:
         run.damage["self_check"] = self_check(model, scored, draws[0])
 
 
 def calibration_draws(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], masks: MaskedLMCollator
 ) -> list[list[dict]]:
-    """DRAWS lists of calibration batches, which share no text: the same for every run with this tokenizer."""
+    """DRAWS lists of calibration batches that share no text, the same for every run with this tokenizer."""
     shuffled = list(texts)
     random.Random(0).shuffle(shuffled)
     draws = []
     for i in range(DRAWS):
         if ids := token_ids(tokenizer, shuffled[i::DRAWS]):
             draw = held_out_batches({"input_ids": ids}, masks, CALIBRATION_SIZE)
-            # The running range forgets early batches: sorted by length, the longest texts would decide it.
+            # The running range forgets early batches: if they were sorted by length, the longest texts would decide it.
             random.Random(i).shuffle(draw)
             draws.append(draw)
     return draws
@@ -329,8 +326,8 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
     if expected is None:
         return None
     transformers.set_seed(results["seed"])
-    before = type(model)(copy.deepcopy(model.config))
-    return before.eval().to(model.device) if weights_sha256(before, leave_out=OWN_PARAMETERS) == expected else None
+    built = type(model)(copy.deepcopy(model.config))
+    return built.eval().to(model.device) if weights_sha256(built, leave_out=OWN_PARAMETERS) == expected else None
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
@@ -382,7 +379,7 @@ def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.
 def attention_maps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], attention: dict
 ) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
-    """(caption, tokens, weights, null mass) of the head with the largest idle mass, on a few short texts."""
+    """(caption, tokens, weights, null mass by query) of the head with the largest idle mass, on a few short texts."""
     if not attention:
         return []
     short = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
@@ -402,10 +399,10 @@ def attention_maps(
     return maps
 
 
-# ------------------------------------------------------------------------------------------------- kept from earlier
+# --------------------------------------------------------------------------------------------- what was measured before
 
 
-# The files that figures are computed with: when one of them changes, models are measured again.
+# The modules that figures are computed with: when one of them changes, models are measured again.
 CODE = (
     "controls executed held_out hooks interventions kurtosis measurement outliers packing quantization softmax1".split()
 )
@@ -416,13 +413,13 @@ MEASURED = (
 
 def made_with(texts: Texts, batch_size: int, execute: bool) -> dict:
     """What figures depend on besides the model: texts and settings, our code, packages, and the kind of device."""
-    asked = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
+    settings = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
     code = hashlib.sha256()
     for name in CODE:
         code.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return {
         "texts": len(texts.held_out),
-        "texts_and_settings": hashlib.sha256(asked.encode()).hexdigest(),
+        "texts_and_settings": hashlib.sha256(settings.encode()).hexdigest(),
         "code": code.hexdigest(),
         "packages": {name: version for name, version in versions().items() if name != "python"},
         "cuda": torch.cuda.is_available(),
@@ -446,38 +443,36 @@ def read_measured(run: Run, file: Path) -> dict | None:
     """What an earlier analysis wrote about a run; None where the file is missing, damaged or about other results."""
     try:
         measured = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
-        whole = {*MEASURED, "model", "made_with", "git"} <= measured.keys()
-        return measured if whole and measured["results"] == results_sha256(run) else None
+        complete = {*MEASURED, "model", "made_with", "git"} <= measured.keys()
+        return measured if complete and measured["results"] == results_sha256(run) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # then the run is measured again
 
 
 def take(run: Run, measured: dict) -> None:
-    """Fill in what read_measured found."""
+    """Fill in a run with what read_measured returned."""
     for name in MEASURED:
         setattr(run, name, measured[name])
     run.made_with, run.measured_at = measured["made_with"], measured["git"]
 
 
-def measured_already(run: Run, file: Path, wanted: dict, checked: bool) -> bool:
+def measured_already(run: Run, file: Path, wanted: dict, check: bool) -> bool:
     """Fill in a run from `file`, if that is about this model and was made with `wanted`; returns whether it was.
 
-    `checked`: whether the file must hold the self-check. Where the model folder is gone, it is enough that texts and
-    settings agree: a note in the report then says where code or packages differ.
+    `check`: whether the file must hold the self-check. Where the model folder is gone, only texts and settings have to
+    agree: a note in the report then says where code or packages differ.
     """
     measured = read_measured(run, file)
-    gone = not Path(run.model).is_dir()
-    key = "texts_and_settings"
-    if gone and (measured is None or measured["made_with"][key] != wanted[key]):
+    if Path(run.model).is_dir():
+        if measured is None or measured["made_with"] != wanted or measured["model"] != model_sha256(run):
+            return False
+        if check and "self_check" not in measured["damage"]:
+            return False
+    elif measured is None or measured["made_with"]["texts_and_settings"] != wanted["texts_and_settings"]:
         sys.exit(
             f"error: {run.file} has no model folder {run.model}, and {file} is damaged, or of another training, other "
             "texts or other settings: set --models_dir, or move the results file away"
         )
-    if not gone:
-        if measured is None or measured["made_with"] != wanted or measured["model"] != model_sha256(run):
-            return False
-        if checked and "self_check" not in measured["damage"]:
-            return False
     take(run, measured)
     return True
 
@@ -503,14 +498,11 @@ def take_measured(runs: list[Run], folder: Path) -> int:
 
 
 def keep_measured(run: Run, file: Path, made: dict) -> None:
-    """Write what was measured of a run, to a temporary name first. NaN and infinities are kept."""
+    """Write what was measured of a run. NaN and infinities are kept."""
     run.made_with, run.measured_at = made, git_state()
-    of = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
-    values = of | {name: getattr(run, name) for name in MEASURED}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(_encoded(values), allow_nan=False), encoding="utf-8")
-    partial.replace(file)
+    source = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
+    values = source | {name: getattr(run, name) for name in MEASURED}
+    write_whole(file, json.dumps(_encoded(values), allow_nan=False).encode())
 
 
 def _encoded(value):

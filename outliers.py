@@ -255,16 +255,9 @@ class _PlaceSums:
             self.massive[name] = self.massive.get(name, 0) + chosen.sum()
         channels = magnitudes.shape[1]
         largest = magnitudes.flatten().topk(min(TOP, magnitudes.numel())).indices
-        row = largest // channels
-        ids, positions = (of_token[row].double() for of_token in tokens)
-        new = [
-            values.flatten()[largest].double(),
-            ratios.flatten()[largest].double(),
-            ids,
-            positions,
-            (largest % channels).double(),
-        ]
-        top = torch.cat([self.top, torch.stack(new, 1)])
+        ids, positions = (of_token[largest // channels] for of_token in tokens)
+        columns = values.flatten()[largest], ratios.flatten()[largest], ids, positions, largest % channels
+        top = torch.cat([self.top, torch.stack([column.double() for column in columns], 1)])
         self.top = top[top[:, 0].abs().argsort(descending=True, stable=True)[:TOP]]
 
     @staticmethod
@@ -310,15 +303,10 @@ class _PlaceSums:
     def _massive(self) -> dict:
         if not self.massive:
             return {}
+        where = ("token_id", "position", "channel")
         top = [
-            {
-                "value": value,
-                "ratio": ratio,
-                "token_id": int(token_id),
-                "position": int(position),
-                "channel": int(channel),
-            }
-            for value, ratio, token_id, position, channel in self.top.tolist()
+            {"value": value, "ratio": ratio, **dict(zip(where, map(int, numbers), strict=True))}
+            for value, ratio, *numbers in self.top.tolist()
         ]
         return {"massive": {**{name: int(count) for name, count in self.massive.items()}, "top": top}}
 
@@ -335,6 +323,7 @@ SINK_RATES = tuple(
     for length in ("", "_short")
     for kind in ("first", "any", "first_renormalised", "any_renormalised", "any_or_null")
 )
+OF_QUERIES = ("mass_first", "mass_separator", "mass_punctuation", "mass_self", "null_mass", "entropy")
 # A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
 IDLE = (0.5, 0.9)
 # A query of a head attends where at most this much of its attention goes nowhere: one bound for every class and n.
@@ -408,58 +397,49 @@ class AttentionSinks(BatchStatistics):
         query = real[:, None, :].double()  # (B, 1, T)
         ordinary = query * (classes == OTHER)[:, None, :]
         # A masked key has weight 0 already; the null mass of a softmax is rounding error.
-        null = (1 - weights.sum(-1, dtype=torch.float64)).clamp_min(0)  # (B, H, T)
-        to = {
-            kind: (weights * ((classes == i) & real)[:, None, None, :]).sum(-1, dtype=torch.float64)
+        total = weights.sum(-1, dtype=torch.float64)  # (B, H, T)
+        null = (1 - total).clamp_min(0)
+        mass = {
+            f"mass_{kind}": (weights * ((classes == i) & real)[:, None, None, :]).sum(-1, dtype=torch.float64)
             for i, kind in enumerate(TOKEN_CLASSES[:OTHER])
         }
-        own = weights.diagonal(dim1=-2, dim2=-1).double()
-        entropy = -(
-            torch.special.xlogy(weights, weights).sum(-1, dtype=torch.float64) + torch.special.xlogy(null, null)
-        )
-        nothing = null + sum(to.values())
+        idle = null + sum(mass.values())
+        mass["mass_self"] = weights.diagonal(dim1=-2, dim2=-1).double()
+        entropy = torch.special.xlogy(weights, weights).sum(-1, dtype=torch.float64) + torch.special.xlogy(null, null)
+        of_queries = {**mass, "null_mass": null, "entropy": -entropy}
+        heads = weights.shape[1]
+        totals = {
+            "queries": query.sum().expand(heads),
+            "ordinary": ordinary.sum().expand(heads),
+            "idle_mass": (idle * ordinary).sum((0, 2)),
+            **{key: (value * query).sum((0, 2)) for key, value in of_queries.items()},
+        }
         # Mean attention that every key gets from the real queries of its sequence.
         received = {"": (weights * query[..., None]).sum(2, dtype=torch.float64) / query.sum(-1, keepdim=True)}
-        total = weights.sum(-1, dtype=torch.float64)  # (B, H, T)
         attending = query * (total > NO_MASS)
-        nowhere = (null * query).sum(-1) / query.sum(-1)  # (B, H)
         shares = weights * (attending / total.clamp_min(NO_MASS))[..., None]
         received["_renormalised"] = shares.sum(2) / attending.sum(-1, keepdim=True).clamp_min(1)
-        new = {
-            "queries": query.sum().expand(weights.shape[1]),
-            "ordinary": ordinary.sum().expand(weights.shape[1]),
-            "null": (null * query).sum((0, 2)),
-            "self": (own * query).sum((0, 2)),
-            "entropy": (entropy * query).sum((0, 2)),
-            "nothing": (nothing * ordinary).sum((0, 2)),
-            **{kind: (mass * query).sum((0, 2)) for kind, mass in to.items()},
-        }
+        largest = {f"first{kind}": mean[..., 0] for kind, mean in received.items()}
+        largest |= {f"any{kind}": mean.amax(-1) for kind, mean in received.items()}
+        largest["any_or_null"] = torch.maximum(largest["any"], (null * query).sum(-1) / query.sum(-1))
         short = real.sum(-1) < SHORT
         for length, chosen in (("", ~short), ("_short", short)):
-            new[f"sequences{length}"] = chosen.sum().double().expand(weights.shape[1])
-            for kind, mean in received.items():
-                for which, most in (("first", mean[..., 0]), ("any", mean.amax(-1))):
-                    sinks = (most > SINK) & chosen[:, None]
-                    new[f"sink_rate_{which}{kind}{length}"] = sinks.sum(0).double()
-            most = torch.maximum(received[""].amax(-1), nowhere)
-            new[f"sink_rate_any_or_null{length}"] = ((most > SINK) & chosen[:, None]).sum(0).double()
-        self.add_to(self._sums.setdefault(layer, {}), new)
+            totals[f"sequences{length}"] = chosen.sum().double().expand(heads)
+            for kind, share in largest.items():
+                totals[f"sink_rate_{kind}{length}"] = ((share > SINK) & chosen[:, None]).sum(0).double()
+        self.add_to(self._sums.setdefault(layer, {}), totals)
 
     def result(self) -> dict[str, dict[str, list[float]]]:
         """By layer (`layer.<i>`), a list over its heads for every key; DEFINITIONS.md explains them.
 
         A sink rate is NaN where there is no sequence of that length.
         """
-        names = {"mass_first": "first", "mass_separator": "separator", "mass_punctuation": "punctuation"}
-        names |= {"mass_self": "self", "null_mass": "null", "entropy": "entropy"}
-        by_layer = {}
-        for layer, sums in self._sums.items():
-            by_layer[layer] = {key: (sums[name] / sums["queries"]).tolist() for key, name in names.items()}
-            by_layer[layer]["idle_mass"] = (sums["nothing"] / sums["ordinary"]).tolist()
-            for key in SINK_RATES:
-                sequences = sums["sequences_short" if key.endswith("_short") else "sequences"]
-                by_layer[layer][key] = (sums[key] / sequences).tolist()
-        return by_layer
+        counts = dict.fromkeys(OF_QUERIES, "queries") | {"idle_mass": "ordinary"}
+        counts |= {rate: "sequences_short" if rate.endswith("_short") else "sequences" for rate in SINK_RATES}
+        return {
+            layer: {key: (sums[key] / sums[count]).tolist() for key, count in counts.items()}
+            for layer, sums in self._sums.items()
+        }
 
 
 def uniform_attention(

@@ -8,23 +8,13 @@
     w8a8_dynamic      8-bit weights (one scale a row) and inputs (one scale a token, at run time) of every nn.Linear
     w4_weight_only    4-bit weights (one scale for 128 inputs of a row) of every nn.Linear, float32 activations
 
-In the four static ones weights are symmetric, activations asymmetric (0 is exact), both per tensor, and arithmetic is
-simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al. published
-(validate_mlm.py and what it calls): the same tensors are quantized, ranges are estimated in the same way, and on the
-same kind of text. The three others are ours and differ from it; DEFINITIONS.md has all differences side by side:
+In the four static schemes, weights are symmetric and activations asymmetric (0 is exact), with one range a tensor, and
+arithmetic is simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al.
+published (validate_mlm.py and what it calls): the same tensors are quantized, and their ranges are estimated in the
+same way and on the same kind of text. The three other static schemes are ours. DEFINITIONS.md compares both: which
+tensors are quantized, where their ranges come from, and on which text they are calibrated.
 
-    tensors       ours: weights of every nn.Linear and nn.Embedding; the input of every nn.Linear; query, key and value;
-                  the attention scores, the attention weights and the context; the outputs of attention.output.dense and
-                  output.dense; what enters and what leaves every LayerNorm. The masked-LM head is quantized as well,
-                  but for the logits.
-                  published: also the weights of every LayerNorm, and the sum of word and token type embeddings; no
-                  part of the masked-LM head. Every tensor once, where it is made.
-    ranges        ours: of the float32 model. published: of the model while it is quantized, with the ranges so far.
-                  Both: weights from minimum and maximum, activations from a running minimum and maximum.
-    calibration   ours: training text, several draws of it, sentence by sentence. published: the text that is scored,
-                  joined and cut into sequences of 128 tokens.
-
-Every scheme computes through the one attention function of this file, whatever class the model is of: two models that
+Every scheme computes through the one attention function of this file, whatever the class of the model: two models that
 compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
 
 The rounding is torch's own fake quantization everywhere. We do not use torchao: it has the last two schemes only, and
@@ -39,6 +29,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +52,7 @@ DRAWS = 4  # of calibration texts: w8a8_static is the mean over them, and their 
 PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", among 0.999 to 0.999999
 GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
 PART_BATCHES = 8  # batches of held-out text, evenly spread, that the damage of one part alone is measured on
+RESAMPLES = 2000  # of the texts, for an interval
 
 SCHEMES = {
     "float32": "float32",
@@ -114,10 +106,11 @@ def mse_weight(weight: Tensor) -> Tensor:
     largest = weight.detach().abs().max().item()
     if not 0 < largest < math.inf:
         return int8_weight(weight)
-    bins = _occupied(_histogram(weight.detach()))
     scales = largest / 127 * SHRINKAGE
-    scale = scales[_rounding_error(*bins, scales, np.full_like(scales, -128), np.full_like(scales, 127)).argmin()]
-    return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scale), 0, -128, 127)
+    errors = _rounding_error(
+        _occupied(_histogram(weight)), scales, np.full_like(scales, -128), np.full_like(scales, 127)
+    )
+    return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scales[errors.argmin()]), 0, -128, 127)
 
 
 def published_weight(weight: Tensor) -> Tensor:
@@ -141,9 +134,20 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
 # float32 number are its bin. So one pass over the values is enough at any scale, and the width of a bin is at most
 # 1/128 of the values in it.
 
-FINITE = 0x7F80  # bins of one sign; the one with this number is infinity
-BIN_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+FINITE = 0x7F80  # bins of one sign; the bin with this number is infinity
+_POSITIVE_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+# Of the bins with finite values, from the lowest upwards: their edges, and their numbers in a histogram.
+EDGES = np.concatenate([-_POSITIVE_EDGES[:0:-1], _POSITIVE_EDGES])
+NUMBERS = np.concatenate([np.arange(0x8000, 0x8000 + FINITE)[::-1], np.arange(FINITE)])
 SHRINKAGE = np.logspace(0, -3, 61)  # factors that the search for the best range tries, in steps of 11 %
+
+
+class Bins(NamedTuple):
+    """The bins of a histogram that hold a value, from the lowest upwards: (bins,) each."""
+
+    left: np.ndarray
+    right: np.ndarray
+    count: np.ndarray
 
 
 def _histogram(values: Tensor) -> Tensor:
@@ -152,43 +156,27 @@ def _histogram(values: Tensor) -> Tensor:
     return torch.bincount((bits >> 16) & 0xFFFF, minlength=1 << 16).cpu()
 
 
-def _occupied(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(left edge, right edge, count) of the bins that hold a value, from the lowest upwards."""
-    counts = counts.numpy()
-    above = counts[:FINITE].nonzero()[0]
-    below = counts[0x8000 : 0x8000 + FINITE].nonzero()[0][::-1]
-    left = np.concatenate([-BIN_EDGES[below + 1], BIN_EDGES[above]])
-    right = np.concatenate([-BIN_EDGES[below], BIN_EDGES[above + 1]])
-    return left, right, np.concatenate([counts[0x8000 + below], counts[above]]).astype(np.float64)
+def _occupied(counts: Tensor) -> Bins:
+    ordered = counts.numpy()[NUMBERS]
+    occupied = ordered.nonzero()[0]
+    return Bins(EDGES[occupied], EDGES[occupied + 1], ordered[occupied].astype(np.float64))
 
 
-def _percentile(left: np.ndarray, right: np.ndarray, count: np.ndarray, share: float) -> float:
+def _percentile(bins: Bins, share: float) -> float:
     """The value under which `share` of the histogram lies, linear inside a bin."""
+    left, right, count = bins
     total = count.cumsum()
     i = min(np.searchsorted(total, share * total[-1]), len(count) - 1)
     inside = (share * total[-1] - (total[i] - count[i])) / count[i]
     return float(left[i] + inside * (right[i] - left[i]))
 
 
-def _rounding_error(
-    left: np.ndarray,
-    right: np.ndarray,
-    count: np.ndarray,
-    scale: np.ndarray,
-    lowest: np.ndarray,
-    highest: np.ndarray,
-) -> np.ndarray:
-    """Mean squared error of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
+def _rounding_error(bins: Bins, scale: np.ndarray, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    """Mean squared error (grids,) of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
 
-    Values are taken as evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that x is
-    rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, continuous where k changes.
-
-    Args:
-        left, right, count: (bins,).
-        scale, lowest, highest: (grids,).
-
-    Returns:
-        (grids,).
+    Values are assumed to be evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that
+    x is rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, which is continuous
+    where k changes. `scale`, `lowest` and `highest` are (grids,).
     """
     scale, lowest, highest = (values[:, None] for values in (scale, lowest, highest))
     cube = scale * scale * scale / 12
@@ -198,19 +186,20 @@ def _rounding_error(
         rest = x - k * scale
         return k * cube + rest * rest * rest / 3  # rest**3 would take ten times as long
 
+    left, right, count = bins
     return (integral(right) - integral(left)) / (right - left) @ count / count.sum()
 
 
-def _mse_range(bins: tuple, low: float, high: float) -> tuple[float, float]:
+def _mse_range(bins: Bins, low: float, high: float) -> tuple[float, float]:
     """The range inside (low, high) with the smallest mean squared rounding error.
 
-    Not every pair of ends is tried: first both ends shrink together, then each alone, the upper end once more.
+    Not every pair of ends is tried: first both ends shrink together, then the upper, the lower and the upper one again.
     """
     for ends in ((True, True), (False, True), (True, False), (False, True)):
         lows, highs = (end * SHRINKAGE**shrinks for end, shrinks in zip((low, high), ends, strict=True))
         scale = (highs - lows) / 255
         zero = np.clip(np.rint(-lows / scale), 0, 255)
-        best = _rounding_error(*bins, scale, -zero, 255 - zero).argmin()
+        best = _rounding_error(bins, scale, -zero, 255 - zero).argmin()
         low, high = float(lows[best]), float(highs[best])
     return low, high
 
@@ -234,11 +223,15 @@ class _Range:
         self._extremes = (math.inf, -math.inf)
         self._counts: Tensor | None = None
 
-    def __call__(self, values: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """`chosen` selects the entries that are real: a boolean tensor over the leading dimensions of `values`."""
+    def __call__(self, values: Tensor, real: Tensor | None = None) -> Tensor:
+        """Observe or round `values`, as the owner asks for.
+
+        `real` selects the entries that are no padding: a boolean tensor over the leading dimensions of `values`, by
+        default (batch, tokens) of the owner.
+        """
         owner = self.owner
         if owner.observing:
-            self._observe(values, chosen)
+            self._observe(values, owner.real_tokens(values) if real is None else real)
             if not owner.published:
                 return values
         if self.part not in owner.active:
@@ -255,12 +248,12 @@ class _Range:
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
-    def _observe(self, values: Tensor, chosen: Tensor | None) -> None:
+    def _observe(self, values: Tensor, real: Tensor | None) -> None:
         # A tensor often enters several modules one after the other: its range and histogram are computed once.
         if self.owner.observed is None or self.owner.observed[0] is not values:
-            real = (values if chosen is None else values[chosen]).detach()
-            low, high = (value.item() for value in torch.aminmax(real))
-            counts = _histogram(real) if self.owner.histograms else None
+            entries = (values if real is None else values[real]).detach()
+            low, high = (value.item() for value in torch.aminmax(entries))
+            counts = _histogram(entries) if self.owner.histograms else None
             # 0 must be exact, as in every integer kernel.
             self.owner.observed = values, min(low, 0.0), max(high, 0.0), counts
         _, low, high, counts = self.owner.observed
@@ -282,8 +275,8 @@ class _Range:
             if estimator == "mse":
                 low, high = _mse_range(bins, *self._extremes)
             else:
-                low = min(max(_percentile(*bins, 1 - PERCENTILE), self._extremes[0]), 0.0)
-                high = max(min(_percentile(*bins, PERCENTILE), self._extremes[1]), 0.0)
+                low = min(max(_percentile(bins, 1 - PERCENTILE), self._extremes[0]), 0.0)
+                high = max(min(_percentile(bins, PERCENTILE), self._extremes[1]), 0.0)
         self.low, self.high = low, high
 
 
@@ -310,18 +303,18 @@ def _measured_attention(
     Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
     """
     log_n = log_n_of(module)
-    own = getattr(module.config, "attention_weights", None)
-    on_scores, on_weights = getattr(module, "quantizers", None) or (lambda values, chosen: values,) * 2
+    own_weights = getattr(module.config, "attention_weights", None)
+    round_scores, round_weights = getattr(module, "quantizers", None) or (lambda values, real: values,) * 2
     real = module.real_tokens() if hasattr(module, "real_tokens") else None
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ key.to(exact).transpose(-2, -1)
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     pairs = None if real is None else (real[:, None, :, None] & real[:, None, None, :]).expand_as(scores)
-    scores = on_scores(scores, pairs)
+    scores = round_scores(scores, pairs)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)
-    if own:
-        weights = own(scores)
+    if own_weights:
+        weights = own_weights(scores)
     else:
         if isinstance(log_n, Tensor):
             null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -329,7 +322,7 @@ def _measured_attention(
         else:
             scores = F.pad(scores, (0, 1), value=log_n)
         weights = torch.softmax(scores, -1)[..., :-1]
-    weights = on_weights(weights, pairs).to(value.dtype)
+    weights = round_weights(weights, pairs).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -385,7 +378,6 @@ class StaticW8A8:
             raise ValueError(f"the attention of {type(model).__name__} is not from transformers' attention interface")
         self.model = measured_copy(model)
         self.published = published
-        self.histograms = histograms
         self.observing = False
         self.observed: tuple | None = None
         self.levels: dict[str, int] | None = None
@@ -394,9 +386,11 @@ class StaticW8A8:
         self._mask: Tensor | None = None
         self._weights: list[tuple[str, nn.Module, Tensor]] = []
         self._rounded: list[Tensor] = []
-        self._untie()
+        # The decoder gets a weight of its own, so that it can be quantized without the embeddings.
+        decoder = self.model.get_output_embeddings()
+        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
         self._attach()
-        self.parts = sorted({part for part, *_ in self._weights}, key=_order)
+        self.parts = list(dict.fromkeys(part for part, *_ in self._weights))
         self.calibrate(calibration, histograms)
 
     def calibrate(self, calibration: list[dict], histograms: bool = False) -> None:
@@ -412,10 +406,7 @@ class StaticW8A8:
         self._activate(self.parts if self.published else ())
         self.observing = True
         try:
-            if self.published:  # its head has no ranges
-                self._run_encoder(calibration)
-            else:
-                per_text_loss(self.model, calibration)
+            per_text_loss(self.model, calibration)
         finally:
             self.observing, self.observed = False, None
         unset = [name for name, activation in self.ranges.items() if activation.low is None]
@@ -452,60 +443,46 @@ class StaticW8A8:
         finally:
             self.levels = None
 
-    @torch.no_grad()
-    def _run_encoder(self, batches: list[dict]) -> None:
-        for batch in batches:
-            self.model.base_model(
-                **{name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-            )
-
-    def _untie(self) -> None:
-        """The decoder gets a weight of its own, so that it can be quantized without the embeddings."""
-        decoder = self.model.get_output_embeddings()
-        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
+    def real_tokens(self, values: Tensor) -> Tensor | None:
+        """The (batch, tokens) mask of real tokens; None without padding, or where `values` has other dimensions."""
+        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
 
     def _attach(self) -> None:
         self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
         inside = f"{self.model.base_model_prefix}."
+        weighted = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
         for name, module in self.model.named_modules():
             part = _part(name, inside)
             if self.published and (part == "head" or name.endswith(".attention.self.gate")):
                 continue  # these stay in float32 there
-            self._attach_weight(module, part)
+            if isinstance(module, weighted):
+                self._weights.append((part, module, module.weight.detach()))
             inputs, outputs = _published_places(name, module) if self.published else _our_places(name, module)
             if inputs:
                 self._on_input(name, module, part)
             if outputs:
                 self._on_output(f"{name}.output", module, part)
-            if re.search(r"\.attention\.self$", name):
+            if name.endswith(".attention.self"):
                 module.quantizers = [self._range(f"{name}.{what}", part) for what in ("scores", "weights")]
                 module.real_tokens = lambda: self._mask
                 self._on_output(f"{name}.context", module, part)
         if self.published:
             self._on_partial_sum()
 
-    def _attach_weight(self, module: nn.Module, part: str) -> None:
-        kinds = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
-        if isinstance(module, kinds):
-            self._weights.append((part, module, module.weight.detach()))
-
     def _range(self, name: str, part: str) -> _Range:
         return self.ranges.setdefault(name, _Range(self, part, name))
 
-    def _real(self, values: Tensor) -> Tensor | None:
-        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
-
     def _on_input(self, name: str, module: nn.Module, part: str) -> None:
         quantize = self._range(f"{name}.input", part)
-        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0], self._real(inputs[0])), *inputs[1:]))
+        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0]), *inputs[1:]))
 
     def _on_output(self, name: str, module: nn.Module, part: str) -> None:
         quantize = self._range(name, part)
 
         def hook(module: nn.Module, inputs: tuple, output):
             if isinstance(output, tuple):  # of the self-attention: the context and the weights
-                return quantize(output[0], self._real(output[0])), *output[1:]
-            return quantize(output, self._real(output))
+                return quantize(output[0]), *output[1:]
+            return quantize(output)
 
         module.register_forward_hook(hook)
 
@@ -518,18 +495,14 @@ class StaticW8A8:
         if words is None or types is None:
             return
         quantize = self._range(f"{self.model.base_model_prefix}.embeddings.words_and_types", "embeddings")
-        held = []
+        word_outputs = []
 
         def hold(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            held.append(output)
+            word_outputs.append(output)
             return torch.zeros_like(output)
 
-        def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            total = held.pop() + output
-            return quantize(total, self._real(total))
-
         words.register_forward_hook(hold)
-        types.register_forward_hook(add)
+        types.register_forward_hook(lambda module, inputs, output: quantize(word_outputs.pop() + output))
 
     def _remember_mask(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
         mask = keywords.get("attention_mask")
@@ -560,13 +533,9 @@ def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
 
 
 def _part(name: str, inside: str) -> str:
-    if match := re.search(r"\blayer\.(\d+)\.", name):
-        return f"layer.{match[1]}"
+    if match := re.search(r"\b(layer\.\d+)\.", name):
+        return match[1]
     return "embeddings" if name.startswith(inside) else "head"
-
-
-def _order(part: str) -> tuple:
-    return (("embeddings", "layer", "head").index(part.partition(".")[0]), int(part.partition(".")[2] or 0))
 
 
 def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[int]]:
@@ -639,6 +608,8 @@ def measure_damage(
     """
     sums: dict[str, Tensor] = {}  # of per_text_loss, by scheme
     draws = [] if hides_attention(model) else draws
+    draw_sums: list[Tensor] = []  # the same of w8a8_static, by draw
+    static = {"parts": {}, "part_floors": {}, "ranges": {}}
     with tqdm(total=len(SCHEMES) + len(draws) - 1, desc=f"{label}: quantization", unit="pass") as bar:
 
         def score(scheme: str, quantized: PreTrainedModel) -> Tensor:
@@ -647,62 +618,32 @@ def measure_damage(
             return sums[scheme]
 
         plain = measured_copy(model)
-        exact, masked = score("float32", plain).T
+        score("float32", plain)
         try:
             score("bfloat16", measured_copy(model).to(torch.bfloat16))
         except RuntimeError:  # some attentions compute in float32 alone
             if not hides_attention(model):
                 raise
-        static = {"parts": {}, "part_floors": {}, "ranges": {}}
         if draws:
             part_batches = batches[:: math.ceil(len(batches) / PART_BATCHES)]
-            sums["w8a8_static"], static = _score_static(model, plain, draws, part_batches, score)
+            draw_sums, static = _score_static(model, plain, draws, part_batches, score)
+            sums["w8a8_static"] = torch.stack(draw_sums).mean(0)
             score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
         score("w4_weight_only", weight_only_w4(model))
-    return {**_losses_and_gaps(sums, exact, masked, static.pop("draws", [])), **static}
-
-
-def _losses_and_gaps(sums: dict[str, Tensor], exact: Tensor, masked: Tensor, draws: list[Tensor]) -> dict:
-    """The part of `measure_damage`'s result that follows from the losses of every text.
-
-    Args:
-        sums: {scheme: (texts, 2), of `per_text_loss`}.
-        exact, masked: (texts,), losses in float32 and numbers of masked tokens.
-        draws: (texts, 2) of w8a8_static for each draw of calibration texts.
-    """
-    texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
-    draw_gaps = [((losses[:, 0] - exact).sum() / masked.sum()).item() for losses in draws]
-    masked = masked.numpy()
-    schemes = {
-        scheme: _scheme(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
-        for scheme, losses in texts.items()
-    }
-    return {
-        "schemes": schemes,
-        "masked_tokens": int(masked.sum()),
-        "masked": masked.astype(int).tolist(),
-        "texts": {scheme: [float(f"{value:.6g}") for value in losses] for scheme, losses in texts.items()},
-    }
+    return {**_losses_and_gaps(sums, draw_sums), **static}
 
 
 def _score_static(
     model: PreTrainedModel, plain: PreTrainedModel, draws: list[list[dict]], part_batches: list[dict], score: Callable
-) -> tuple[Tensor, dict]:
+) -> tuple[list[Tensor], dict]:
     """Score w8a8_static with every draw of calibration batches, and our other static schemes with the first draw.
 
-    Args:
-        model, draws: as in `measure_damage`.
-        plain: a copy that is not quantized.
-        part_batches: batches for the damage of one part alone.
-        score: (scheme, quantized model) -> losses by text, of `per_text_loss`.
-
     Returns:
-        (mean of the losses over the draws, {"draws": losses with each draw, and "parts", "part_floors", "ranges" of
-        `measure_damage`}).
+        ((texts, 2) of w8a8_static for each draw, {"parts", "part_floors", "ranges"} of `measure_damage`).
     """
     static = StaticW8A8(model, draws[0], histograms=True)
-    losses = [score("w8a8_static", static.model)]
+    draw_sums = [score("w8a8_static", static.model)]
     parts, part_floors = part_gaps(static, plain, part_batches)
     ranges = {name: [activation.low, activation.high] for name, activation in static.ranges.items()}
     for estimator in ("percentile", "mse"):
@@ -710,8 +651,30 @@ def _score_static(
         score(f"w8a8_{estimator}", static.model)
     for draw in draws[1:]:
         static.calibrate(draw)
-        losses.append(score("w8a8_static", static.model))
-    return torch.stack(losses).mean(0), {"draws": losses, "parts": parts, "part_floors": part_floors, "ranges": ranges}
+        draw_sums.append(score("w8a8_static", static.model))
+    return draw_sums, {"parts": parts, "part_floors": part_floors, "ranges": ranges}
+
+
+def _losses_and_gaps(sums: dict[str, Tensor], draw_sums: list[Tensor]) -> dict:
+    """The part of `measure_damage`'s result that follows from the losses of every text."""
+    exact, masked = sums["float32"].T
+    draw_gaps = [((of_draw[:, 0] - exact).sum() / masked.sum()).item() for of_draw in draw_sums]
+    masked = masked.numpy()
+    texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
+    return {
+        "schemes": {
+            scheme: scheme_figures(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
+            for scheme, losses in texts.items()
+        },
+        "masked_tokens": int(masked.sum()),
+        "masked": masked.astype(int).tolist(),
+        "texts": {scheme: six_digits(losses) for scheme, losses in texts.items()},
+    }
+
+
+def six_digits(losses: np.ndarray) -> list[float]:
+    """The losses of texts as they are kept: with six significant digits."""
+    return [float(f"{loss:.6g}") for loss in losses]
 
 
 def part_gaps(
@@ -728,19 +691,15 @@ def part_gaps(
     return gaps, floors
 
 
-def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
+def scheme_figures(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
     """What measure_damage says of one scheme: `sums` and `exact` are the losses of every text in it and in float32."""
     loss = float(sums.sum() / masked.sum())
+    gap = loss - float(exact.sum() / masked.sum())
     error = gap_error(sums - exact, masked)
-    scheme = {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "gap": loss - float(exact.sum() / masked.sum()),
-    }
     if len(draw_gaps) > 1:
         error = math.hypot(error, float(np.std(draw_gaps, ddof=1)) / math.sqrt(len(draw_gaps)))
-    scheme |= {"error": error, "floor": 2 * error}
-    return scheme | ({"draws": draw_gaps} if draw_gaps else {})
+    draws = {"draws": draw_gaps} if draw_gaps else {}
+    return {"loss": loss, "perplexity": perplexity(loss), "gap": gap, "error": error, "floor": 2 * error, **draws}
 
 
 def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
@@ -759,9 +718,7 @@ def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
     return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / masked.sum())
 
 
-def bootstrap_difference(
-    before: dict, after: dict, scheme: str, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_difference(before: dict, after: dict, scheme: str) -> tuple[float, float]:
     """95 % percentile interval, over texts, of the gap of a scheme in one run minus that in another.
 
     Texts are drawn with replacement, the same ones for both runs, for the scheme and for float32 (Efron and Tibshirani,
@@ -780,13 +737,13 @@ def bootstrap_difference(
     if before["masked"] != after["masked"]:
         raise ValueError("the two runs were scored on other texts or other masks: their gaps do not pair")
     masked = np.array(before["masked"], dtype=float)
-    gaps = [
-        np.array(run["texts"][scheme], dtype=float) - np.array(run["texts"]["float32"], dtype=float)
+    gap_before, gap_after = (
+        np.subtract(*(np.array(run["texts"][name], dtype=float) for name in (scheme, "float32")))
         for run in (before, after)
-    ]
-    differences = gaps[1] - gaps[0]
+    )
+    differences = gap_after - gap_before
     if not np.isfinite(differences).all():
         return math.nan, math.nan
-    chosen = np.random.default_rng(seed).integers(len(masked), size=(resamples, len(masked)))
+    chosen = np.random.default_rng(0).integers(len(masked), size=(RESAMPLES, len(masked)))
     low, high = np.percentile(differences[chosen].sum(1) / masked[chosen].sum(1), [2.5, 97.5])
     return float(low), float(high)

@@ -239,17 +239,18 @@ def test_ranges_from_histograms_against_the_values_themselves(outlier):
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.3
     values[:3] = outlier
     bins = quantization._occupied(quantization._histogram(values))
-    assert bins[2].sum() == len(values) and (bins[0] < bins[1]).all() and (bins[0][1:] >= bins[1][:-1]).all()
+    assert bins.count.sum() == len(values) and (bins.left < bins.right).all()
+    assert (bins.left[1:] >= bins.right[:-1]).all()
     for share in (1e-4, 0.3, 0.9999):
         expected = np.quantile(values.numpy(), share)
-        assert quantization._percentile(*bins, share) == pytest.approx(expected, rel=0.01)
+        assert quantization._percentile(bins, share) == pytest.approx(expected, rel=0.01)
     low, high = min(values.min().item(), 0), max(values.max().item(), 0)
     by_range = {}
     for shrunk in (1.0, 0.7, 0.3, 0.02):
         ends = np.array([low * shrunk]), np.array([high * shrunk])
         scale = (ends[1] - ends[0]) / 255
         zero = np.rint(-ends[0] / scale)
-        found = quantization._rounding_error(*bins, scale, -zero, 255 - zero)[0]
+        found = quantization._rounding_error(bins, scale, -zero, 255 - zero)[0]
         by_range[shrunk] = mean_squared_error(values, low * shrunk, high * shrunk)
         assert found == pytest.approx(by_range[shrunk], rel=0.03), shrunk
     best = mean_squared_error(values, *quantization._mse_range(bins, low, high))

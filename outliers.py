@@ -1,13 +1,7 @@
 """What we measure on activations and attention of a model: outliers, sinks, norms. DEFINITIONS.md defines every figure.
 
-    ActivationOutliers      statistics of the named places of every layer, streaming over any amount of text
-    AttentionSinks          where the attention of every head goes, and how much of it goes nowhere
-    HeadVectors             norms of keys and values, range of the logits, context of every head
-    measure_model           all of these, of one model on texts
-    uniform_attention       what AttentionSinks gives where all attention weights are equal
-    Emergence               a few of them while a model is trained
-
-Padding is left out everywhere. Kurtosis is excess kurtosis (kurtosis.py): a Gaussian has 0.
+All statistics stream over any amount of text, and padding is left out everywhere. Kurtosis is excess kurtosis
+(kurtosis.py): a Gaussian has 0.
 
 Shape legend: B sequences, T tokens, C channels, R real tokens of a batch, H heads, E channels of a head.
 """
@@ -33,7 +27,7 @@ from softmax1 import learned_sinks
 
 # --------------------------------------------------------------------------------------------------- classes of tokens
 
-# Outliers sit on the first token and on separators (Bondarenko et al. 2023, Kaul et al. 2025): they are kept apart.
+# Outliers sit on the first token and on separators (Bondarenko et al. 2023, Kaul et al. 2025): these have classes.
 TOKEN_CLASSES = ("first", "separator", "punctuation", "other")
 FIRST, SEPARATOR, PUNCTUATION, OTHER = range(4)
 
@@ -41,8 +35,8 @@ FIRST, SEPARATOR, PUNCTUATION, OTHER = range(4)
 def token_classes(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Class of every token (an index into TOKEN_CLASSES), same shape as `input_ids` (B, T).
 
-    first: position 0 (<s>, [CLS]); separator: any other </s>, [SEP], <s> or [CLS]; punctuation: what decodes to nothing
-    but Unicode punctuation (categories P*) and white space.
+    first: position 0 (<s>, [CLS]); separator: any other </s>, [SEP], <s> or [CLS]; punctuation: a token that decodes to
+    Unicode punctuation (categories P*) and white space only.
     """
     separators = {tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id}
 
@@ -85,14 +79,14 @@ class BatchStatistics(Hooks):
 class Place(NamedTuple):
     """A tensor of every layer: the input or the output of a module."""
 
-    module: str  # its name behind `layer.<i>.`
+    module: str  # the module's name after `layer.<i>.`
     side: str  # "input" or "output"
-    label: str  # in pictures
-    same: tuple[str, ...] = ()  # other modules that have this output in eval mode; the published tables name these
+    label: str  # the name of the place in pictures
+    same: tuple[str, ...] = ()  # other modules with the same output in eval mode, which the published tables name
 
 
-# RoBERTa and BERT normalise after adding (post-LN), so the residual stream is what enters a LayerNorm: a block's output
-# plus its input. In eval mode dropout is the identity.
+# RoBERTa and BERT normalise after adding (post-LN), so the residual stream is the input of a LayerNorm: the output of a
+# block plus its input. In eval mode dropout is the identity.
 PLACES = {
     "query": Place("attention.self.query", "output", "query"),
     "key": Place("attention.self.key", "output", "key"),
@@ -109,30 +103,30 @@ PLACES = {
     "ffn_layernorm": Place("output.LayerNorm", "output", "FFN LayerNorm", ("output",)),
 }
 FFN = PLACES["ffn_output"].module
-# Of the whole model: what enters and what leaves the LayerNorm of the embeddings.
+# Places of the whole model: input and output of the LayerNorm of the embeddings.
 EMBEDDINGS = {"embeddings_sum": "input", "embeddings": "output"}
 LOGITS = "logits"
 
-OUTLIER = 6.0  # |x| at or above it counts as an outlier (Dettmers et al., "LLM.int8()", NeurIPS 2022)
+OUTLIER = 6.0  # an entry with |x| >= 6 counts as an outlier (Dettmers et al., "LLM.int8()", NeurIPS 2022)
 
-# What the FFN adds to the residual stream, the stream, and what leaves the layer: where outliers show.
+# Where outliers show: what the FFN adds to the residual stream, the residual stream, and the layer's output.
 FFN_PLACES = ("ffn_output", "ffn_residual", "ffn_layernorm")
 # Massive activations (Sun et al., "Massive Activations in Large Language Models", 2024): |x| over 100 and over about
-# 1,000 times the median |x| of the sequence. Sun et al. measure what leaves a layer; we measure all of FFN_PLACES.
+# 1,000 times the median |x| of the sequence. Sun et al. measure the output of a layer; we measure all of FFN_PLACES.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
-TOP = 8  # entries of largest |x| that are kept with their token
+TOP = 8  # so many entries with the largest |x| are kept, with their tokens
 
 
 class ActivationOutliers(BatchStatistics):
-    """Streaming statistics of activations at the named places, real tokens only.
+    """Statistics of activations at the named places, real tokens only.
 
     Sums are float64 on the model's own device; nothing else is kept.
 
     Args:
-        model: a BERT-shaped encoder, with or without a head. Places it lacks are absent from the result.
+        model: a BERT-shaped encoder, with or without a head. Places that it lacks are absent from the result.
         places: names out of PLACES (default: all).
-        embeddings: watch the embeddings too.
-        massive: look for massive activations at FFN_PLACES; `batch` must then be given the input ids.
+        embeddings: measure the places of EMBEDDINGS too.
+        massive: count massive activations at FFN_PLACES; `batch` must then be given the input ids.
     """
 
     def __init__(
@@ -178,10 +172,10 @@ class ActivationOutliers(BatchStatistics):
         """Add the values of one place to its sums.
 
         Args:
-            name: of the place.
+            name: name of the place.
             values: (R, C), any float dtype.
             sequence, classes: (R,), the index of the sequence and the class of every token.
-            tokens: (R,) each, token ids and positions; with None massive activations are not counted.
+            tokens: token ids and positions, (R,) each; without them, massive activations are not counted.
         """
         values, sequence, classes = with_float64(values), with_float64(sequence), with_float64(classes)
         tokens = tokens and (with_float64(tokens[0]), with_float64(tokens[1]))
@@ -211,7 +205,7 @@ class _PlaceSums:
         self.outliers = zeros(kinds)
         self.channel_squares = zeros(channels)
         self.massive: dict[str, Tensor] = {}
-        self.top = zeros(0, 5)  # the largest: value, ratio to the median, token id, position, channel
+        self.top = zeros(0, 5)  # the largest entries: value, ratio to the median, token id, position, channel
 
     def add(
         self, values: Tensor, sequence: Tensor, classes: Tensor, tokens: tuple[Tensor, Tensor] | None = None
@@ -262,14 +256,14 @@ class _PlaceSums:
 
     @staticmethod
     def _medians(magnitudes: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-        """(sequences,) median of |x| of every sequence (of the lower two where their number is even)."""
+        """(sequences,) median of |x| of every sequence; the lower one of two where the number of entries is even."""
         lengths = torch.bincount(sequence, minlength=sequences)
         order = torch.argsort(sequence, stable=True)
         return torch.stack([of_sequence.median() for of_sequence in magnitudes[order].split(lengths.tolist())])
 
     def result(self) -> dict:
-        every = self.pooled.pooled()
-        n, mean, m2, *_ = every.sums[0].tolist()
+        all_classes = self.pooled.pooled()
+        n, mean, m2, *_ = all_classes.sums[0].tolist()
         squares = self.channel_squares
         classes = {}
         for i, name in enumerate(TOKEN_CLASSES):
@@ -288,7 +282,7 @@ class _PlaceSums:
             "std": math.sqrt(m2 / n),
             "kurtosis_sequence": (self.sequence_kurtosis / self.sequences).item(),
             "kurtosis_token": (self.token_kurtosis.sum() / self.tokens.sum()).item(),
-            "kurtosis_pooled": every.excess_kurtosis[0].item(),
+            "kurtosis_pooled": all_classes.excess_kurtosis[0].item(),
             "inf_norm": (self.norm_sum / self.norms).item(),
             "max_abs": self.largest.max().item(),
             "outlier_count": round(self.outliers.sum().item()),
@@ -317,16 +311,17 @@ SINK = 0.3  # a token is a sink of a head when it gets more than this of the mea
 # Sequences of fewer tokens are counted separately: in a sequence of 3 tokens, uniform attention gives each key 1/3
 # under softmax and 1/4 under softmax1, so the bound above would distinguish the functions and not the models.
 SHORT = 16
-NO_MASS = 1e-12  # a query whose weights sum to less attends to nothing, so its weights cannot be renormalised
+NO_MASS = 1e-12  # if the weights of a query sum to less, it attends to nothing, and they cannot be renormalised
 SINK_RATES = tuple(
     f"sink_rate_{kind}{length}"
     for length in ("", "_short")
     for kind in ("first", "any", "first_renormalised", "any_renormalised", "any_or_null")
 )
 OF_QUERIES = ("mass_first", "mass_separator", "mass_punctuation", "mass_self", "null_mass", "entropy")
-# A head does nothing when its ordinary queries give more than this, on average, to <s>, </s>, punctuation and null.
+# A head is idle if its ordinary queries, on average, give more than this share of their attention to <s>, </s>,
+# punctuation and the null slot. Two bounds.
 IDLE = (0.5, 0.9)
-# A query of a head attends where at most this much of its attention goes nowhere: one bound for every class and n.
+# A query of a head attends if its null mass is at most this: the same bound for every class of models and every n.
 ATTENDING = IDLE[0]
 
 
@@ -346,16 +341,16 @@ def self_attentions(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which `model` materialises its attention weights, whichever softmax_n it attends with.
+    """A context in which the self-attention modules of `model` return their weights, for every n of softmax_n.
 
-    A model that `hides_attention` is left as it is.
+    A model that `hides_attention` is not changed.
     """
     if hides_attention(model):
         yield
         return
     before = model.config._attn_implementation
-    ours = getattr(model.config, "softmax_n", None) is not None and before.startswith("softmax_n")
-    model.set_attn_implementation("softmax_n_eager" if ours else "eager")
+    is_softmax_n = getattr(model.config, "softmax_n", None) is not None and before.startswith("softmax_n")
+    model.set_attn_implementation("softmax_n_eager" if is_softmax_n else "eager")
     try:
         yield
     finally:
@@ -363,7 +358,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def sinks_by_layer(model: nn.Module) -> dict[str, list[float]]:
-    """{"layer.<i>": log n of each head} of a model with learned sinks; empty for every other."""
+    """{"layer.<i>": log n of each head} of a model with learned sinks; empty for every other model."""
     log_n_by_layer = {}
     for name, log_n in learned_sinks(model).items():
         if match := re.search(r"\b(layer\.\d+)\.", name):
@@ -372,7 +367,7 @@ def sinks_by_layer(model: nn.Module) -> dict[str, list[float]]:
 
 
 class AttentionSinks(BatchStatistics):
-    """Streaming statistics of the attention weights of every head, real queries and keys only.
+    """Where the attention of every head goes, and how much of it goes nowhere; real queries and keys only.
 
     The self-attention modules must return their weights (see `eager_attention`).
 
@@ -396,7 +391,7 @@ class AttentionSinks(BatchStatistics):
         real, classes = with_float64(self._mask), with_float64(self._classes)
         query = real[:, None, :].double()  # (B, 1, T)
         ordinary = query * (classes == OTHER)[:, None, :]
-        # A masked key has weight 0 already; the null mass of a softmax is rounding error.
+        # The weight of a masked key is 0. The null mass of a softmax is rounding error.
         total = weights.sum(-1, dtype=torch.float64)  # (B, H, T)
         null = (1 - total).clamp_min(0)
         mass = {
@@ -447,11 +442,11 @@ def uniform_attention(
 ) -> dict[str, float | int]:
     """Sink rates and null mass of attention whose weights are all equal, 1 / (n + T), on sequences of these lengths.
 
-    They differ between values of n by construction. The measured figures of a model are read beside them.
+    They depend on n by construction, so the figures of a model have to be compared with them.
 
     Args:
-        lengths: tokens of each sequence, > 0.
-        n: of softmax_n, >= 0; or that of every head, over which the mean is taken.
+        lengths: number of tokens of each sequence, > 0.
+        n: n of softmax_n, >= 0; or a list with the n of every head, over which the mean is taken.
         attention_weights: of a model whose attention is not softmax_n: the function from scores (1, T) to weights.
 
     Returns:
@@ -464,31 +459,31 @@ def uniform_attention(
         means = {key: sum(head[key] for head in heads) / len(heads) for key in heads[0]}
         return means | {key: heads[0][key] for key in ("sequences", "sequences_short")}  # the same for every head
     length = torch.tensor(list(lengths), dtype=torch.float64)
-    key = 1 / (n + length)
+    weight = 1 / (n + length)
     if attention_weights is not None:
         scores = [torch.zeros(1, int(tokens), dtype=torch.float64) for tokens in length]
-        key = torch.stack([attention_weights(of_query)[0, 0] for of_query in scores])
-    null, share = 1 - length * key, 1 / length
+        weight = torch.stack([attention_weights(of_query)[0, 0] for of_query in scores])
+    null = 1 - length * weight
     rates: dict[str, float | int] = {"null_mass": ((null * length).sum() / length.sum()).item()}
-    most = {"": key, "_renormalised": torch.where(key > 0, share, 0)}  # a query without mass has no sink
+    renormalised = torch.where(weight > 0, 1 / length, 0)  # a query that attends to nothing has no sink
+    largest = {"first": weight, "any": weight, "first_renormalised": renormalised, "any_renormalised": renormalised}
     for suffix, chosen in (("", length >= SHORT), ("_short", length < SHORT)):
         rates[f"sequences{suffix}"] = int(chosen.sum())
-        means = {f"{which}{kind}": mean for kind, mean in most.items() for which in ("first", "any")}
-        for kind, mean in {**means, "any_or_null": torch.maximum(key, null)}.items():
-            rates[f"sink_rate_{kind}{suffix}"] = (mean[chosen] > SINK).double().mean().item()
+        for kind, share in {**largest, "any_or_null": torch.maximum(weight, null)}.items():
+            rates[f"sink_rate_{kind}{suffix}"] = (share[chosen] > SINK).double().mean().item()
     return rates
 
 
 # One number for each layer: kurtosis of the context of active heads, of heads that attend, of queries that attend.
 CONTEXTS = ("context_kurtosis_active", "context_kurtosis_attending_heads", "context_kurtosis_attending")
-NEAR_ZERO = 0.01  # of the root mean square of the layer's context in a sequence
+NEAR_ZERO = 0.01  # times the root mean square of the layer's context in a sequence
 
 
 class HeadVectors(BatchStatistics):
-    """Streaming statistics of the query, key, value and context vectors of every head, real tokens only.
+    """Norms of the keys and values, range of the logits and context of every head, real tokens only.
 
     The self-attention modules must return their weights (see `eager_attention`). The moments of the context are kept
-    for every sequence and head (40 bytes each), because only after the last batch it is known which heads do nothing.
+    for every sequence and head (40 bytes each), because it is not known before the last batch which heads are idle.
     For every sequence, the moments over the queries that attend (ATTENDING), in all heads, are kept too.
 
     Args:
@@ -556,7 +551,7 @@ class HeadVectors(BatchStatistics):
         group = sequence * heads + torch.arange(heads, device=real.device)
         moments = rows.merged(group.flatten(), len(real) * heads).sums
         self._moments.setdefault(layer, []).append(moments.view(-1, heads, 5))
-        group = torch.where(attends.transpose(1, 2)[real], sequence, len(real))  # the others: a group that is dropped
+        group = torch.where(attends.transpose(1, 2)[real], sequence, len(real))  # the last group is dropped
         moments = rows.merged(group.flatten(), len(real) + 1).sums
         self._attending.setdefault(layer, []).append(moments[:-1])
 
@@ -591,7 +586,7 @@ class HeadVectors(BatchStatistics):
 
 # ------------------------------------------------------------------------------------------- the whole model, on texts
 
-LOGIT_STRIDE = 8  # only every 8th real token's logits are measured: they are 70 times as large as its hidden state
+LOGIT_STRIDE = 8  # logits are measured at every 8th real token: a token has 70 times as many logits as channels
 
 
 def watched(
@@ -624,8 +619,8 @@ def measure_model(
 
     Args:
         model: a BERT-shaped masked-LM, on any device.
-        batches: what the tokenizer makes of texts: input_ids and attention_mask (B, T), padded.
-        tokenizer: the one that made them.
+        batches: padded texts: input_ids and attention_mask (B, T).
+        tokenizer: the tokenizer that made them.
 
     Returns:
         (statistics by place, attention by layer, number of tokens of every sequence). Where sinks are learned, the
@@ -660,12 +655,12 @@ def measure_model(
 class Emergence:
     """A few numbers of a model in training, on a few fixed held-out texts, which show when outliers grow.
 
-    The texts are measured as in the analysis of the final model: unmasked, in eval mode, padding left out. A call
-    changes neither the mode, attention and hooks of the model nor the state of the random numbers.
+    The texts are measured as in the analysis of the final model: unmasked, in eval mode, without padding. A call leaves
+    the mode, attention and hooks of the model and the state of the random numbers as they were.
 
     Args:
-        batches: of `held_out.padded_batches`: input_ids and attention_mask (B, T). A few dozen texts are enough.
-        tokenizer: the one that made them.
+        batches: `held_out.padded_batches` of a few dozen texts: input_ids and attention_mask (B, T).
+        tokenizer: the tokenizer that made them.
     """
 
     STATISTICS = ("kurtosis_sequence", "inf_norm", "outlier_share")

@@ -48,11 +48,11 @@ from softmax1 import apply_softmax_n, log_n_of
 CALIBRATION_BATCHES = 16
 MOMENTUM = 0.9
 PUBLISHED_LENGTH = 128  # tokens of a sequence that the published setting calibrates on
-DRAWS = 4  # of calibration texts: w8a8_static is the mean over them, and their spread is part of its error
-PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", among 0.999 to 0.999999
-GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
+DRAWS = 4  # number of draws of calibration texts: w8a8_static is their mean, and their spread is part of its error
+PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", who try 0.999 to 0.999999
+GROUP_SIZE = 128  # number of 4-bit weights with one scale, as in GPTQ and AWQ
 PART_BATCHES = 8  # batches of held-out text, evenly spread, that the damage of one part alone is measured on
-RESAMPLES = 2000  # of the texts, for an interval
+RESAMPLES = 2000  # how often texts are drawn for a bootstrap interval
 
 SCHEMES = {
     "float32": "float32",
@@ -64,14 +64,13 @@ SCHEMES = {
     "w8a8_dynamic": "W8A8, dynamic per token",
     "w4_weight_only": "W4, weights only",
 }
-# What executed.py has ONNX Runtime run; not simulated.
+# What ONNX Runtime runs (executed.py); not simulated.
 EXECUTED = {
     "float32": "float32, executed",
     "int8_minmax": "INT8, executed, MinMax ranges",
     "int8_percentile": "INT8, executed, percentile ranges",
 }
-ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
-# The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
+# The name of the attention below in transformers. It begins with softmax_n, because it reads n from the config.
 ATTENTION = "softmax_n_fake_quantized"
 
 
@@ -81,7 +80,7 @@ def int8_weight(weight: Tensor) -> Tensor:
 
 
 def int8_rows(values: Tensor) -> Tensor:
-    """The same with one scale for each row (the last dimension)."""
+    """`values` on the same grid with one scale for each row (the last dimension)."""
     return _symmetric(values.detach().reshape(-1, values.shape[-1]), 127).reshape(values.shape)
 
 
@@ -95,7 +94,7 @@ def int4_weight(weight: Tensor) -> Tensor:
 
 
 def _symmetric(rows: Tensor, levels: int) -> Tensor:
-    # A row of zeros needs a scale above 0; which one does not matter.
+    # A row of zeros needs some scale above 0.
     scale = (rows.abs().amax(1).float() / levels).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
     return torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, -levels - 1, levels).to(rows.dtype)
@@ -114,8 +113,7 @@ def mse_weight(weight: Tensor) -> Tensor:
 
 
 def published_weight(weight: Tensor) -> Tensor:
-    """`weight` as Bondarenko et al. round it: `int8_weight`, but 256 levels from 0 upwards where no entry is negative
-    (the weights of a LayerNorm)."""
+    """`weight` as Bondarenko et al. round it: `int8_weight`, or 256 levels from 0 upwards if no entry is negative."""
     low, high = (value.item() for value in torch.aminmax(weight.detach()))
     if low < 0 or not 0 < high < math.inf:
         return int8_weight(weight)
@@ -130,9 +128,9 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------- ranges of a tensor
 #
-# Percentiles and squared errors come from a histogram whose bins begin at the bfloat16 numbers: the upper 16 bits of a
-# float32 number are its bin. So one pass over the values is enough at any scale, and the width of a bin is at most
-# 1/128 of the values in it.
+# Percentiles and squared errors are computed from a histogram whose bins begin at the bfloat16 numbers: the upper 16
+# bits of a float32 number are the number of its bin. So one pass over the values is enough at any scale, and the width
+# of a bin is at most 1/128 of the values in it.
 
 FINITE = 0x7F80  # bins of one sign; the bin with this number is infinity
 _POSITIVE_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -163,7 +161,7 @@ def _occupied(counts: Tensor) -> Bins:
 
 
 def _percentile(bins: Bins, share: float) -> float:
-    """The value under which `share` of the histogram lies, linear inside a bin."""
+    """The value below which `share` of the histogram lies, linear inside a bin."""
     left, right, count = bins
     total = count.cumsum()
     i = min(np.searchsorted(total, share * total[-1]), len(count) - 1)
@@ -224,10 +222,10 @@ class _Range:
         self._counts: Tensor | None = None
 
     def __call__(self, values: Tensor, real: Tensor | None = None) -> Tensor:
-        """Observe or round `values`, as the owner asks for.
+        """Observe or round `values`, depending on the state of the owner.
 
-        `real` selects the entries that are no padding: a boolean tensor over the leading dimensions of `values`, by
-        default (batch, tokens) of the owner.
+        `real` marks the entries that are not padding: a boolean tensor over the leading dimensions of `values`, by
+        default the owner's (batch, tokens) mask.
         """
         owner = self.owner
         if owner.observing:
@@ -249,12 +247,12 @@ class _Range:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
     def _observe(self, values: Tensor, real: Tensor | None) -> None:
-        # A tensor often enters several modules one after the other: its range and histogram are computed once.
+        # A tensor is often the input of several modules in succession: its range and histogram are computed once.
         if self.owner.observed is None or self.owner.observed[0] is not values:
             entries = (values if real is None else values[real]).detach()
             low, high = (value.item() for value in torch.aminmax(entries))
             counts = _histogram(entries) if self.owner.histograms else None
-            # 0 must be exact, as in every integer kernel.
+            # The range must hold 0, which every integer kernel represents exactly.
             self.owner.observed = values, min(low, 0.0), max(high, 0.0), counts
         _, low, high, counts = self.owner.observed
         self._extremes = min(self._extremes[0], low), max(self._extremes[1], high)
@@ -266,7 +264,7 @@ class _Range:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def choose(self, estimator: str) -> None:
-        """Put the range by one of ESTIMATORS into use."""
+        """Use the "minmax", "percentile" or "mse" range."""
         low, high = self._running
         if estimator != "minmax" and 0 < high - low < math.inf:
             if self._counts is None:
@@ -293,12 +291,12 @@ def _measured_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as every scheme computes it; scores and weights are quantized where `module.quantizers` says so.
+    """Attention as every scheme computes it; scores and weights are quantized by `module.quantizers`, if it has them.
 
-    The weights are softmax_n with the n of the config (softmax where it has none) or with the learned one of each head,
-    or what the config's own method attention_weights(scores) makes of the scores. Scores and weights are float32, as in
-    torch's kernels, and the weights are rounded to the dtype of the values. The softmax is taken over one more logit,
-    log n, for n = 0 too: so two models that compute the same function are rounded alike.
+    The weights are softmax_n of the scores, with the n of the config (0 where it has none) or the learned n of each
+    head; or the config has a method attention_weights(scores), which returns them. Scores and weights are float32, as
+    in torch's kernels; then the weights are rounded to the dtype of the values. The softmax is taken over one more
+    logit, log n, even for n = 0: so two models that compute the same function are rounded alike.
 
     Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
     """
@@ -338,9 +336,9 @@ def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
     copied = copy.deepcopy(model).eval()
     if hides_attention(model):
         return copied
-    # A stock class attends with softmax whatever its config says, until apply_softmax_n has changed its attention.
-    ours = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
-    apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if ours else 0.0)
+    # A stock class attends with softmax, whatever n its config has, unless apply_softmax_n has changed its attention.
+    is_softmax_n = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
+    apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if is_softmax_n else 0.0)
     copied.set_attn_implementation(ATTENTION)
     return copied
 
@@ -358,17 +356,17 @@ class StaticW8A8:
     Args:
         model: a BERT-shaped masked-LM that takes its attention from transformers' attention interface.
         calibration: batches of `held_out_batches`.
-        published: quantize what Bondarenko et al. quantize, and find the ranges as they do.
-        histograms: count all values, which percentile and mse ranges need.
+        published: quantize the tensors that Bondarenko et al. quantize, and estimate the ranges as they do.
+        histograms: keep histograms of all activations, which percentile and mse ranges need.
 
     Attributes:
-        model: the copy, quantized throughout.
+        model: the quantized copy.
         parts: "embeddings", "layer.<i>" and "head", in order; without "head" where that stays in float32.
-        ranges: {name of an activation: its range}, whose `low` and `high` are the ones in use.
+        ranges: {name of an activation: its range}, with the bounds `low` and `high`.
 
     Raises:
         ValueError: the model does not use the attention interface.
-        UnsetRange: a RuntimeError; a tensor was not seen in calibration and would pass through unquantized.
+        UnsetRange: see `calibrate`.
     """
 
     def __init__(
@@ -394,10 +392,10 @@ class StaticW8A8:
         self.calibrate(calibration, histograms)
 
     def calibrate(self, calibration: list[dict], histograms: bool = False) -> None:
-        """Find the ranges anew on other batches, and use those from the running minimum and maximum.
+        """Estimate all ranges again on these batches, and use the running minimum and maximum.
 
         Raises:
-            UnsetRange: a range is unset afterwards; the message names the tensors.
+            UnsetRange: an activation was not seen and would stay unquantized; the message names all of them.
         """
         self.histograms = histograms
         for activation in self.ranges.values():
@@ -418,7 +416,8 @@ class StaticW8A8:
         self._activate(self.parts)
 
     def choose(self, estimator: str) -> None:
-        """Use the ranges by one of ESTIMATORS; "mse" changes the weights too. All but "minmax" need histograms."""
+        """Use the "minmax", "percentile" or "mse" ranges, of which the last two need histograms. "mse" rounds the weights
+        by least squares too."""
         for activation in self.ranges.values():
             activation.choose(estimator)
         self._round_weights(mse_weight if estimator == "mse" else int8_weight)
@@ -434,8 +433,7 @@ class StaticW8A8:
             self._activate(self.parts)
 
     def distinct_values(self, batches: list[dict]) -> dict[str, int]:
-        """{activation: number of distinct values of the last batch after rounding}: 1 to 256 where all is well, and 0
-        where the tensor was not rounded at all."""
+        """{activation: number of distinct values in the last batch after rounding; 0 if it is not rounded}."""
         self.levels = {}
         try:
             per_text_loss(self.model, batches)
@@ -454,7 +452,7 @@ class StaticW8A8:
         for name, module in self.model.named_modules():
             part = _part(name, inside)
             if self.published and (part == "head" or name.endswith(".attention.self.gate")):
-                continue  # these stay in float32 there
+                continue  # these stay in float32 in the published setting
             if isinstance(module, weighted):
                 self._weights.append((part, module, module.weight.detach()))
             inputs, outputs = _published_places(name, module) if self.published else _our_places(name, module)
@@ -487,8 +485,10 @@ class StaticW8A8:
         module.register_forward_hook(hook)
 
     def _on_partial_sum(self) -> None:
-        """Quantize word plus token type embeddings, before positions are added: the sum leaves in the place of the
-        token type embeddings, and zeros in the place of the word embeddings."""
+        """Quantize the sum of word and token type embeddings, before positions are added.
+
+        The token type embeddings return this sum, and the word embeddings return zeros.
+        """
         embeddings = getattr(self.model.base_model, "embeddings", None)
         words = getattr(embeddings, "word_embeddings", None)
         types = getattr(embeddings, "token_type_embeddings", None)
@@ -521,7 +521,7 @@ def _our_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     """Whether (input, output) of a module are quantized in our static schemes."""
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear)
-    # Another linear layer's output is quantized behind its activation function, as a fused kernel does.
+    # The outputs of the other linear layers are quantized after their activation function, as in a fused kernel.
     return norm or linear, norm or (linear and bool(re.search(r"\.(query|key|value|output\.dense)$", name)))
 
 
@@ -529,7 +529,7 @@ def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     """The same for the published setting: every tensor once, as an output; the sum before a LayerNorm as its input."""
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear) and not name.endswith(".intermediate.dense")
-    return norm, norm or linear or name.endswith(".intermediate")  # the intermediate one behind its activation function
+    return norm, norm or linear or name.endswith(".intermediate")  # which is the output of the activation function
 
 
 def _part(name: str, inside: str) -> str:
@@ -538,38 +538,34 @@ def _part(name: str, inside: str) -> str:
     return "embeddings" if name.startswith(inside) else "head"
 
 
-def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[int]]:
+def joined(ids: list[list[int]], length: int) -> list[list[int]]:
     """The texts joined and cut into sequences of `length` tokens, as the published setting prepares its text.
 
-    A shorter rest at the end is dropped, unless it is all there is.
+    A shorter rest at the end is dropped, unless the whole text is shorter than `length`.
     """
     tokens = list(chain.from_iterable(ids))
     whole = max(len(tokens) // length, 1) * length
     return [tokens[start : start + length] for start in range(0, min(whole, len(tokens)), length)]
 
 
-# ----------------------------------------------------------------------------------------------------- the others
+# ------------------------------------------------------------------------------------- the schemes without ranges
 
 
 def dynamic_w8a8(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose nn.Linear layers have 8-bit weights, one scale for each row, and inputs, one for each token."""
-    quantized = _with_weights(model, int8_rows)
+    quantized = with_rounded_weights(model, int8_rows)
     for module in quantized.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: (int8_rows(inputs[0]), *inputs[1:]))
     return quantized
 
 
-def weight_only_w4(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose nn.Linear layers have 4-bit weights."""
-    return _with_weights(model, int4_weight)
-
-
-def _with_weights(model: PreTrainedModel, rounded) -> PreTrainedModel:
+def with_rounded_weights(model: PreTrainedModel, rounding: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy whose nn.Linear layers have rounded weights: w4_weight_only where `rounding` is int4_weight."""
     quantized = measured_copy(model)
     for module in quantized.modules():
-        if isinstance(module, nn.Linear):  # a new parameter each, so that a tied embedding stays exact
-            module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)
+        if isinstance(module, nn.Linear):  # each gets a new parameter, so a tied embedding stays exact
+            module.weight = nn.Parameter(rounding(module.weight), requires_grad=False)
     return quantized
 
 
@@ -585,30 +581,30 @@ def measure_damage(
 ) -> dict:
     """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
-    The static schemes quantize inside the attention. For a model that does not take its attention from transformers'
-    attention interface they are absent from the result; so is bfloat16 where such an attention does not run in it.
+    The static schemes quantize inside the attention. They are absent from the result for a model that does not take its
+    attention from transformers' attention interface; so is bfloat16 if the attention of such a model cannot run in it.
 
     Args:
         model: a masked-LM in float32.
-        batches: of `held_out_batches`, made of held-out text: what is scored.
-        draws: several lists of such batches, made of training text, in random order. w8a8_static is calibrated on
-            each of them and its loss is the mean; the percentile and mse ranges come from the first one alone.
-        published: what w8a8_published is calibrated on: full sequences (`joined`) of the text that is scored.
-        label: for the progress bar.
+        batches: `held_out_batches` of held-out text, which are scored.
+        draws: lists of such batches of training text, in random order. w8a8_static is calibrated on each of them, and
+            its loss is their mean; the percentile and mse ranges come from the first list only.
+        published: such batches of full sequences (`joined`) of held-out text, which w8a8_published is calibrated on.
+        label: text of the progress bar.
 
     Returns:
         {"schemes": {scheme: {"loss", "perplexity", "gap", "error": standard error of the gap, "floor": twice that;
                      w8a8_static has "draws" too: the gap with each draw}},
          "masked_tokens": number,
-         "masked": masked tokens of every text scored,
+         "masked": number of masked tokens of every text scored,
          "texts": {scheme: sum of the losses of every text}, in the same order,
-         "parts": {part: gap of w8a8_static, first draw, with nothing but that part quantized, on some of the batches},
+         "parts": {part: gap of w8a8_static, first draw, with only that part quantized, on some of the batches},
          "part_floors": {part: twice the standard error of that gap over the texts},
          "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
     sums: dict[str, Tensor] = {}  # of per_text_loss, by scheme
     draws = [] if hides_attention(model) else draws
-    draw_sums: list[Tensor] = []  # the same of w8a8_static, by draw
+    draw_sums: list[Tensor] = []  # of per_text_loss, of w8a8_static by draw
     static = {"parts": {}, "part_floors": {}, "ranges": {}}
     with tqdm(total=len(SCHEMES) + len(draws) - 1, desc=f"{label}: quantization", unit="pass") as bar:
 
@@ -630,7 +626,7 @@ def measure_damage(
             sums["w8a8_static"] = torch.stack(draw_sums).mean(0)
             score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
-        score("w4_weight_only", weight_only_w4(model))
+        score("w4_weight_only", with_rounded_weights(model, int4_weight))
     return {**_losses_and_gaps(sums, draw_sums), **static}
 
 
@@ -680,7 +676,7 @@ def six_digits(losses: np.ndarray) -> list[float]:
 def part_gaps(
     static: StaticW8A8, plain: PreTrainedModel, batches: list[dict]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """({part: gap to `plain` in nats per masked token with nothing but that part quantized}, {part: its floor})."""
+    """({part: gap to `plain` in nats per masked token with only that part quantized}, {part: floor of that gap})."""
     exact, masked = per_text_loss(plain, batches).T.numpy()
     gaps, floors = {}, {}
     for part in static.parts:
@@ -692,7 +688,13 @@ def part_gaps(
 
 
 def scheme_figures(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
-    """What measure_damage says of one scheme: `sums` and `exact` are the losses of every text in it and in float32."""
+    """What `measure_damage` returns of one scheme.
+
+    Args:
+        sums, exact: (texts,) losses in this scheme and in float32, summed over the masked tokens of a text.
+        masked: (texts,) numbers of masked tokens.
+        draw_gaps: the gap with each draw of calibration texts, if there are several.
+    """
     loss = float(sums.sum() / masked.sum())
     gap = loss - float(exact.sum() / masked.sum())
     error = gap_error(sums - exact, masked)
@@ -703,13 +705,13 @@ def scheme_figures(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw
 
 
 def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
-    """Standard error, over texts, of sum(differences) / sum(masked): that of a ratio, linearised.
+    """Standard error, over texts, of the ratio sum(differences) / sum(masked), linearised; NaN for a single text.
 
-    Cochran, "Sampling Techniques" (1977), chapter 6. NaN for a single text.
+    Cochran, "Sampling Techniques" (1977), chapter 6.
 
     Args:
         differences: (texts,) nats.
-        masked: (texts,) masked tokens.
+        masked: (texts,) numbers of masked tokens.
     """
     count = len(masked)
     if count < 2:
@@ -719,7 +721,7 @@ def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
 
 
 def bootstrap_difference(before: dict, after: dict, scheme: str) -> tuple[float, float]:
-    """95 % percentile interval, over texts, of the gap of a scheme in one run minus that in another.
+    """95 % percentile interval, over texts, of the gap of a scheme in one run minus its gap in another run.
 
     Texts are drawn with replacement, the same ones for both runs, for the scheme and for float32 (Efron and Tibshirani,
     "An Introduction to the Bootstrap", 1993, chapter 13). The seeds of the runs and the calibration are held fixed.
@@ -735,7 +737,7 @@ def bootstrap_difference(before: dict, after: dict, scheme: str) -> tuple[float,
         ValueError: the runs were not scored on the same texts with the same masks.
     """
     if before["masked"] != after["masked"]:
-        raise ValueError("the two runs were scored on other texts or other masks: their gaps do not pair")
+        raise ValueError("the two runs were scored on different texts or masks, so their gaps cannot be compared")
     masked = np.array(before["masked"], dtype=float)
     gap_before, gap_after = (
         np.subtract(*(np.array(run["texts"][name], dtype=float) for name in (scheme, "float32")))

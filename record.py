@@ -131,11 +131,15 @@ def read_json(path: str | Path):
 
 def write_json(path: str | Path, value) -> None:
     """Write strict JSON, with NaN and infinities as null. `path` is replaced in one step, so it is always complete."""
-    path = Path(path)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(Path(path), (text + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write to a temporary name, then rename: a full disk does not destroy an earlier file. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

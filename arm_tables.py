@@ -51,17 +51,18 @@ def arm_sections(runs: list[Run], sequences: int) -> list[str]:
     return [
         "## Beside others' figures",
         qualcomm_table(runs),
-        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
-        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
-        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
-        "column does (Bondarenko et al., NeurIPS 2023; their ±: two models, each quantized three times). Ours: mean ± "
-        "sample standard deviation over the runs of an arm.*",
+        "*Full kurtosis here, 3 for a Gaussian (our other tables have excess kurtosis, 3 less): mean over layers of "
+        "the FFN output and the output LayerNorm. Infinity norm: mean over sequences, in the largest layer of the FFN "
+        "output. Model, language, text and tokenizer differ: compare not the perplexities of different rows, but how "
+        "far each row rises from the first to the last columns (Bondarenko et al., NeurIPS 2023; their ±: two models, "
+        "each quantized three times). Ours: mean ± sample standard deviation over the runs of an arm.*",
         *(activation_sections(measured) if measured else []),
         *(attention_sections(measured, sequences) if any(run.attention for run in measured) else []),
         "## Weights",
         weights_table(runs),
-        "*Excess kurtosis over all entries of a parameter, mean over parameters; the other columns: the parameter with "
-        "the largest value. Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+        "*Kurtosis: excess kurtosis over all entries of a parameter, mean over the parameters. The other columns show "
+        "the parameter with the largest value. Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor or 4 bits per "
+        "group.*",
     ]
 
 
@@ -143,17 +144,18 @@ def activation_sections(runs: list[Run]) -> list[str]:
     return [
         "## Activations by place",
         places_table(runs),
-        "*Kurtosis is excess kurtosis (Gaussian = 0). Mean over layers; infinity norm (mean over sequences) and share "
-        "of the largest channel: the largest layer. Mean over the runs of an arm. The residual stream is what enters a "
-        "LayerNorm. DEFINITIONS.md defines every column.*",
+        "*Kurtosis is excess kurtosis, 0 for a Gaussian. Values are means over layers, except that the infinity norm "
+        "(mean over sequences) and the share of the largest channel are those of the largest layer; then the mean over "
+        "the runs of an arm. The residual stream is the input of a LayerNorm. DEFINITIONS.md defines every column.*",
         "## First token, separators, punctuation",
         classes_table(runs),
         "*Excess kurtosis over the channels of a token (mean over tokens, layers and runs of an arm), and the largest "
         "|x| of all tokens, layers and runs.*",
         "## Massive activations",
         massive_table(runs),
-        f"*Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times the median |x| of its "
-        "text. Counts of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
+        f"*Massive (Sun et al. 2024): |x| is above {MASSIVE:g} and above {MASSIVE_RATIO:,.0f} times the median |x| of "
+        "its text. Counts are of all layers, mean over the runs of an arm; then follow the largest entries, with token "
+        "and position.*",
     ]
 
 
@@ -220,30 +222,33 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
     return [
         "## Attention",
         attention_table(runs),
-        f"*Mean over real queries, then over heads. A sink is a token that gets more than {SINK:g} of the attention of "
-        f"a text's mean query (Gu et al. 2025), in texts of at least {SHORT} tokens. Renormalised: every query's "
-        "weights divided by their sum. Idle: what goes to the first token, separators, punctuation or nowhere.*",
+        f"*Mean over real queries (not padding), then over heads. A sink is a token that gets more than {SINK:g} of "
+        f"the attention of a text's mean query (Gu et al. 2025), in texts of at least {SHORT} tokens. Renormalised: "
+        "the weights of each query are divided by their sum. Idle: attention to the first token, to separators, to "
+        "punctuation or to no token.*",
         "## Sinks and null mass, beside step 0 and uniform attention",
         sinks_table(runs),
-        "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
-        f"first update and beside attention that gives every key 1 / (n + T) on the same {sequences:,} texts. Short: "
-        f"texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
+        "*Null mass and raw sink rates differ between arms by construction: compare them with the model before its "
+        f"first update, and with uniform attention, which gives every key 1 / (n + T), on the same {sequences:,} "
+        f"texts. Short: texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
         *learned_section(runs),
         "## Vectors of the heads",
         vectors_table(runs),
-        "*Mean over heads and runs; the largest logit is that of all heads. Norms are L2 norms of value and key "
+        "*Mean over heads and runs; the largest logit is the largest of all heads. Norms are L2 norms of value and key "
         "vectors, by class of token. What the first token adds to the context is its weight times the norm of its "
         "value. The logit range is the largest minus the smallest logit of a query. Near zero: entries of a head's "
-        f"context of at most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis: of "
-        f"one head; of heads with an idle mass of at most {IDLE[0]:.0%} (active); of queries, head by head, of whose "
-        f"attention at most {ATTENDING:.0%} goes nowhere (attending queries); of heads of which that is true on "
-        "average (attending heads).*",
+        f"context of at most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis, of "
+        f"one head; active heads: those with an idle mass of at most {IDLE[0]:.0%}; attending queries: in each head, "
+        f"those of whose attention at most {ATTENDING:.0%} goes to no token; attending heads: those for which that "
+        "holds on average.*",
         "## Interventions",
         interventions_table(runs),
-        "*Each on the same masked held-out text, mean over the runs of an arm. In a sink head one token, or the null "
-        f"slot, gets more than {SINK:.0%} of the attention in more than {SINK:.0%} of the texts; without it means that "
-        f"its context is set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. A dash: a run has no "
-        "sink head, or too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
+        "*Each intervention is measured on the same masked held-out text, mean over the runs of an arm. A sink head "
+        f"gives one token, or the null slot, more than {SINK:.0%} of its attention in more than {SINK:.0%} of the "
+        "texts; "
+        '"without" it, its context is set to zero. As many other heads: mean of '
+        f"{RANDOM_DRAWS} random draws. A dash: a run has no sink head, or too few other heads. The norm is that of the "
+        "largest layer, the kurtosis the mean over layers.*",
     ]
 
 

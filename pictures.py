@@ -62,8 +62,10 @@ def drawn_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
     """A sentence about how several runs of an arm are drawn; empty where every arm has one run."""
     if len(runs) == len(arms(runs)):
         return ""
-    others = "" if all(look.leading for look in looks.values()) else " Of an arm without a thick line, only the median."
-    return f" Thin line: a run; thick line: the median of its arm.{others}"
+    others = (
+        "" if all(look.leading for look in looks.values()) else " Arms without a thick line: only the median is drawn."
+    )
+    return f" Thin lines are runs; a thick line is the median of its arm.{others}"
 
 
 # ------------------------------------------------------------------------------------------------- during the training
@@ -90,9 +92,9 @@ def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | 
     if len(curves) < len(SEEDS):
         return None
     caption = (
-        f"Sinks: heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual stream: "
-        f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on."
-        f"{drawn_said(runs, looks)}"
+        f"Sinks: share of heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual "
+        f"stream: infinity norm of the largest layer. Both on {watched} held-out texts, starting before the first "
+        f"update.{drawn_said(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in SEEDS.values()}
     return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
@@ -104,7 +106,7 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
         return None
     title = "Outliers and attention during training"
     caption = (
-        f"{title}, from before the first update on: {watched} texts evenly spread over the held-out split, unmasked, "
+        f"{title}, starting before the first update: {watched} texts evenly spread over the held-out split, unmasked, "
         "eval mode, padding left out, as in the analysis. Kurtosis and attention: mean of the layers; norms: the "
         f"largest layer.{drawn_said(runs, looks)}"
     )
@@ -131,7 +133,7 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
     gone = [f" {run.name} {run.ending}." for run in trained if run.diverged]
     caption = (
-        "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats a masked "
+        "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats per masked "
         f"token.{below}{drawn_said(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
@@ -160,9 +162,9 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
         return None
     several = len(trained) > len(arms(trained))
     caption = (
-        "Held-out loss of the quantized models over that in float32, in thousandths of a nat a masked token. "
-        + ("A small mark is a run, the large one the mean of an arm; bar" if several else "Bar")
-        + ": 95% interval over texts (bootstrap), for these models only."
+        "Held-out loss of the quantized models minus that of float32, in thousandths of a nat per masked token. "
+        + ("A small mark is a run, a large one the mean of an arm; a bar" if several else "A bar")
+        + " is the 95% interval over texts (bootstrap), for these models only."
         + (f" Without a mark: {'; '.join(lost)}." if lost else "")
     )
     return Picture("Quantization damage", caption, plots.damage(gaps, looks))
@@ -195,9 +197,10 @@ def by_place(
         return None
     title = f"{axis[0].capitalize()} of the activations"
     caption = (
-        f"{title} by layer and place, on {sequences:,} held-out texts, eval mode"
-        + (", a Gaussian has 0" if axis is KURTOSIS else "")
-        + f". All panels have one scale. The residual stream is what enters a LayerNorm.{drawn_said(runs, looks)}"
+        f"{title} by layer and place, on {sequences:,} held-out texts in eval mode"
+        + (" (a Gaussian has 0)" if axis is KURTOSIS else "")
+        + ". All panels have the same scale. The residual stream is the input of a LayerNorm."
+        + drawn_said(runs, looks)
     )
     return Picture(title, caption, plots.panels(curves, looks, title, "layer", dict.fromkeys(curves, axis)))
 
@@ -212,8 +215,8 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     chosen = evenly_spread(len(of_layers), 6)  # of deeper models, some layers
     shown = {layer: curves for i, (layer, curves) in enumerate(of_layers.items()) if i in chosen}
     caption = (
-        f"Density of the entries of the FFN output, standardised, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
-        f"arm. What lies beyond ±{BINS[-1]:g} standard deviations is counted at the edge."
+        f"Density of the standardised entries of the FFN output, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
+        f"arm. Entries beyond ±{BINS[-1]:g} standard deviations are counted in the outermost bins."
     )
     return Picture("FFN output beside a Gaussian", caption, plots.histograms(shown, looks))
 
@@ -233,7 +236,8 @@ def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | No
         ]
         rows += [maps[i : i + 2] for i in range(0, len(maps), 2)]
     caption = (
-        "Attention of the head that does least (largest idle mass), first run of every arm. A row is a query; the last "
-        "column is what goes nowhere (null mass). Grey shows the square root of the weight, up to the largest weight."
+        "Attention of the head that does least (largest idle mass), in the first run of each arm. A row is a query; "
+        "the last column is the attention that goes to no token (null mass). The grey level is the square root of the "
+        "weight, relative to the largest weight."
     )
     return Picture("Attention of the head that does least", caption, plots.attention(rows))

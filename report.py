@@ -108,12 +108,13 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
         return [f"**Answer.** {' '.join(answer(runs, findings))}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
     return [
-        f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
+        f"**Answer.** The effects of {PRIMARY_ARM}, from pairs of runs with the same seed:",
         "\n".join(f"- **{LABELS[key]}.** {answered.said}" for key, answered in asked.items()),
         f"*{trained_with(findings[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
-        f"intervals share an error of 5% (Bonferroni, {level} each). The primary one, named beforehand, has its own. "
-        f"The last sentence explores a cause ({EXPLAINING} intervals of {explaining}). ± is the sample standard "
-        "deviation over seeds; means that are compared by a ratio are geometric. DEFINITIONS.md has the rules.*",
+        f"intervals share an error of 5% (Bonferroni, {level} each). INT8 is the primary question, named beforehand: "
+        f"its interval has an error of 5% of its own. The last sentence explores a cause ({EXPLAINING} intervals of "
+        f"{explaining}). ± is the sample standard deviation over seeds; a ratio is one of geometric means, and the "
+        "means beside it are geometric too. DEFINITIONS.md has the rules.*",
     ]
 
 
@@ -139,18 +140,19 @@ def opening(
     measured = [run for run in runs if not run.diverged]
     if glance:
         glance.append(
-            "*In bold the one metric that was named beforehand; the others explain it and are not corrected for their "
-            "number here. In brackets with ×: the ratio of geometric means; for kurtosis, of full kurtosis (excess "
-            f"+ 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The interval over texts is a "
-            "bootstrap: how far the difference depends on which texts were scored. Renormalised: every query's weights "
-            "divided by their sum. Null mass: attention that goes nowhere (of softmax, rounding error).*"
+            "*Bold: the one metric that was named beforehand. The other metrics help to explain it; their intervals "
+            "are not corrected for their number here. (× ...): the ratio of geometric means, for kurtosis the ratio of "
+            f"full kurtosis (excess + 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
+            "interval over texts is a bootstrap interval: how much the difference depends on the choice of the scored "
+            "texts. Renormalised: the attention weights of each query are divided by their sum. Null mass: the share "
+            "of the attention that goes to no token (for softmax it is rounding error).*"
         )
     return [
         "# Does softmax_n remove outliers and rescue quantization?",
         *NO_RECORD[record],
-        '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
-        "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
-        "static ranges, which extremes break, then cost less?",
+        '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes attention heads push '
+        "activations to extreme values, and that softmax1, with which a head may attend to nothing, does not. Static "
+        "8-bit quantization suffers from extreme activations: does it cost less with softmax1?",
         *answers(runs, findings, asked),
         *glance,
     ]
@@ -200,9 +202,10 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
         parts += set_tables(finding, METRICS)
     return [
         *parts,
-        "*Exploratory except for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better, "
-        "except that sink rates, null mass and idle heads are neither better nor worse: they differ between arms by "
-        "construction, and a table below shows them beside step 0 and uniform attention.*",
+        "*Only the bold row tests a hypothesis named beforehand; the rest is exploratory: one in twenty intervals of "
+        "95% misses the true difference by chance. Lower is better, except for sink rates, null mass and idle heads, "
+        "which are neither good nor bad in themselves: they differ between arms by construction, and a table below "
+        "shows them beside step 0 and uniform attention.*",
     ]
 
 
@@ -211,11 +214,12 @@ def self_check_section(runs: list[Run]) -> list[str]:
     return [
         "## Self-check of the instrument",
         self_check_table(runs),
-        "*On a few of the texts and the first run of every arm that an analysis measured. The first two checks put a "
-        "compensated outlier into a layer: the model's function stays the same, and static quantization has to break "
-        "in that layer. The third computes the same function in another class. DEFINITIONS.md says when a check "
-        "passes; it is undecided where a model has learnt too little that quantization could destroy."
-        + (f" Of {', '.join(unchecked)} no run was checked.*" if unchecked else "*"),
+        "*Checked on a few of the texts, with the first run of every arm that an analysis measured. The first two "
+        "checks add an outlier to a layer and compensate it in the next weights: the function of the model stays the "
+        "same, but static quantization has to fail in that layer. The third check computes the same function in "
+        "another class. DEFINITIONS.md says when a check passes. A check is undecided where a model has learnt so "
+        "little that quantization can hardly damage it."
+        + (f" No run of these arms was checked: {', '.join(unchecked)}.*" if unchecked else "*"),
     ]
 
 
@@ -343,12 +347,13 @@ def models_report(
         f"# Outliers, attention sinks and quantization damage: {names}",
         *NO_RECORD[record],
         headline_of_models(runs),
-        f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode, "
-        "padding left out. Infinity norm: largest magnitude of a text, mean over the texts. Excess kurtosis: 0 for a "
-        f"Gaussian. A sink is a token that gets more than {SINK:.0%} of the mean query's attention: % of heads and "
-        f"texts of at least {SHORT} tokens. Losses in nats per masked token, of {scored_said(runs)}; a loss over "
-        f"float32 stands with its standard error. Static quantization is calibrated on {calibration}. A dash: the "
-        f"model lacks it, or it cannot be reached. DEFINITIONS.md defines every row. {rows}*",
+        f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode; "
+        "padding is left out. Infinity norm: the largest magnitude in a text, averaged over the texts. Excess kurtosis "
+        f"is 0 for a Gaussian. A sink is a token that gets more than {SINK:.0%} of the attention of a text's mean "
+        f"query; its rate is the % of heads and texts, of texts of at least {SHORT} tokens. Losses are in nats per "
+        f"masked token, of {scored_said(runs)}; the ± of a loss over float32 is its standard error. Static "
+        f"quantization is calibrated on {calibration}. A dash: the model has no such part, or it cannot be reached. "
+        f"DEFINITIONS.md defines every row. {rows}*",
         *(f"**Note.** {line}" for line in warned),
         *shown([LEAD_PICTURE], pictures),
         *(summary_section(runs) if any(run.results for run in runs) else []),

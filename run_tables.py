@@ -137,13 +137,13 @@ def summary_section(runs: list[Run]) -> list[str]:
     columns = columns_of(runs)
     over = OF_ARMS if averaged(columns) else "n = 1 run a column."
     if len(columns) < len(runs) and len(comparison_sets(runs)) > 1:
-        over += " These are the runs of the headline's set; the last section has those of other sets too."
+        over += " These are the runs of the headline's set; the last section has the runs of other sets too."
     return [
         "## Summary of the runs",
         table(["", *PUBLISHED, *columns], summary(columns)),
-        f"*{over} Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged loss is the mean since "
-        "the one logged before; the masks of the held-out loss are the same in every run. Published: EsperBERTo "
-        f"(2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
+        f"*{over} Ours: {trained_on(runs)}. Losses are in nats per masked token. The last logged loss is the mean over "
+        "the steps since the previous log entry. The held-out loss has the same masks in every run. Published: "
+        f"EsperBERTo (2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
     ]
 
 
@@ -218,14 +218,14 @@ def damage_section(runs: list[Run]) -> list[str]:
     return [
         "## Quantization damage",
         table(["loss / perplexity / gap", *columns], schemes_table(columns) + parts_table(columns)),
-        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
-        f"{scored_said(measured)}. {plus_minus_of_gaps(columns)} "
-        "W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand on text that is "
-        f"not scored (running minimum and maximum, momentum {MOMENTUM}, {calibrated_said(measured)}), arithmetic "
-        "simulated. Percentile, least squares: other ranges from the first draw. As published: the setting of "
-        f"Bondarenko et al. 2023, calibrated on {published_said(measured)} tokens of held-out text (there 65,536). "
-        f"Dynamic: one scale for each token and each row of weights. W4: weights only, one scale for {GROUP_SIZE} "
-        "inputs. The last rows quantize one part alone, on some of the texts.*",
+        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and gap: the loss minus that of "
+        f"float32; {scored_said(measured)}. {plus_minus_of_gaps(columns)} W8A8 static: weights symmetric, activations "
+        "asymmetric, one range for each tensor, determined beforehand on text that is not scored (running minimum and "
+        f"maximum, momentum {MOMENTUM}, {calibrated_said(measured)}); the arithmetic is simulated. Percentile, least "
+        "squares: other ways to choose the ranges, on the first draw. As published: the setting of Bondarenko et al. "
+        f"2023, calibrated on {published_said(measured)} tokens of held-out text (65,536 in their paper). Dynamic: one "
+        f"scale for each token and each row of weights. W4: 4-bit weights, one scale for each {GROUP_SIZE} inputs. The "
+        "last rows quantize one part of the model alone, on a part of the texts.*",
     ]
 
 
@@ -233,8 +233,8 @@ def plus_minus_of_gaps(columns: dict[str, list[Run]]) -> str:
     if averaged(columns):
         return f"{OF_ARMS} A mean gap that is smaller than its own noise is not shown."
     return (
-        "± is the gap's standard error over texts (and over draws of calibration texts); a gap below twice that is "
-        "noise."
+        "± is the standard error of the gap over texts (and over draws of calibration texts); a gap below twice its "
+        "standard error is noise."
     )
 
 
@@ -315,12 +315,13 @@ def executed_said(columns: dict[str, list[Run]]) -> str:
     if averaged(columns):
         over = "± of every column is the sample standard deviation over the runs of an arm"
     return (
-        "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
-        f"float32 by ONNX Runtime, {over}. Minus simulated: gap minus that of W8A8 static (MinMax) or W8A8 percentile; "
-        "correlation: of the losses' changes, text by text; where the gaps are below their noise it says little. Minus "
-        "rounding alone: gap minus that of the same 8-bit graph computed in float32, which is what integer arithmetic "
-        f"itself does. Latency: {latency}; speedup: of the times in one turn. Kernels that run: {kernels}. "
-        "DEFINITIONS.md has what each covers.*"
+        "*Executed by ONNX Runtime: static QDQ quantization, one range for each tensor, the texts and masks of the "
+        f"table above. Gap: the loss minus that of float32 in ONNX Runtime, {over}. Minus simulated: the gap minus "
+        "that of W8A8 static (MinMax) or of W8A8 percentile. Correlation: between the executed and the simulated "
+        "changes of the loss, text by text; it says little where the gaps are below their noise. Minus rounding alone: "
+        "the gap minus that of the same 8-bit graph computed in float32, which leaves the effect of integer "
+        f"arithmetic. Latency: {latency}; speedup: the ratio of times of the same turn. Kernels that run: {kernels}. "
+        "DEFINITIONS.md has what each figure covers.*"
     )
 
 
@@ -343,8 +344,8 @@ def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
         for name in ("tokens", "max_length")
     )
     return (
-        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
+        "Excess kurtosis of all entries (tokens and channels) of a sequence, then the mean over the sequences. "
+        f"Training: train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
         f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
         f"(evenly spread over the validation split of {data_dir}, cut at {cut} tokens, as in training; {tokens} real "
         "tokens)."
@@ -394,9 +395,9 @@ def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
         f"{spread_said(runs, columns)}*",
         "## Activations of attention.output, as published",
         table(header, activations_rows(columns)),
-        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs, columns)} The dropout row carries no "
-        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the "
-        "identity.*",
+        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs, columns)} The dropout row adds no "
+        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3, where K is the dense row, and in eval mode dropout "
+        "changes nothing.*",
     ]
 
 
@@ -425,7 +426,7 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
         "## A lead, not a result: the FFN output (output.dense), layer by layer",
         lead_table(columns),
         f"*{definition_said(runs, sequences, data_dir)}{over} Last column: {spread_said(runs, columns)} The published "
-        "table leaves this module out, though the hypothesis points at the residual stream and the FFN output; the "
+        "table leaves this module out, although the hypothesis is about the residual stream and the FFN output; the "
         "published rows above come from its result files.*",
     ]
 
@@ -442,7 +443,7 @@ def run_by_run(runs: list[Run]) -> list[str]:
     parts = [
         "## Run by run",
         "*The single runs behind the tables above, which have a column for each arm; the captions there define the "
-        "figures. What is the same in all runs is left out.*",
+        "figures. Rows with the same value in all runs are left out.*",
         "### Summary",
         transposed(["run", *columns], [[label, *ours] for label, _, _, *ours in summary(columns) if len({*ours}) > 1]),
         "### Quantization damage: loss / perplexity / gap",
@@ -452,7 +453,7 @@ def run_by_run(runs: list[Run]) -> list[str]:
     if parts_rows := parts_table(measured):
         parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
     if executed := {run.title: [run] for run in executed_runs(runs)}:
-        over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
+        over = "*± is the standard error over texts; the quartiles of a latency follow it in brackets.*"
         parts += ["### INT8 that is executed", executed_table(executed), over]
     for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):
         ours = [[label, *cells] for label, _, _, *cells in rows]

@@ -1,6 +1,6 @@
 """The sections of the report with a row for each arm: activations, attention, weights, others' figures.
 
-Each is a heading, a table and a caption. A cell is the mean over the runs of an arm that did not diverge.
+A section is a heading, a table and a caption. A cell is the mean over the runs of an arm that did not diverge.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ QUALCOMM = {
 
 
 def arm_sections(runs: list[Run], sequences: int) -> list[str]:
-    """All sections of this file, made of one set of runs that agree."""
+    """All sections of this file, for the runs of one set."""
     measured = [run for run in runs if not run.diverged]
     return [
         "## Beside others' figures",
@@ -72,7 +72,7 @@ def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: 
     Args:
         header: of the columns, that of the row labels first.
         runs: of all arms.
-        subjects: {label of the row: what it is of}.
+        subjects: {label of the row: the first argument of `cells`}.
         cells: (subject, runs of an arm that did not diverge) -> the cells of the row.
     """
     return table(header, arm_rows(header, runs, subjects, cells))
@@ -90,12 +90,12 @@ def arm_rows(header: list[str], runs: list[Run], subjects: dict[str, Any], cells
 
 
 def same(names) -> dict[str, str]:
-    """Subjects that are their own labels."""
+    """Subjects of `by_arm` that are their own labels."""
     return {name: name for name in names}
 
 
 def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
-    """("layer <i>", statistics of the place) of every layer of the runs; of a place outside the layers it is once."""
+    """("layer <i>", statistics of the place) for every layer of the runs; one entry a run for places outside layers."""
     return [
         (name.removesuffix(f".{place}").replace(".", " "), statistics)
         for run in runs
@@ -105,7 +105,7 @@ def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
 
 
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
-    """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
+    """Mean over runs of a statistic that `reduce` combines over layers; NaN where a model lacks the place."""
     of_runs = [[layer[statistic] for _, layer in layers_of([run], place)] for run in runs]
     return float(np.mean([reduce(layers) if layers else np.nan for layers in of_runs]))
 
@@ -189,7 +189,7 @@ def classes_table(runs: list[Run]) -> str:
 
 
 def massive_table(runs: list[Run]) -> str:
-    """Sun et al.'s massive activations: how many there are in all layers, and the largest of every arm."""
+    """The number of massive activations (Sun et al.) in all layers, and the three largest of each arm."""
 
     def cells(place: str, of_arm: list[Run]) -> list[str]:
         layers = [(layer, statistics["massive"]) for layer, statistics in layers_of(of_arm, place)]
@@ -207,7 +207,7 @@ def massive_table(runs: list[Run]) -> str:
 
 
 def entry_cell(entry: dict, layer: str) -> str:
-    # In Markdown a token may be a tag, emphasis or the border of a cell.
+    # A token could be read as Markdown: as code, or as the border of a cell.
     token = entry["token"].strip().replace("`", "'").replace("|", "¦").replace("\ufffd", "·") or "_"
     return (
         f"{figure(entry['value'])} ({figure(entry['ratio'])} medians): `{token}` at {entry['position']}, "
@@ -253,7 +253,7 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
 
 
 def layers_table(runs: list[Run], statistics: dict[str, tuple]) -> str:
-    """Attention by layer; `statistics` is {label: (statistic, how the heads of a layer are reduced, factor)}."""
+    """Attention by layer; `statistics` is {label: (statistic, function that combines the heads, factor)}."""
     depth = max(len(run.attention) for run in runs)
 
     def cells(statistic: tuple, of_arm: list[Run]) -> list[str]:
@@ -285,7 +285,7 @@ def attention_table(runs: list[Run]) -> str:
 
 
 def sinks_table(runs: list[Run]) -> str:
-    """Sink rates and null mass beside what they were before training and what uniform attention gives."""
+    """Sink rates and null mass, beside those before training and those of uniform attention."""
 
     def cells(key: str, of_arm: list[Run]) -> list[str]:
         columns = []
@@ -300,7 +300,7 @@ def sinks_table(runs: list[Run]) -> str:
 
 
 def learned_section(runs: list[Run]) -> list[str]:
-    """The trained n of the heads of every layer; an empty list where no run trained its n."""
+    """The trained n of the heads of each layer; nothing if no run trained its n."""
     learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
     if not learned:
         return []

@@ -1,4 +1,4 @@
-"""The pictures of the report: which there are, their captions, and what of the runs they show. plots.py draws them."""
+"""The pictures of the report: their data, taken from the runs, and their captions. plots.py draws them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sets import BASELINE
 PANELS = ("context", "attention_output", "attention_layernorm", "ffn_intermediate", "ffn_output", "ffn_residual")
 KURTOSIS = (plots.KURTOSIS, "symlog")  # label of the axis, its scale
 NORM = ("infinity norm", "log")
-EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis, its scale))
+EMERGING = {  # panels of emergence.png: statistic: (title, factor, (label of the axis, its scale))
     "ffn_output.kurtosis_sequence": ("FFN output: kurtosis", 1, KURTOSIS),
     "ffn_residual.kurtosis_sequence": ("residual stream: kurtosis", 1, KURTOSIS),
     "ffn_output.inf_norm": ("FFN output: norm", 1, NORM),
@@ -28,11 +28,11 @@ EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis,
     "attention.sink_rate_any_renormalised": ("sinks, renormalised", 100, ("% of heads and texts", "linear")),
     "attention.null_mass": ("null mass", 100, ("% of the attention", "linear")),
 }
-SEEDS = {  # of emergence_seeds.png, in the same way
+SEEDS = {  # panels of emergence_seeds.png, in the same form
     "attention.sink_rate_any": ("Attention sinks", 100, ("% of heads and texts", "linear")),
     "ffn_residual.inf_norm": ("Residual stream", 1, ("largest entry", "log")),
 }
-LEADING = (BASELINE, PRIMARY_ARM)  # what the question is about: drawn wide, with every run
+LEADING = (BASELINE, PRIMARY_ARM)  # the arms of the primary question are drawn wide, with every run
 
 
 class Picture(NamedTuple):
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 
 def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
-    """{file name: picture}, of the runs of one set; a picture without data is left out."""
+    """{file name: picture} for the runs of one set; pictures without data are left out."""
     trained = [run for run in runs if not run.diverged]
     looks = plots.looks(list(arms(runs)), LEADING)
     made = {
@@ -58,8 +58,8 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
     return {name: picture for name, picture in made.items() if picture}
 
 
-def drawn_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
-    """A sentence about how several runs of an arm are drawn; empty where every arm has one run."""
+def lines_caption(runs: list[Run], looks: dict[str, plots.Look]) -> str:
+    """The meaning of thin and thick lines; empty if every arm has one run."""
     if len(runs) == len(arms(runs)):
         return ""
     others = (
@@ -72,7 +72,7 @@ def drawn_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
 
 
 def emergence_curves(runs: list[Run], statistics: dict[str, tuple]) -> tuple[dict[str, list[tuple]], str]:
-    """({title: curves}, how many texts they are of); `statistics` is {name: (title, factor, axis)}."""
+    """({title: curves}, the number of texts behind them); `statistics` is {name: (title, factor, axis)}."""
     trained = [run for run in runs if run.results]
     curves: dict[str, list[tuple]] = {}
     for statistic, (title, factor, _) in statistics.items():
@@ -94,7 +94,7 @@ def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | 
     caption = (
         f"Sinks: share of heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual "
         f"stream: infinity norm of the largest layer. Both on {watched} held-out texts, starting before the first "
-        f"update.{drawn_said(runs, looks)}"
+        f"update.{lines_caption(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in SEEDS.values()}
     return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
@@ -108,14 +108,14 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     caption = (
         f"{title}, starting before the first update: {watched} texts evenly spread over the held-out split, unmasked, "
         "eval mode, padding left out, as in the analysis. Kurtosis and attention: mean of the layers; norms: the "
-        f"largest layer.{drawn_said(runs, looks)}"
+        f"largest layer.{lines_caption(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in EMERGING.values()}
     return Picture(title, caption, plots.panels(curves, looks, title, "step", axes_of))
 
 
 def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """Both losses of every run, also of runs that diverged, and the differences of pairs of runs of one seed."""
+    """Training and held-out loss of all runs, also of those that diverged, and the differences within pairs."""
     trained = [run for run in runs if run.results]
     if not trained:
         return None
@@ -134,13 +134,13 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     gone = [f" {run.name} {run.ending}." for run in trained if run.diverged]
     caption = (
         "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats per masked "
-        f"token.{below}{drawn_said(trained, looks)}{''.join(gone)}"
+        f"token.{below}{lines_caption(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
 
 
 def history_of(run: Run, key: str) -> dict[int, float]:
-    """{step: loss} of a history in the results; NaN where the loss was no number."""
+    """{step: loss} from a history in the results; NaN where the loss was not finite."""
     return {step: np.nan if value is None else value for step, value in run.results[key]}
 
 
@@ -148,7 +148,7 @@ def history_of(run: Run, key: str) -> dict[int, float]:
 
 
 def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The gap of every scheme: of each run, and the mean of an arm with its interval over texts."""
+    """The gap of every scheme, for each run, and the mean of each arm with its interval over texts."""
     trained = [run for run in runs if not run.diverged]
     gaps: dict[str, dict[str, tuple]] = {}
     lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
@@ -171,9 +171,9 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 
 def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
-    """95 % bootstrap interval over texts of the mean gap of runs in nats; None where losses of texts are not known.
+    """95 % bootstrap interval over texts of the mean gap of runs, in nats; None if the losses of texts are unknown.
 
-    It is the interval of the difference to a model that the scheme does not change.
+    It is computed as the difference from a model that the scheme leaves unchanged.
     """
     harmed = mean_losses(runs, scheme)
     if harmed is None:
@@ -200,7 +200,7 @@ def by_place(
         f"{title} by layer and place, on {sequences:,} held-out texts in eval mode"
         + (" (a Gaussian has 0)" if axis is KURTOSIS else "")
         + ". All panels have the same scale. The residual stream is the input of a LayerNorm."
-        + drawn_said(runs, looks)
+        + lines_caption(runs, looks)
     )
     return Picture(title, caption, plots.panels(curves, looks, title, "layer", dict.fromkeys(curves, axis)))
 
@@ -222,7 +222,7 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
 
 
 def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The first run of every arm: two arms side by side on every text, more arms on the first text only."""
+    """Maps of the first run of each arm: of up to two arms on every text, of more arms on the first text only."""
     first = {arm: of_arm[0].maps for arm, of_arm in arms(runs).items()}
     shown = {arm: first[arm] for arm in looks if first.get(arm)}
     if not shown:

@@ -1,7 +1,7 @@
 """The report as Markdown: question, answers, comparisons, and tables with the published figures beside ours.
 
-Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py). Tables
-with a column for each run are in run_tables.py, those with a row for each arm in arm_tables.py.
+It is made of measured runs (runs.py) and of comparisons of their pairs (answer.py). run_tables.py has the tables with a
+column for each run, arm_tables.py those with a row for each arm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from run_tables import (
     lead_section,
     published_sections,
     run_by_run,
-    scored_said,
+    scored_texts,
     summary_section,
 )
 from runs import Run, arms, ranges
@@ -31,22 +31,23 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 
 
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
-    """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
+    """A row for each metric: both arms, the difference, its interval over seeds and, for gaps, that over texts."""
 
     def ratio(text: str) -> str:
-        """A ratio of geometric means, or its ends, behind a difference; empty where there is none."""
+        """The text of a ratio of geometric means, or of its interval, in brackets; empty where there is none."""
         return "" if text == "–" else f" (× {text})"
 
     rows = []
     for key in (key for key in keys if key in compared):
-        label, one = METRICS[key], compared[key]
+        label, comparison = METRICS[key], compared[key]
         rows.append(
             [
                 f"**{label}**" if key == PRIMARY and arm == PRIMARY_ARM else label,
-                *own_means(one),
-                figure(one.difference) + ratio(figure(one.ratio)),
-                no_interval(one) or ends(one.low, one.high) + ratio(ends(one.ratio_low, one.ratio_high)),
-                ends(one.texts_low, one.texts_high),
+                *own_means(comparison),
+                figure(comparison.difference) + ratio(figure(comparison.ratio)),
+                no_interval(comparison)
+                or ends(comparison.low, comparison.high) + ratio(ends(comparison.ratio_low, comparison.ratio_high)),
+                ends(comparison.texts_low, comparison.texts_high),
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
@@ -57,7 +58,7 @@ VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 
 
 def self_check_table(runs: list[Run]) -> str:
-    """What every part of the instrument's self-check found, on the first run of every arm: a row for each run."""
+    """The results of the instrument's self-check: a row for each checked run, a column for each check."""
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
     rows = [
         [name, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for key in CHECKS)]
@@ -67,7 +68,7 @@ def self_check_table(runs: list[Run]) -> str:
 
 
 def self_check_notes(runs: list[Run]) -> list[str]:
-    """The first note of the report where the instrument failed on a model; nothing where it did not."""
+    """A note for each model on which the instrument failed its self-check."""
     return [
         f"THE INSTRUMENT FAILED ITS OWN CHECK on {run.name} "
         f"({', '.join(CHECKS[key] for key in CHECKS if run.damage['self_check'][key]['passed'] is False)}): "
@@ -81,24 +82,24 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
-    """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
+    """A table for each arm of a set, with a caption about its intervals; of the arm `only` alone, if the set has it."""
     shown = {only} if only in finding.compared else finding.compared.keys()
     parts = []
     for arm, comparisons in finding.compared.items():
         if arm not in shown:
             continue
         first = next(iter(comparisons.values()))
-        over = (
+        caption = (
             "One pair of runs: no interval over seeds."
             if first.pairs == 1
             else f"Mean ± sample standard deviation over {first.pairs} seeds; interval: {TEST}."
         )
         if arm != PRIMARY_ARM:
-            over = f"Exploratory. {over}"
+            caption = f"Exploratory. {caption}"
             if finding.exploratory > 1:
-                over += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
+                caption += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
         heading = [f"### {arm} and {BASELINE}"] if len(shown) > 1 else []
-        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{over}*"]
+        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{caption}*"]
     return parts
 
 
@@ -119,7 +120,7 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
 
 
 def trained_with(finding: Finding) -> str:
-    """The conditions of the runs besides their scale, in one sentence: length, batch, optimizer, number format."""
+    """A sentence about the conditions of the runs: batch, length, optimizer, number format."""
     run = finding.group.runs[0]
     conditions = {
         "effective_batch_size": "batches of {}",
@@ -135,14 +136,14 @@ def trained_with(finding: Finding) -> str:
 def opening(
     runs: list[Run], findings: list[Finding], asked: dict[str, Answered], sequences: int, record: bool
 ) -> list[str]:
-    """Question, answers, the headline's comparison at a glance."""
+    """The question, the answers, and a short table that compares the primary arm with softmax0."""
     glance = set_tables(findings[0], GLANCE, only=PRIMARY_ARM) if findings else []
     measured = [run for run in runs if not run.diverged]
     if glance:
         glance.append(
             "*Bold: the one metric that was named beforehand. The other metrics help to explain it; their intervals "
             "are not corrected for their number here. (× ...): the ratio of geometric means, for kurtosis the ratio of "
-            f"full kurtosis (excess + 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The "
+            f"full kurtosis (excess + 3). n = {sequences:,} held-out texts; losses: {scored_texts(measured)}. The "
             "interval over texts is a bootstrap interval: how much the difference depends on the choice of the scored "
             "texts. Renormalised: the attention weights of each query are divided by their sum. Null mass: the share "
             "of the attention that goes to no token (for softmax it is rounding error).*"
@@ -159,7 +160,7 @@ def opening(
 
 
 def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
-    """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
+    """All conclusions about the primary metric: other arms, other sets, losses, divergences."""
     return ["## INT8, the primary question: all that is concluded", *answer(runs, findings)] if asked else []
 
 
@@ -223,7 +224,7 @@ def self_check_section(runs: list[Run]) -> list[str]:
     ]
 
 
-# The first picture stands behind the answer; every other one above the table of its section.
+# The first picture follows the answer; the others stand between the heading and the table of their section.
 LEAD_PICTURE = "emergence_seeds.png"
 PICTURED = {
     "## Summary of the runs": ["loss.png"],
@@ -245,8 +246,8 @@ def report(
 ) -> str:
     """The whole report as Markdown; `pictures` is {file name: (title, caption)}.
 
-    `findings` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
-    Tables with a column a run show all runs, tables of arms the headline's alone.
+    `findings` comes from answer.findings; `record` says whether all code behind the figures is committed. Tables with a
+    column for each run show all runs, tables by arm those of the headline's set.
     """
     measured = [run for run in runs if not run.diverged]
     asked = questions(findings)
@@ -270,7 +271,7 @@ def report(
 
 
 def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """The parts of a report, with its pictures behind the heading of each section."""
+    """The parts of a report, with the pictures of each section after its heading."""
     whole = []
     for part in parts:
         whole.append(part)
@@ -281,7 +282,7 @@ def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[
 
 
 def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """The pictures of these names that exist, each with its caption below."""
+    """Those of these pictures that exist, each followed by its caption."""
     there = {name: pictures[name] for name in names if name in pictures}
     return [part for name, (title, caption) in there.items() for part in (f"![{title}]({name})", f"*{caption}*")]
 
@@ -305,10 +306,10 @@ DAMAGE_OF_A_MODEL = ("bfloat16", "w8a8_static", "w8a8_percentile", "w8a8_dynamic
 
 
 def absent_notes(runs: list[Run]) -> list[str]:
-    """A line for each model whose attention cannot be reached."""
+    """A note for each model whose attention cannot be measured."""
     return [
-        f"{run.name} does not take its attention from transformers' attention interface: attention, static "
-        "quantization and what needs them are absent."
+        f"{run.name} does not use transformers' attention interface: attention, static quantization and what needs "
+        "them are absent."
         for run in runs
         if not run.diverged and not run.attention
     ]
@@ -332,9 +333,9 @@ def headline_of_models(runs: list[Run]) -> str:
 def models_report(
     runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, tuple[str, str]], record: bool
 ) -> str:
-    """The report of models that are not a pair of the experiment; `source` is the dataset or the text file.
+    """The report on models that are not a pair of the experiment; `source` is the dataset folder or the text file.
 
-    Arguments else as in `report`; none of the runs has diverged.
+    The other arguments are those of `report`; no run has diverged.
     """
     names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} models"
     text = f"every other line of {source}" if source.is_file() else f"the validation split of {source}"
@@ -351,7 +352,7 @@ def models_report(
         "padding is left out. Infinity norm: the largest magnitude in a text, averaged over the texts. Excess kurtosis "
         f"is 0 for a Gaussian. A sink is a token that gets more than {SINK:.0%} of the attention of a text's mean "
         f"query; its rate is the % of heads and texts, of texts of at least {SHORT} tokens. Losses are in nats per "
-        f"masked token, of {scored_said(runs)}; the ± of a loss over float32 is its standard error. Static "
+        f"masked token, of {scored_texts(runs)}; the ± of a loss over float32 is its standard error. Static "
         f"quantization is calibrated on {calibration}. A dash: the model has no such part, or it cannot be reached. "
         f"DEFINITIONS.md defines every row. {rows}*",
         *(f"**Note.** {line}" for line in warned),

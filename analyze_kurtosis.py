@@ -2,14 +2,14 @@
 
     python analyze_kurtosis.py                       # every run that train_model.py finished
     python analyze_kurtosis.py FOLDER HUB/NAME ...   # these models instead: any BERT-shaped masked-LM, own report
-    python analyze_kurtosis.py FOLDER --text FILE    # on the lines of a text file, plain or .gz, instead of data/
+    python analyze_kurtosis.py FOLDER --text FILE    # on the lines of a text file, instead of data/
     python analyze_kurtosis.py --onnxruntime         # and run them in INT8, by ONNX Runtime
     python analyze_kurtosis.py --report_only         # the report again, from what was measured before
 
 Reads   results/<run>.json, models/<run>/ (or the models named), both splits of data/ (or the text file)
 Writes  results/report.md and report.html (the same, with its pictures, in one file), results/analysis.json,
-        results/<picture>.png, and results/measured/<run>.json: all that was measured of a run. The next analysis reads
-        it instead of measuring again where nothing has changed; a run whose model is gone needs nothing else.
+        results/<picture>.png, and results/measured/<run>.json: everything that was measured of a run. The next analysis
+        reads this file where nothing has changed, instead of measuring again, and then needs no model folder.
         Reports of named models go to results/<name>/, or to results/<name>+<name>/
 
 DEFINITIONS.md defines every figure. Activations are those of the final model on held-out text, in eval mode, without
@@ -50,7 +50,7 @@ from pictures import pictures
 from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import CALIBRATION_BATCHES, DRAWS
 from questions import questions
-from record import by_layer, git_state, one_line, versions, write_json
+from record import by_layer, git_state, one_line, versions, write_json, write_whole
 from report import absent_notes, models_report, report, self_check_notes
 from runs import MEASURED_DIR, Run, find_runs
 from sets import from_modified_tree, headline, notes, refuse_copies, refuse_duplicates
@@ -131,51 +131,31 @@ def layer_statistics(kurtosis: dict[str, float | None], suffix: str) -> dict | N
     return {"mean": float(values.mean()), "population_std": float(values.std()), "layers": values.tolist()}
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename: a full disk does not destroy an earlier report."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder or Hub name (default: every run)")
-    parser.add_argument(
-        "--results_dir", type=Path, default=Path("results"), help="results files of the runs (%(default)s)"
-    )
-    parser.add_argument(
-        "--models_dir", type=Path, default=Path("models"), help="model folders of the runs (%(default)s)"
-    )
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="what build_dataset.py wrote (%(default)s)")
+    per_draw = f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws"
+    for flag, kind, default, meaning in (
+        ("--results_dir", Path, Path("results"), "results files of the runs"),
+        ("--models_dir", Path, Path("models"), "model folders of the runs"),
+        ("--data_dir", Path, Path("data"), "what build_dataset.py wrote"),
+        ("--max_samples", command.positive, 500, "number of held-out texts, evenly spread over the split"),
+        ("--max_scored", command.positive, 500, "how many of them are scored under each quantization, which is slow"),
+        ("--batch_size", command.positive, 16, "texts in a batch"),
+        ("--calibration_batches", command.positive, CALIBRATION_BATCHES, per_draw),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (%(default)s)")
     parser.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
-        help="for models named, instead of --data_dir: UTF-8, plain or .gz, one text a line; of its different lines, "
-        "every other one is scored and those between calibrate the quantization",
+        help="for named models, instead of --data_dir: UTF-8 text, plain, .gz or .zst, one text a line; of its "
+        "different lines, every second one is scored and the others calibrate the quantization",
     )
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="where the report goes (default: --results_dir, and a folder in it for models named: their names)",
-    )
-    parser.add_argument(
-        "--max_samples", type=command.positive, default=500, help="held-out texts, evenly spread (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_scored",
-        type=command.positive,
-        default=500,
-        help="of these, those that are scored under each quantization: a CPU is slow in bfloat16 (%(default)s)",
-    )
-    parser.add_argument("--batch_size", type=command.positive, default=16, help="texts at a time (%(default)s)")
-    parser.add_argument(
-        "--calibration_batches",
-        type=command.positive,
-        default=CALIBRATION_BATCHES,
-        help=f"batches of {CALIBRATION_SIZE} training texts that static ranges come from, for each of {DRAWS} draws "
-        "(%(default)s)",
+        help="where the report goes (default: --results_dir; for named models a folder in it, with their names)",
     )
     parser.add_argument(
         "--onnxruntime",
@@ -189,18 +169,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.report_only and (args.models or args.onnxruntime):
-        parser.error("--report_only measures nothing: it goes with no models and not with --onnxruntime")
+        parser.error("--report_only measures nothing: leave out the models and --onnxruntime")
     if args.text and not args.models:
-        parser.error("--text is for models that are named: the runs of the experiment share the text of --data_dir")
+        parser.error("--text needs named models: the runs of the experiment are all measured on the text of --data_dir")
     if args.data_dir.is_file():
-        parser.error(f"--data_dir {args.data_dir} is a file: text of your own goes with --text and models named")
+        parser.error(f"--data_dir {args.data_dir} is a file: give your own text with --text, and name the models")
     if args.text and not args.text.is_file():
-        parser.error(f"--text {args.text} is no file")
+        parser.error(f"--text {args.text} is not a file")
     return args
 
 
 def output_folder(args: argparse.Namespace, runs: list[Run]) -> Path:
-    """Where the report goes: named models have a folder of their own, so that no report overwrites another."""
+    """Where the report goes. Named models have a folder of their own, so that no report overwrites another."""
     if args.output_dir or not args.models:
         return args.output_dir or args.results_dir
     name = "+".join(run.name for run in runs)
@@ -209,10 +189,8 @@ def output_folder(args: argparse.Namespace, runs: list[Run]) -> Path:
     return args.results_dir / name
 
 
-def executor(wanted: bool) -> Callable | None:
-    """executed.execute if it is wanted; exits with one line where a package for it is missing."""
-    if not wanted:
-        return None
+def executor() -> Callable:
+    """executed.execute; exits with one line where a package that it needs is missing."""
     try:
         import executed  # imported here, because an analysis without --onnxruntime does not need its packages
     except ImportError as error:
@@ -220,28 +198,13 @@ def executor(wanted: bool) -> Callable | None:
     return executed.execute
 
 
-def measure_or_take(
-    run: Run, kept: Path, texts: Texts, args: argparse.Namespace, checked: bool, execute: Callable | None
-) -> None:
-    """Measure a run, or read from `kept` what an earlier analysis measured, if nothing has changed since."""
-    if args.models and not Path(run.model).is_dir():  # a model on the Hub may change
-        measure(run, texts, args.batch_size, checked, execute)
-        return
-    made = made_with(texts, args.batch_size, execute is not None)
-    if measured_already(run, kept, made, checked):
-        print(f"{run.name}: measured before, found in {kept}", file=sys.stderr)
-        return
-    measure(run, texts, args.batch_size, checked, execute)
-    keep_measured(run, kept, made)
-
-
 def measure_all(
     runs: list[Run], args: argparse.Namespace, folder: Path, execute: Callable | None
 ) -> tuple[int, list[str]]:
     """Measure the models of all runs on the same texts, and keep in `folder` what was measured.
 
-    Runs whose weights hold NaN or infinities are taken out of `runs`. Returns (number of texts, a line for each run
-    that was taken out).
+    What an earlier analysis kept there is read where nothing has changed since. Runs whose weights hold NaN or
+    infinities are taken out of `runs`. Returns (number of texts, a line for each run that was taken out).
     """
     source = args.text or args.data_dir
     texts = Texts(
@@ -251,28 +214,39 @@ def measure_all(
         texts_of(source, "validation", PUBLISHED_TEXTS * args.calibration_batches),
         args.calibration_batches,
     )
+    made = made_with(texts, args.batch_size, execute is not None)
     checked: set[str] = set()  # the arms on which the instrument has checked itself
-    whole, lost = [], []
+    measured, left_out = [], []
     for run in runs:
+        file, check = folder / f"{run.name}.json", run.arm not in checked
+        on_hub = args.models and not Path(run.model).is_dir()  # a model on the Hub may change, so nothing is kept
         try:
-            if not run.diverged:
-                measure_or_take(run, folder / f"{run.name}.json", texts, args, run.arm not in checked, execute)
-                checked.add(run.arm)
-            whole.append(run)
+            if run.diverged:
+                pass
+            elif not on_hub and measured_already(run, file, made, check):
+                print(f"{run.name}: measured before, found in {file}", file=sys.stderr)
+            else:
+                measure(run, texts, args.batch_size, check, execute)
+                if not on_hub:
+                    keep_measured(run, file, made)
         except NotFinite as error:
             print(f"note: {error}", file=sys.stderr)
-            lost.append(str(error))
-        refuse_copies(whole)
-    if not whole:
-        sys.exit(f"error: nothing to report: {lost[0]}")
-    runs[:] = whole
-    return len(texts.held_out), lost
+            left_out.append(str(error))
+            continue
+        if not run.diverged:
+            checked.add(run.arm)
+        measured.append(run)
+        refuse_copies(measured)
+    if not measured:
+        sys.exit(f"error: nothing to report: {left_out[0]}")
+    runs[:] = measured
+    return len(texts.held_out), left_out
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     command.silence_libraries()
-    execute = executor(args.onnxruntime)
+    execute = executor() if args.onnxruntime else None
     if args.results_dir.exists():
         refuse_unwritable(args.results_dir)
     runs = find_runs(args.models, args.results_dir, args.models_dir)
@@ -284,17 +258,17 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.report_only or run.diverged or (measured / f"{run.name}.json").is_file()):
             load(run.model)
     refuse_unwritable(folder)
-    lost: list[str] = []
+    left_out: list[str] = []
     if args.report_only:
         sequences = take_measured([run for run in runs if not run.diverged], measured)
         refuse_copies(runs)
     else:
-        sequences, lost = measure_all(runs, args, measured, execute)
+        sequences, left_out = measure_all(runs, args, measured, execute)
     source = args.text or args.data_dir
-    warned = [*self_check_notes(runs), *lost, *absent_notes(runs), *notes(runs, source)]
+    warned = [*self_check_notes(runs), *left_out, *absent_notes(runs), *notes(runs, source)]
     all_findings = findings(runs)
-    made = pictures(headline(runs), sequences)
-    captions = {name: (picture.title, picture.caption) for name, picture in made.items()}
+    drawn = pictures(headline(runs), sequences)
+    captions = {name: (picture.title, picture.caption) for name, picture in drawn.items()}
     # The report of the experiment needs a pair of runs.
     if args.models and (args.text or not all_findings) and not any(run.diverged for run in runs):
         text = models_report(runs, warned, sequences, source, captions, is_record(runs))
@@ -303,14 +277,13 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
 
     write_json(folder / "analysis.json", analysis(runs, warned, all_findings, sequences, source))
-    images = {name: picture.png for name, picture in made.items()}
-    for name, picture in images.items():
-        write(folder / name, picture)
-    write(folder / "report.html", html_page(text, images).encode())
-    write(folder / "report.md", text.encode())
+    images = {name: picture.png for name, picture in drawn.items()}
+    files = images | {"report.html": html_page(text, images).encode(), "report.md": text.encode()}
+    for name, content in files.items():
+        write_whole(folder / name, content)
     print(f"Written to {folder}: report.md, report.html, analysis.json, {', '.join(images)}")
-    if lost:
-        sys.exit(f"error: {len(lost)} of {len(runs) + len(lost)} models left out: {' '.join(lost)}")
+    if left_out:
+        sys.exit(f"error: {len(left_out)} of {len(runs) + len(left_out)} models left out: {' '.join(left_out)}")
 
 
 if __name__ == "__main__":

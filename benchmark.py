@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.utils.benchmark import timer  # it waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
@@ -158,7 +159,7 @@ def ladder(inputs: Inputs, output_dir: str, device: torch.device) -> dict[str, P
     published = partial(PublishedStep, inputs.tokenizer, device)
     ours = partial(OurStep, inputs, output_dir, "--use_cpu", str(device.type == "cpu"))
     every_step = ("--statistics_steps", "1")
-    rungs = {
+    rungs: dict[str, PublishedStep | OurStep] = {
         "published: padded, eager attention": published("eager", fused=False),
         "+ fused AdamW, no waiting": published("eager", fused=True),
         "+ SDPA attention": published("sdpa", fused=True),
@@ -176,20 +177,16 @@ def ladder(inputs: Inputs, output_dir: str, device: torch.device) -> dict[str, P
     return rungs
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds until `call` is done, on the device too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def timed(call: Callable[[], object]) -> float:
+    """Seconds until `call` is done, on the GPU too."""
+    start = timer()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timer() - start
 
 
-def peak(call: Callable[[], object], device: torch.device) -> int | None:
-    """Largest number of bytes that `call` allocates on the device; None on a CPU, whose allocations are not tracked."""
-    if device.type != "cuda":
+def peak(call: Callable[[], object]) -> int | None:
+    """Largest number of bytes that `call` allocates on the GPU; None on a CPU, whose allocations are not tracked."""
+    if not torch.cuda.is_available():
         call()
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -197,17 +194,6 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def compared(seconds: list[float], baseline: list[float]) -> dict:
-    """How many times faster than the baseline: the ratio of the sums over the rounds, and the extremes of a round."""
-    ratios = np.array(baseline) / np.array(seconds)
-    return {
-        "median_seconds": float(np.median(seconds)),
-        "times": sum(baseline) / sum(seconds),
-        "lowest": float(ratios.min()),
-        "highest": float(ratios.max()),
-    }
 
 
 def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -221,37 +207,39 @@ def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[d
         # A compiled model is compiled anew for some shapes, and a shape's CUDA graph is recorded at its second step:
         # from the third step on, all that is timed is the step.
         warm_up = [first, *batches] * 3 if device.type == "cuda" else [first]
-        bytes_taken, plain, measured = {}, {}, {}
+        bytes_taken, measured, plain = {}, {}, {}  # seconds of the rounds, with and without statistics
         for label, step in rungs.items():
             for batch in warm_up:
                 step(batch, False)
-            bytes_taken[label] = peak(partial(step, first, True), device)
-            plain[label], measured[label] = [], []
+            bytes_taken[label] = peak(partial(step, first, True))
+            measured[label], plain[label] = [], []
         for batch in tqdm(batches, desc="rounds"):
             for label, step in rungs.items():
-                measured[label].append(timed(partial(step, batch, True), device))
+                measured[label].append(timed(partial(step, batch, True)))
                 if step.statistics_steps > 1:
-                    plain[label].append(timed(partial(step, batch, False), device))
+                    plain[label].append(timed(partial(step, batch, False)))
         rows = []
-        baseline, *_ = measured.values()
         for label, step in rungs.items():
-            seconds, overhead = measured[label], None
+            seconds, overhead = np.array(measured[label]), None
             if step.statistics_steps > 1:  # one step in so many is measured
-                share = 1 / step.statistics_steps
-                pairs = zip(measured[label], plain[label], strict=True)
-                seconds = [share * with_statistics + (1 - share) * without for with_statistics, without in pairs]
-                overhead = share * (sum(measured[label]) / sum(plain[label]) - 1)
+                extra = (seconds - plain[label]) / step.statistics_steps
+                seconds, overhead = plain[label] + extra, float(extra.sum() / sum(plain[label]))
+            published = seconds if not rows else np.array(rows[0]["seconds"])
             rows.append(
                 {
                     "rung": label,
-                    **compared(seconds, baseline),
-                    "samples_per_second": EFFECTIVE_BATCH_SIZE * len(seconds) / sum(seconds),
+                    "median_seconds": float(np.median(seconds)),
+                    # How many times faster: the ratio of the sums over the rounds, and the extremes of a round.
+                    "times": float(published.sum() / seconds.sum()),
+                    "lowest": float((published / seconds).min()),
+                    "highest": float((published / seconds).max()),
+                    "samples_per_second": float(EFFECTIVE_BATCH_SIZE * len(batches) / seconds.sum()),
                     "statistics_share": overhead,
                     "peak_bytes": bytes_taken[label],
-                    "seconds": seconds,
+                    "seconds": seconds.tolist(),
                 }
             )
-        ours = rungs[SOFTMAX1]
+        ours: OurStep = rungs[SOFTMAX1]
         seconds = next(row["median_seconds"] for row in rows if row["rung"] == SOFTMAX1)
         yield {
             "text": lengths_of(ours, batches),
@@ -305,8 +293,8 @@ def floor(step: OurStep, batches: list[list[dict]], ours: float, device: torch.d
     moved = 4 * sum(parameter.numel() for parameter in step.model.parameters()) * (2 + 1 + 1 + 2 + 7)
     a, b = torch.randn(1024, 3072, device=device), torch.randn(3072, 3072, device=device)
     big = torch.ones(1 << 27, device=device)  # 512 MiB, beyond every cache
-    matmul = min(timed(lambda: a @ b, device) for _ in range(5))
-    copying = min(timed(lambda: big[: 1 << 26].copy_(big[1 << 26 :]), device) for _ in range(5))
+    matmul = min(timed(lambda: a @ b) for _ in range(5))
+    copying = min(timed(lambda: big[: 1 << 26].copy_(big[1 << 26 :])) for _ in range(5))
     rate, bandwidth = 2 * 1024 * 3072**2 / matmul, 2 * (1 << 28) / copying
     seconds = flops / rate + moved / bandwidth
     return {
@@ -322,44 +310,41 @@ def floor(step: OurStep, batches: list[list[dict]], ours: float, device: torch.d
 
 def memory(step: OurStep, samples: list[dict]) -> list[dict]:
     """Bytes that our float32 step needs at the published batch, and at the batch for which the published run was too
-    large.
-
-    Counted, so that a CPU has the figures too: weights, gradients, AdamW's two moments, and the tensors that the
-    forward pass keeps for the backward pass.
+    large: weights, gradients and AdamW's two moments, and what the forward pass keeps for the backward pass.
     """
-    trainer, model = step.trainer, step.model
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    fixed = 16 * sum(parameter.numel() for parameter in model.parameters())
     longest = {"input_ids": [0, *[5 + i % 1000 for i in range(MAX_LENGTH - 2)], 2]}
     as_they_come = (samples * LARGE_BATCH)[:LARGE_BATCH]
-    rows = []
-    for label, chosen in (
-        ("samples as they come", as_they_come[:EFFECTIVE_BATCH_SIZE]),
-        ("samples as they come", as_they_come),
-        (f"{MAX_LENGTH} tokens each", [longest] * EFFECTIVE_BATCH_SIZE),
-    ):
-        kept = {}
-
-        def keep(tensor: Tensor, kept: dict = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        batch = on_device(trainer.data_collator(chosen), trainer.args.device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = trainer.compute_loss(model, batch)
-        rows.append(
-            {
-                "batch": len(chosen),
-                "of": label,
-                "tokens": batch["tokens"],
-                "parameter_bytes": fixed,
-                "activation_bytes": sum(kept.values()),
-            }
+    return [
+        {
+            "batch": len(batch),
+            "of": label,
+            "tokens": sum(len(sample["input_ids"]) for sample in batch),
+            "parameter_bytes": 4 * 4 * sum(parameter.numel() for parameter in step.model.parameters()),
+            "activation_bytes": activation_bytes(step, batch),
+        }
+        for label, batch in (
+            ("samples as they come", as_they_come[:EFFECTIVE_BATCH_SIZE]),
+            ("samples as they come", as_they_come),
+            (f"{MAX_LENGTH} tokens each", [longest] * EFFECTIVE_BATCH_SIZE),
         )
-        del loss
-    return rows
+    ]
+
+
+def activation_bytes(step: OurStep, samples: list[dict]) -> int:
+    """Bytes of all that autograd keeps but the parameters; counted, so that a CPU has the figure too."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = on_device(step.trainer.data_collator(samples), step.trainer.args.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step.trainer.compute_loss(step.model, batch)
+    for parameter in step.model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -478,18 +463,19 @@ def attention_times(
     # Compiled attention (flex) is compiled for this length only: from its ninth shape on PyTorch would not compile it.
     torch.compiler.reset()
     shape = (batch, HEADS, length, HEAD_SIZE)
-    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     sinks = torch.linspace(-2, 4, HEADS, device=device).requires_grad_()
     upstream = torch.randn(shape, device=device, dtype=dtype)
-    exact = {kind: exact_rows(kind, *qkv, sinks, upstream) for kind in ("softmax", "softmax1", "sinks")}
+    inputs = (query, key, value, sinks)
+    exact = {kind: exact_rows(kind, *inputs, upstream) for kind in ("softmax", "softmax1", "sinks")}
 
     @torch.no_grad()
     def forward(name: str) -> Tensor:
-        return ways[name](*qkv, sinks)
+        return ways[name](*inputs)
 
     def both(name: str) -> Tensor:
-        leaves = [*qkv, sinks] if function_of(name) == "sinks" else qkv
-        return torch.autograd.grad(ways[name](*qkv, sinks), leaves, upstream)[0]
+        leaves = inputs if function_of(name) == "sinks" else inputs[:3]
+        return torch.autograd.grad(ways[name](*inputs), leaves, upstream)[0]
 
     parts = {"forward": forward, "forward+backward": both}
     bytes_taken, errors, seconds = {}, {}, {}
@@ -499,7 +485,7 @@ def attention_times(
         try:
             for (part, run), reference in zip(parts.items(), exact[function_of(name)], strict=True):
                 errors[name, part] = relative_error(run(name), reference)
-            bytes_taken[name] = peak(partial(both, name), device)
+            bytes_taken[name] = peak(partial(both, name))
             seconds |= {(name, part): [] for part in parts}
         except Exception as error:  # no memory, or an unsupported dtype or device: other packages raise anything
             tqdm.write(f"{name} at {length} tokens: {record.one_line(error)}", file=sys.stderr)
@@ -511,7 +497,7 @@ def attention_times(
             del ways[name]
     for _ in range(rounds):
         for name, part in seconds:
-            seconds[name, part].append(timed(partial(parts[part], name), device))
+            seconds[name, part].append(timed(partial(parts[part], name)))
     return [
         {
             "length": length,
@@ -564,12 +550,9 @@ def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> Iterat
         splits = tokenized(datasets.DatasetDict(train=text), Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)
         seconds = time.perf_counter() - start
         result = splits["train"]
-        drawn = np.random.default_rng(0).permutation(len(result))
-        order = [
-            drawn[start : start + EFFECTIVE_BATCH_SIZE]
-            for start in range(0, min(len(drawn), 1000 * EFFECTIVE_BATCH_SIZE), EFFECTIVE_BATCH_SIZE)
-        ]
-        reading = timed(lambda: [result[batch] for batch in order], torch.device("cpu"))
+        drawn = np.random.default_rng(0).permutation(len(result))[: 1000 * EFFECTIVE_BATCH_SIZE]
+        order = np.array_split(drawn, math.ceil(len(drawn) / EFFECTIVE_BATCH_SIZE))
+        reading = timed(lambda: [result[batch] for batch in order])
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
     yield {
         "lines": args.lines,
@@ -672,21 +655,13 @@ def step_plot(result: dict, figure) -> None:
 
 def attention_plot(result: dict, figure) -> None:
     colours = ("#0B3C7D", "#E8850C", "#1B7F5C", "#C06FA5", "#56B4E9", "#8C2D04", "#7A7A7A", "#6A51A3", "#B8A500")
-    looks = [*zip(colours, "os^Dv<>pX", strict=True)] * 2
     panels = figure.subplots(1, 2, sharey=True)
     ways = dict.fromkeys(row["way"] for row in result["attention"])
     for axes, part in zip(panels, ("forward", "forward+backward"), strict=True):
-        for way, (colour, marker) in zip(ways, looks, strict=False):
+        axes.set_prop_cycle(color=colours, marker=list("os^Dv<>pX"))
+        for way in ways:
             rows = [row for row in result["attention"] if (row["way"], row["part"]) == (way, part)]
-            axes.plot(
-                [row["length"] for row in rows],
-                [row["of_stock"] for row in rows],
-                color=colour,
-                marker=marker,
-                label=way,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+            axes.loglog([row["length"] for row in rows], [row["of_stock"] for row in rows], base=2, label=way)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="tokens", title=part)

@@ -1,11 +1,7 @@
 """Controls: models whose quantization damage is known beforehand, and models with a published remedy for outliers.
 
-    compensated_outlier   the same function with an outlier in the FFN output of one layer: static W8A8 must break there
-    self_check            whether quantization.py measures that on a trained model
-    build_control         RoBERTa with a published remedy: clipped softmax, or a gate on the attention's output
-
-The two remedies are those of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023). Importing this module makes
-them known to transformers' Auto classes; without it, no class loads their folders.
+The remedies are clipped softmax and gated attention, of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023).
+Importing this module registers them with transformers' Auto classes; without it, no class loads their folders.
 """
 
 from __future__ import annotations
@@ -13,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +40,11 @@ CHECKS = {
     "class_swap": "the same function in another class",
     "rounding": "every activation on 256 levels",
 }
-LARGE, SMALL = 1000.0, 100.0  # sizes of the outliers; the residual stream of these models is of size 1 to 10
-CHECK_BATCHES = 3  # used of the scored batches, and of the calibration batches
+LARGE, SMALL = 1000.0, 100.0  # sizes of the outliers; entries of the residual stream of these models are 1 to 10
+CHECK_BATCHES = 3  # number of scored batches, and of calibration batches, that a check uses
 FELT = 0.1  # nats that a large outlier must cost at least: it leaves the layer one of its 256 levels
-UNCHANGED = 1e-3  # nats that float32 rounding may change with an outlier of 1,000, or in another class
-LEARNT = 0.5  # nats that a model must lose without its context, or there is too little that quantization could destroy
+UNCHANGED = 1e-3  # nats by which float32 rounding may change a loss, with an outlier of 1,000 or in another class
+LEARNT = 0.5  # nats that a model must lose without its context: otherwise it has too little that could be damaged
 NEARLY_ZERO = 1e-300  # an n that acts as 0 even where all logits of a row are below -69, the logarithm of 1e-30
 
 
@@ -56,13 +53,13 @@ def compensated_outlier(model: PreTrainedModel, layer: int, channel: int, size: 
     """A copy that computes the same function in float32, with an outlier of `size` in one layer's FFN output.
 
     In one channel, `size` is added to the bias of the FFN output and subtracted from the bias of the LayerNorm before
-    the FFN; the FFN's first bias compensates what it then reads. So the sum that enters the layer's last LayerNorm is
+    the FFN. The first bias of the FFN compensates for its changed input. So the input of the layer's last LayerNorm is
     the same as before.
 
     Args:
         model: a BERT-shaped masked-LM (post-LayerNorm).
-        layer, channel: where.
-        size: of the outlier, in the units of the hidden state.
+        layer, channel: place of the outlier.
+        size: size of the outlier, in the units of the hidden state.
     """
     copied = copy.deepcopy(model)
     block = copied.base_model.encoder.layer[layer]
@@ -72,13 +69,6 @@ def compensated_outlier(model: PreTrainedModel, layer: int, channel: int, size: 
     return copied
 
 
-def can_be_compensated(model: PreTrainedModel) -> bool:
-    """Whether the model has the places that `compensated_outlier` changes."""
-    names = {name for name, _ in model.base_model.named_modules()}
-    places = ("output.dense", "attention.output.LayerNorm", "intermediate.dense")
-    return all(f"encoder.layer.0.{place}" in names for place in places)
-
-
 def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
     """The same weights and the same function in the other class: stock RoBERTa as our class, ours as stock RoBERTa.
 
@@ -86,8 +76,8 @@ def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     if type(model) not in (RobertaForMaskedLM, RobertaSoftmaxNForMaskedLM):
         return None
-    own = ("model_type", "auto_map", "softmax_n", "_attn_implementation")
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in own}
+    of_class = ("model_type", "auto_map", "softmax_n", "_attn_implementation")
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in of_class}
     n = measured_copy(model).config.softmax_n
     with torch.random.fork_rng(devices=[]):
         if type(model) is RobertaForMaskedLM:
@@ -100,47 +90,49 @@ def other_class(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dict]) -> dict:
-    """Whether the instrument measures, on this model, what is known beforehand.
+    """Whether quantization.py measures, on this model, the damage that is known beforehand.
 
     Args:
         model: a trained BERT-shaped masked-LM in float32.
         scored, calibration: batches of `held_out_batches`; a few of each are used.
 
     Returns:
-        {"passed": True, False, or None where the model has learnt too little to tell; "texts": scored ones; "context":
-        nats that the loss rises by when all tokens are moved by one place; and for each key of CHECKS
-        {"passed", "said": in words, and its figures}}. "class_swap" is undecided for classes that have no other, and
-        all of it for a model that is not statically quantized.
+        {"passed": True, False, or None where the model has learnt too little to tell; "texts": number of texts scored;
+        "context": nats by which the loss rises when all tokens are moved by one place; and for each key of CHECKS
+        {"passed", "said": the result in words, and its figures}}. "class_swap" is undecided for a class without
+        counterpart; every check is, for a model that is not statically quantized.
     """
     if hides_attention(model):
-        said = "its attention is not quantized"
-        return {"passed": None, "texts": 0, "context": None} | {key: {"passed": None, "said": said} for key in CHECKS}
+        return {"passed": None, "texts": 0, "context": None} | unchecked(CHECKS, None, "its attention is not quantized")
     scored, calibration = spread_out(scored), spread_out(calibration)
     moved = [{**batch, "input_ids": batch["input_ids"].roll(1, 1)} for batch in scored]
     plain = measured_copy(model)
     exact = held_out_loss(plain, scored)[0]
     context = held_out_loss(plain, moved)[0] - exact
     checks = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
+    outlier_checks = ("large_outlier", "small_outlier")
+    changed_by_outliers = ("encoder.layer.0.attention.output.LayerNorm", "encoder.layer.0.intermediate.dense")
     try:
         static = StaticW8A8(model, calibration)
         checks["rounding"] = check_rounding(static, scored[-1:])
         gap = held_out_loss(static.model, scored)[0] - exact
         checks["class_swap"] = check_class(model, gap, scored, calibration)
-        if not can_be_compensated(model):
-            checks |= undecided("not a post-LayerNorm model")
-        elif not context >= LEARNT:  # or not finite: too little that quantization could destroy
-            checks |= undecided("the model has learnt too little")
+        if not dict(model.base_model.named_modules()).keys() >= set(changed_by_outliers):
+            checks |= unchecked(outlier_checks, None, "not a post-LayerNorm model")
+        elif not context >= LEARNT:  # too little, or NaN
+            checks |= unchecked(outlier_checks, None, "the model has learnt too little")
         else:
             checks |= check_outliers(model, gap, exact, scored, calibration)
     except UnsetRange as error:
-        return checks | {"passed": False} | {key: {"passed": False, "said": str(error)} for key in CHECKS}
+        return checks | {"passed": False} | unchecked(CHECKS, False, str(error))
     verdicts = [checks[key]["passed"] for key in CHECKS]
     checks["passed"] = False if False in verdicts else checks["large_outlier"]["passed"]
     return checks
 
 
-def undecided(why: str) -> dict[str, dict]:
-    return {key: {"passed": None, "said": why} for key in ("large_outlier", "small_outlier")}
+def unchecked(checks: Iterable[str], passed: bool | None, why: str) -> dict[str, dict]:
+    """The same result for checks that could not be made."""
+    return {check: {"passed": passed, "said": why} for check in checks}
 
 
 def spread_out(batches: list[dict]) -> list[dict]:
@@ -170,7 +162,12 @@ def check_class(model: PreTrainedModel, gap: float, scored: list[dict], calibrat
 def check_outliers(
     model: PreTrainedModel, gap: float, exact: float, scored: list[dict], calibration: list[dict]
 ) -> dict[str, dict]:
-    """Compensated outliers in all layers, or the first, middle and last of many; `gap` is that of the model itself."""
+    """Compensated outliers in all layers, or in the first, middle and last one of more than three.
+
+    Args:
+        model, scored, calibration: as in `self_check`.
+        gap, exact: gap and float32 loss of the model itself.
+    """
     depth = len(model.base_model.encoder.layer)
     by_layer = {}
     for layer in range(depth) if depth <= 3 else (0, depth // 2, depth - 1):
@@ -186,29 +183,25 @@ def check_outliers(
             "largest_part": max(parts, key=parts.get),
         }
         del control, static, plain
-        gc.collect()  # hooks refer to what holds them: without this, every copy of the model stays in memory
+        gc.collect()  # hooks and the object that owns them refer to each other: each copy would stay in memory
     gaps = [of_layer["gap"] for of_layer in by_layer.values()]
     right = sum(name == of_layer["largest_part"] for name, of_layer in by_layer.items())
-    felt = all(
-        abs(of_layer["float32_change"]) < UNCHANGED and of_layer["gap"] - gap > FELT for of_layer in by_layer.values()
-    )
+    unchanged = all(abs(of_layer["float32_change"]) < UNCHANGED for of_layer in by_layer.values())
     large = {
-        "passed": felt and right == len(by_layer),
+        "passed": unchanged and all(large_gap - gap > FELT for large_gap in gaps) and right == len(by_layer),
         "said": f"gap {number(min(gaps), 3)} to {number(max(gaps), 3)} nats, right layer in {right} of {len(by_layer)}",
         "gap_without": gap,
         "layers": by_layer,
     }
     middle = list(by_layer)[len(by_layer) // 2]
     control = compensated_outlier(model, int(middle.partition(".")[2]), 0, SMALL)
-    small = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
-    return {
-        "large_outlier": large,
-        "small_outlier": {
-            "passed": small - gap < (by_layer[middle]["gap"] - gap) / 2,
-            "said": f"gap {number(small, 3)} nats in {middle}, {number(gap, 3)} without",
-            "gap": small,
-        },
+    small_gap = held_out_loss(StaticW8A8(control, calibration).model, scored)[0] - exact
+    small = {
+        "passed": small_gap - gap < (by_layer[middle]["gap"] - gap) / 2,
+        "said": f"gap {number(small_gap, 3)} nats in {middle}, {number(gap, 3)} without",
+        "gap": small_gap,
     }
+    return {"large_outlier": large, "small_outlier": small}
 
 
 # ------------------------------------------------------------------------------------------- the published remedies
@@ -217,7 +210,7 @@ STOP_STOCK = ", in a control of this experiment: import controls, then use an Au
 
 
 class _ControlConfig(RobertaConfig):
-    """RobertaConfig whose saved form no stock class loads: it names an activation function that does not exist."""
+    """RobertaConfig whose saved form no stock class can load: it names an activation function that does not exist."""
 
     def __init__(self, **kwargs):
         if isinstance(kwargs.get("hidden_act"), str):
@@ -225,7 +218,7 @@ class _ControlConfig(RobertaConfig):
         super().__init__(**kwargs)
 
     def to_diff_dict(self) -> dict:
-        """What config.json holds."""
+        """The content of config.json."""
         return {**super().to_diff_dict(), "hidden_act": f"{self.hidden_act}{STOP_STOCK}"}
 
 
@@ -241,22 +234,22 @@ class ClippedSoftmaxConfig(_ControlConfig):
 
     @RobertaConfig._attn_implementation.getter
     def _attn_implementation(self) -> str:
-        """Clipped softmax, whatever was asked for, or the instrument's attention, which asks `attention_weights`."""
-        asked_for = getattr(self, "_attn_implementation_internal", None)
-        return asked_for if asked_for == quantization.ATTENTION else CLIPPED
+        """Always clipped softmax, or the attention of quantization.py, which calls `attention_weights`."""
+        requested = getattr(self, "_attn_implementation_internal", None)
+        return requested if requested == quantization.ATTENTION else CLIPPED
 
     def attention_weights(self, scores: Tensor) -> Tensor:
-        """Weights of scores (..., keys), of which the masked ones are -inf."""
+        """Attention weights of scores (..., keys); the score of a masked key is -inf."""
         gamma, zeta = self.clip_gamma, self.clip_zeta
         return ((zeta - gamma) * torch.softmax(scores, -1) + gamma).clip(0, 1)
 
 
 class GatedAttentionConfig(_ControlConfig):
-    """One gate a head, sigmoid(linear(hidden state)) of every token, on what the head has attended to."""
+    """One gate for each head and token, sigmoid(linear(hidden state)), which multiplies the context of the head."""
 
     model_type = "roberta-gated-attention"
 
-    def __init__(self, **kwargs):  # transformers would write one for a class that has none
+    def __init__(self, **kwargs):  # otherwise transformers generates an __init__, which hides that of _ControlConfig
         super().__init__(**kwargs)
 
 
@@ -275,7 +268,7 @@ def clipped_softmax_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Args and result as in softmax1.softmax_n_attention_forward. Packed sequences are kept apart by a mask (T, T)."""
+    """Args and result as in softmax1.softmax_n_attention_forward. A mask (T, T) keeps packed sequences apart."""
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if cu_seq_lens_q is not None:
         token = torch.arange(query.shape[2], device=query.device, dtype=cu_seq_lens_q.dtype)
@@ -299,7 +292,10 @@ class ClippedSoftmaxForMaskedLM(RobertaForMaskedLM):
 
 
 class GatedAttentionForMaskedLM(RobertaForMaskedLM):
-    """RobertaForMaskedLM with gated attention. The gates come last, so that all else starts as in the stock class."""
+    """RobertaForMaskedLM with gated attention.
+
+    The gates are initialised last, so all other weights start as in the stock class with the same seed.
+    """
 
     config_class = GatedAttentionConfig
 
@@ -309,7 +305,7 @@ class GatedAttentionForMaskedLM(RobertaForMaskedLM):
             attention = layer.attention.self
             attention.gate = nn.Linear(config.hidden_size, config.num_attention_heads)
             nn.init.normal_(attention.gate.weight, std=config.initializer_range)
-            nn.init.zeros_(attention.gate.bias)  # half open
+            nn.init.zeros_(attention.gate.bias)  # gates start half open
             attention.register_forward_hook(_gated, with_kwargs=True)
 
 
@@ -330,15 +326,16 @@ for _config, _model in CONTROLS.values():
 
 
 def build_control(kind: str, config_kwargs: dict) -> PreTrainedModel:
-    """RoBERTa with random weights and a published remedy; it takes padded batches, and packed ones once
-    experiment.accept_packed_batches has prepared it.
+    """RoBERTa with random weights and a published remedy, for padded batches.
+
+    After experiment.accept_packed_batches it takes packed batches too.
 
     Args:
         kind: "clipped" or "gated".
-        config_kwargs: of RobertaConfig; for "clipped" also clip_gamma and clip_zeta.
+        config_kwargs: arguments of RobertaConfig; for "clipped" also clip_gamma and clip_zeta.
 
     Raises:
-        ValueError: no such control.
+        ValueError: there is no such control.
     """
     if kind not in CONTROLS:
         raise ValueError(f"a control is one of {', '.join(CONTROLS)}, got {kind!r}")

@@ -1,12 +1,4 @@
-"""The held-out text of the masked-LM: its masks, its batches and its loss, the same for every run and every arm.
-
-held_out_batches        texts with fixed masks, sorted by length, padded
-padded_batches          unmasked texts, sorted by length, padded
-held_out_loss           mean cross-entropy over the masked tokens
-per_text_loss           the same for each text, which intervals need
-losses_without_context  the loss that token frequencies alone reach on the same tokens
-kept_positions          runs the masked-LM head on chosen positions only, because it is half of the arithmetic
-"""
+"""The held-out text of the masked-LM: its masks, its batches and its loss, the same for every run and every arm."""
 
 from __future__ import annotations
 
@@ -19,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,34 +40,32 @@ def perplexity(loss: float) -> float:
 
 
 def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
-    """Masked and padded batches, the same for every run: a sample's mask depends on the sample alone.
+    """Masked batches, sorted by length and padded: input_ids, labels and attention_mask (B, T).
 
-    `collator` masks and pads, for one process.
+    A sample's mask depends on the sample and the collator's seed alone, so it is the same for every run. `collator` is
+    one for a single process.
     """
     samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
-    pad = collator.tokenizer.pad_token_id
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-
-        def stack(name: str, fill: int, chosen: list = chosen) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name][0] for sample in chosen], True, fill)
-
-        batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED)}
-        batches.append({**batch, "attention_mask": stack("attention_mask", 0)})
-    return batches
+    filling = {"input_ids": collator.tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    return _padded([{name: sample[name][0] for name in filling} for sample in samples], filling, batch_size)
 
 
 def padded_batches(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> list[dict]:
     """Batches of unmasked texts, sorted by length to need little padding: input_ids and attention_mask (B, T)."""
-    samples = [torch.tensor(text) for text in sorted(ids, key=len)]
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-        padded = torch.nn.utils.rnn.pad_sequence(chosen, True, tokenizer.pad_token_id)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in chosen], True)
-        batches.append({"input_ids": padded, "attention_mask": mask})
-    return batches
+    texts = [torch.tensor(text) for text in sorted(ids, key=len)]
+    samples = [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in texts]
+    return _padded(samples, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}, batch_size)
+
+
+def _padded(samples: list[dict[str, Tensor]], filling: dict[str, int], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of consecutive samples; each tensor (tokens,) is padded on the right with its value of `filling`."""
+    return [
+        {
+            name: pad_sequence([sample[name] for sample in samples[start : start + batch_size]], True, fill)
+            for name, fill in filling.items()
+        }
+        for start in range(0, len(samples), batch_size)
+    ]
 
 
 def losses_without_context(
@@ -107,9 +98,9 @@ def losses_without_context(
         masked = batch["labels"] != IGNORED
         labels, shown = batch["labels"][masked], batch["input_ids"][masked]
         visible = shown != tokenizer.mask_token_id
-        known = ((shown == labels).double() + 1 / entries) / (p[shown] + 1 / entries)
+        ratio = ((shown == labels).double() + 1 / entries) / (p[shown] + 1 / entries)  # P(w | v is shown) / p(w)
         unigram.append(-p[labels].log())
-        gained.append(torch.where(visible, known, 1.0).log())
+        gained.append(torch.where(visible, ratio, 1.0).log())
     unigram, gained = torch.cat(unigram), torch.cat(gained)
     return unigram.mean().item(), (unigram - gained).mean().item()
 
@@ -135,15 +126,31 @@ def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
         yield
 
 
+def masked_loss(model: PreTrainedModel, batch: dict[str, Tensor], reduction: str) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the masked tokens of a batch, in float32 whatever the model computes in.
+
+    Args:
+        model: a masked-LM.
+        batch: input_ids, attention_mask and labels (B, T), on the model's device.
+        reduction: "sum" or "none", as in torch.
+
+    Returns:
+        (nats: a scalar, or one number for each masked token in the order of masked.nonzero(), masked: (B, T) boolean).
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    masked = batch["labels"] != IGNORED
+    with kept_positions(model, masked):
+        logits = model(**inputs).logits[0]
+    return F.cross_entropy(logits.float(), batch["labels"][masked], reduction=reduction), masked
+
+
 @torch.no_grad()
 def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> Tensor:
     """Sum of the cross-entropy and number of masked tokens of every text, in eval mode, by this process alone.
 
-    The cross-entropy is taken in float32 whatever the model computes in.
-
     Args:
         model: a masked-LM.
-        batches: of `held_out_batches`; each holds input_ids, attention_mask and labels (texts, tokens).
+        batches: of `held_out_batches`.
         progress: show a bar.
 
     Returns:
@@ -153,13 +160,9 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
     model.eval()
     sums = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in tqdm(batches, desc="Held-out loss", leave=False, disable=not progress):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        masked = labels != IGNORED
-        with kept_positions(model, masked):
-            logits = model(**batch).logits[0]
-        losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-        losses[masked] = F.cross_entropy(logits.float(), labels[masked], reduction="none").double()
+        nats, masked = masked_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, "none")
+        losses = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
+        losses[masked] = nats.double()
         sums.append(torch.stack([losses.sum(1), masked.sum(1).double()], 1).cpu())
     model.train(training)
     return torch.cat(sums)

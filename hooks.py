@@ -1,8 +1,9 @@
-"""Forward hooks that are in a model only inside a `with` block."""
+"""Forward hooks that are in a model only inside a `with` block, and the modules of a layer that they go on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -28,3 +29,10 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def modules_by_layer(model: nn.Module, suffix: str) -> Iterator[tuple[str, nn.Module]]:
+    """(`layer.<i>`, the module whose name ends in `layer.<i>.<suffix>`) of every layer that has such a module."""
+    for name, module in model.named_modules():
+        if match := re.search(rf"\b(layer\.\d+)\.{re.escape(suffix)}$", name):
+            yield match[1], module

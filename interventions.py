@@ -1,14 +1,7 @@
 """What a trained masked-LM does when one thing about its attention is changed: statistics alone cannot show causes.
 
-    as_trained              nothing is changed
-    as_softmax0             the same weights attend with n = 0: softmax1 loses its null slot
-    as_softmax1             the same weights attend with n = 1: softmax0 gets a null slot
-    without_sink_heads      the context of the sink heads is set to zero
-    without_random_heads    the context of as many other heads, chosen at random, is set to zero; mean of 3 draws
-    without_first_token     <s> is left out of the input, and positions start at the next token
-
-Every arm gets the same interventions, whatever the class of its model: as_softmax0 of softmax0, and as_softmax1 of
-softmax1, equal as_trained up to rounding. DEFINITIONS.md says what is measured.
+Models of all arms and classes get the same interventions: as_softmax0 of softmax0, and as_softmax1 of softmax1, equal
+as_trained up to rounding. DEFINITIONS.md defines every intervention and what is measured.
 """
 
 from __future__ import annotations
@@ -16,22 +9,20 @@ from __future__ import annotations
 import copy
 import math
 import random
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from held_out import kept_positions
-from outliers import SINK, ActivationOutliers, AttentionSinks, eager_attention, hides_attention, watched
-from packing import IGNORED
+from held_out import masked_loss
+from hooks import Hooks
+from outliers import SINK, ActivationOutliers, AttentionSinks, hides_attention, self_attentions, watched
 from softmax1 import ATTENTION, apply_softmax_n
 
-INTERVENTIONS = {
+INTERVENTIONS = {  # with their names in the report
     "as_trained": "as trained",
     "as_softmax0": "attends with n = 0",
     "as_softmax1": "attends with n = 1",
@@ -39,7 +30,7 @@ INTERVENTIONS = {
     "without_random_heads": "without as many other heads",
     "without_first_token": "without the first token",
 }
-DRAWS = 3  # how often random heads are drawn
+DRAWS = 3  # the number of draws of random heads, over which the mean is taken
 
 Heads = set[tuple[str, int]]  # (layer.<i>, head)
 
@@ -49,21 +40,21 @@ def interventions(
 ) -> dict[str, dict[str, float]]:
     """Measure the model on the same masked text under each intervention. The model is left in eval mode.
 
-    A head is a sink head when in more than 30 % (SINK) of the sequences one token, or nowhere, gets more than 30 % of
-    the attention: `sink_rate_any_or_null`, the same for every n.
+    A head is a sink head if, in more than 30 % (SINK) of the sequences, one token or the null slot gets more than 30 %
+    of the attention (`sink_rate_any_or_null`). This is the same rule for every n.
 
     Args:
         model: a BERT-shaped masked-LM.
         batches: of `held_out_batches`.
-        tokenizer: the one that made them.
+        tokenizer: the tokenizer that made them.
 
     Returns:
         {name out of INTERVENTIONS: {"loss" (nats per masked token), "ffn_output_kurtosis" (mean of layers),
-        "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (how
-        many were set to zero)}}; NaN where the model lacks what they are of. Absent are as_softmax* of a model that
-        does not take its attention from transformers' attention interface or keeps one of its own, without_*_heads
-        where there is no sink head or too few others, and without_first_token where texts do not all start with the
-        same special token.
+        "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (number
+        of heads set to zero)}}; NaN where the model has no such place or no such attention. as_softmax* is absent for a
+        model that does not take its attention from transformers' attention interface, or whose class has an attention
+        of its own; without_*_heads where there is no sink head or too few others; without_first_token where the texts
+        do not all start with the same special token.
     """
     model.eval()
     results = {}
@@ -72,26 +63,26 @@ def interventions(
         for n in (0, 1):
             try:
                 changed = apply_softmax_n(copy.deepcopy(model), n)
-            except ValueError:  # an attention of the model cannot be changed
+            except ValueError:  # the model has an attention that cannot be changed
                 continue
             if changed.config._attn_implementation.startswith(ATTENTION):  # some classes keep an attention of their own
                 results[f"as_softmax{n}"], _ = _measure(changed, batches, tokenizer)
 
-    every: Heads = {
-        (layer, head) for layer, of_layer in attention.items() for head in range(len(of_layer["null_mass"]))
-    }
-    sinks = {(layer, head) for layer, head in every if attention[layer]["sink_rate_any_or_null"][head] > SINK}
+    sinks, others = set(), set()
+    for layer, of_layer in attention.items():
+        for head, rate in enumerate(of_layer["sink_rate_any_or_null"]):
+            (sinks if rate > SINK else others).add((layer, head))
     if sinks:
         results["without_sink_heads"] = _without(model, sinks, batches, tokenizer)
-    if sinks and len(every - sinks) >= len(sinks):
-        draws = random.Random(0)
-        chosen = [set(draws.sample(sorted(every - sinks), len(sinks))) for _ in range(DRAWS)]
-        drawn = [_without(model, heads, batches, tokenizer) for heads in chosen]
-        means = {key: float(np.mean([of_draw[key] for of_draw in drawn])) for key in drawn[0]}
+    if sinks and len(others) >= len(sinks):
+        generator = random.Random(0)
+        draws = [set(generator.sample(sorted(others), len(sinks))) for _ in range(DRAWS)]
+        measured = [_without(model, heads, batches, tokenizer) for heads in draws]
+        means = {key: float(np.mean([of_draw[key] for of_draw in measured])) for key in measured[0]}
         results["without_random_heads"] = {**means, "heads": len(sinks)}
 
-    starts = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}
-    if len(starts) == 1 and starts <= {tokenizer.bos_token_id, tokenizer.cls_token_id}:
+    first_tokens = {token for batch in batches for token in batch["input_ids"][:, 0].tolist()}
+    if len(first_tokens) == 1 and first_tokens <= {tokenizer.bos_token_id, tokenizer.cls_token_id}:
         shorter = [{name: tensor[:, 1:] for name, tensor in batch.items()} for batch in batches]
         results["without_first_token"], _ = _measure(model, shorter, tokenizer)
     return {name: {"heads": 0, **results[name]} for name in INTERVENTIONS if name in results}
@@ -100,7 +91,17 @@ def interventions(
 def _without(
     model: PreTrainedModel, heads: Heads, batches: list[dict], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    with _zeroed(model, heads):
+    """The figures of `interventions`, with the context of these heads set to zero."""
+    kept = {
+        layer: torch.tensor([(layer, head) not in heads for head in range(model.config.num_attention_heads)])
+        for layer, _ in self_attentions(model)
+    }
+
+    def zero(layer: str, module: nn.Module, inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        context = output[0].unflatten(-1, (len(kept[layer]), -1))
+        return (context * kept[layer].to(context)[:, None]).flatten(-2), *output[1:]
+
+    with Hooks((module, partial(zero, layer)) for layer, module in self_attentions(model)):
         return {**_measure(model, batches, tokenizer)[0], "heads": len(heads)}
 
 
@@ -108,58 +109,27 @@ def _without(
 def _measure(
     model: PreTrainedModel, batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
-    """(the figures of `interventions`, attention by layer). The masked-LM head runs on masked positions only."""
+    """(the figures of `interventions`, statistics of the attention by layer)."""
+    outliers = ActivationOutliers(model, ("ffn_output", "ffn_residual"), embeddings=False)
+    sinks = AttentionSinks(model)
     loss = masked = 0
-    with (
-        eager_attention(model),
-        ActivationOutliers(model, ("ffn_output", "ffn_residual"), embeddings=False) as outliers,
-        AttentionSinks(model) as sinks,
-    ):
-        for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
-            labels = batch.pop("labels")
-            chosen = labels != IGNORED
-            with kept_positions(model, chosen):
-                logits = model(**batch).logits[0]
-            loss += F.cross_entropy(logits.float(), labels[chosen], reduction="sum").item()
-            masked += int(chosen.sum())
+    for batch, *_ in watched(model, batches, tokenizer, outliers, sinks):
+        nats, masked_tokens = masked_loss(model, batch, "sum")
+        loss += nats.item()
+        masked += int(masked_tokens.sum())
     places, attention = outliers.result(), sinks.result()
 
-    def layers(place: str, statistic: str) -> list[float]:
+    def by_layer(place: str, statistic: str) -> list[float]:
         return [of_place[statistic] for name, of_place in places.items() if name.endswith(f".{place}")] or [math.nan]
 
-    def heads(statistic: str) -> float:
+    def mean_of_heads(statistic: str) -> float:
         return float(np.mean([of_layer[statistic] for of_layer in attention.values()] or [math.nan]))
 
     figures = {
         "loss": loss / masked,
-        "ffn_output_kurtosis": float(np.mean(layers("ffn_output", "kurtosis_sequence"))),
-        "residual_inf_norm": max(layers("ffn_residual", "inf_norm")),
-        "sink_rate_first": heads("sink_rate_first"),
-        "null_mass": heads("null_mass"),
+        "ffn_output_kurtosis": float(np.mean(by_layer("ffn_output", "kurtosis_sequence"))),
+        "residual_inf_norm": max(by_layer("ffn_residual", "inf_norm")),
+        "sink_rate_first": mean_of_heads("sink_rate_first"),
+        "null_mass": mean_of_heads("null_mass"),
     }
     return figures, attention
-
-
-@contextmanager
-def _zeroed(model: PreTrainedModel, heads: Heads) -> Iterator[None]:
-    """A context in which attention.output.dense reads zeros in place of these heads' outputs."""
-
-    def hook(kept: Tensor):
-        def zero(module, inputs):
-            context = inputs[0]
-            parts = context.unflatten(-1, (len(kept), -1)) * kept.to(context)[:, None]
-            return (parts.flatten(-2), *inputs[1:])
-
-        return zero
-
-    count = model.config.num_attention_heads
-    handles = []
-    for name, module in model.named_modules():
-        if match := re.search(r"\b(layer\.\d+)\.attention\.output\.dense$", name):
-            kept = torch.tensor([(match[1], head) not in heads for head in range(count)])
-            handles.append(module.register_forward_pre_hook(hook(kept)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -86,11 +86,7 @@ class Moments:
         deviations = values - mean
         squares = deviations.square()
         # In place and in this order, because memory traffic is all that this costs.
-        sums = (
-            squares.sum(1),
-            deviations.mul_(squares).sum(1),
-            squares.square_().sum(1),
-        )
+        sums = squares.sum(1), deviations.mul_(squares).sum(1), squares.square_().sum(1)
         mean, *sums = (with_float64(total).double() for total in (mean[:, 0], *sums))
         return cls(torch.stack([torch.full_like(mean, values.shape[1]), mean, *sums], 1))
 
@@ -103,20 +99,12 @@ class Moments:
             return terms.new_zeros(groups).index_add_(0, group, terms)
 
         count = total(n)
-        centre = total(n * mean) / count.clamp_min(1)
-        d = mean - centre[group]
-        return Moments(
-            torch.stack(
-                [
-                    count,
-                    centre,
-                    total(m2 + n * d**2),
-                    total(m3 + 3 * d * m2 + n * d**3),
-                    total(m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4),
-                ],
-                1,
-            )
-        )
+        merged_mean = total(n * mean) / count.clamp_min(1)
+        d = mean - merged_mean[group]
+        merged_m2 = total(m2 + n * d**2)
+        merged_m3 = total(m3 + 3 * d * m2 + n * d**3)
+        merged_m4 = total(m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4)
+        return Moments(torch.stack([count, merged_mean, merged_m2, merged_m3, merged_m4], 1))
 
     def __add__(self, other: Moments) -> Moments:
         groups = torch.arange(len(self.sums), device=self.sums.device).repeat(2)
@@ -208,8 +196,8 @@ class ActivationKurtosis(Hooks):
         self._moments = {}
 
     def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts[name] + count if name in self._counts else count
+        self._sums[name] = self._sums.get(name, 0) + total
+        self._counts[name] = self._counts.get(name, 0) + count
 
     def result(self) -> dict[str, float]:
         """Mean excess kurtosis by module name, over all processes. Modules that never ran are absent."""

@@ -1,25 +1,20 @@
 """What is measured of one model: activations, attention, weights, interventions, quantization. Fills in a runs.Run.
 
-measure            measures everything, on texts that are the same for all runs
-measured_already   reads the same from the file that an earlier analysis wrote, if nothing has changed since
-take_measured      reads the same for all runs from these files alone
-load               loads a masked-LM and its tokenizer, or exits with one line that says what is wrong with them
+Everything that was measured of a run is kept in a file, so that a later analysis need not measure it again.
 """
 
 from __future__ import annotations
 
 import copy
-import gzip
 import hashlib
 import json
 import math
 import random
-import re
 import sys
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -31,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import build_dataset
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import self_check  # which registers the controls' classes too
 from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
@@ -42,13 +38,22 @@ from held_out import (
     longest_text,
     padded_batches,
 )
-from hooks import Hooks
+from hooks import Hooks, modules_by_layer
 from interventions import interventions
 from kurtosis import weights_of
 from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, weight_errors
-from record import git_state, one_line, versions, weights_sha256
+from quantization import (
+    DRAWS,
+    PUBLISHED_LENGTH,
+    int4_weight,
+    int8_weight,
+    joined,
+    measure_damage,
+    measured_copy,
+    relative_error,
+)
+from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
@@ -69,44 +74,43 @@ class NotFinite(ValueError):
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub name; exits with one line where they cannot be loaded or measured."""
     refuse_missing(name)
-    kind = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
-    # A folder or a repository can hold anything, and what reads it may raise any exception.
+    unreadable = "a damaged model folder" if Path(name).is_dir() else "neither a folder here nor loadable from the Hub"
+    # A folder or a repository can hold anything, so reading it may raise any exception.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
-    family = config.model_type
-    if type(config) not in AutoModelForMaskedLM._model_mapping:
-        sys.exit(f"error: {name} ({family}) is not a masked language model, and only those are measured")
-    try:
+        family = config.model_type
+        if type(config) not in AutoModelForMaskedLM._model_mapping:
+            sys.exit(f"error: {name} ({family}) is not a masked language model, and only those are measured")
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
-        sys.exit(f"error: {name} is {kind}: {one_line(error)}")
+        sys.exit(f"error: {name} is {unreadable}: {one_line(error)}")
     n = getattr(config, "softmax_n", 0)
     if n and not str(model.config._attn_implementation).startswith(softmax1.ATTENTION):
         sys.exit(
-            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n was "
-            "saved from a class that does not keep it"
+            f"error: {name} says softmax_n = {n}, but {type(model).__name__} attends with softmax: apply_softmax_n "
+            "changed its attention before it was saved, and this class does not restore that change"
         )
-    if lacking := sorted(loading["missing_keys"]):
-        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-        sys.exit(f"error: {name} is not a complete masked language model: it lacks {lacking[0]}{more}")
-    if spare := unused_layer(loading):
-        sys.exit(f"error: {name} is {kind}: its config.json has fewer layers than the weights, which hold {spare}")
-    if not any(module.endswith(f"layer.0.{FFN}") for module, _ in model.named_modules()):
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        sys.exit(f"error: {name} is not a complete masked language model: it lacks {missing[0]}{more}")
+    if unused := unused_layer(loading):
+        sys.exit(
+            f"error: {name} is {unreadable}: its config.json has fewer layers than the weights, which hold {unused}"
+        )
+    if "layer.0" not in dict(modules_by_layer(model, FFN)):
         sys.exit(f"error: {name} ({family}) has no layer.0.{FFN}: only BERT-shaped models fit the tables")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # A folder without tokenizer files loads as a tokenizer that knows its special tokens only.
-        empty = len(tokenizer) <= len(set(tokenizer.all_special_tokens))
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            raise ValueError("it has no entries besides its special tokens")
     except Exception as error:
         sys.exit(
-            f"error: {name} has no tokenizer that loads, copy the one it was trained with there: {one_line(error)}"
+            f"error: {name} has no tokenizer that can be loaded ({one_line(error)}): copy the tokenizer that the model "
+            "was trained with into the folder"
         )
-    if empty:
-        sys.exit(f"error: {name} has no tokenizer, copy the one it was trained with there")
     if len(tokenizer) > model.config.vocab_size:
         sys.exit(f"error: {name}: its tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
@@ -114,7 +118,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length, longest_text(model))
         try_out(model, tokenizer)
-        measured_copy(model)  # which refuses a model with an attention that would stay as it is
+        measured_copy(model)  # raises an error where an attention of the model cannot be replaced
     except Exception as error:
         sys.exit(f"error: {name} ({family}) cannot be measured: {one_line(error)}")
     return model, tokenizer
@@ -133,32 +137,32 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = torch.full((2, length), tokenizer.mask_token_id)
     ids[1, short:] = tokenizer.pad_token_id
     mask = (ids != tokenizer.pad_token_id).long()
-    shapes = {}
+    shapes: dict[nn.Module, tuple] = {}
 
-    def keep(name: str):
-        return lambda module, inputs, output: shapes.update({name: getattr(output, "shape", ())[:2]})
+    def keep_shape(module: nn.Module, inputs: tuple, output) -> None:
+        shapes[module] = getattr(output, "shape", ())[:2]
 
     chosen = mask.bool() & (torch.arange(length) < short)
-    with Hooks((module, keep(name)) for name, module in model.named_modules()), kept_positions(model, chosen):
+    with Hooks((module, keep_shape) for module in model.modules()), kept_positions(model, chosen):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    for name, shape in shapes.items():
-        if re.search(rf"\blayer\.\d+\.{re.escape(FFN)}$", name) and shape != mask.shape:
-            raise ValueError(f"{name} does not hold one row for every token of a text")
+    for layer, module in modules_by_layer(model, FFN):
+        if shapes.get(module, mask.shape) != mask.shape:
+            raise ValueError(f"{layer}.{FFN} does not return one row for every token of a text")
     if logits.shape[:2] != (1, int(chosen.sum())):
-        raise ValueError("its head does not work token by token")
-    alone = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
-    if (alone - logits[0, -len(alone) :]).abs().max() > 1e-3 * alone.abs().max():
-        raise ValueError("padding changes what it makes of a text, so its figures would depend on the other texts")
+        raise ValueError("its head does not compute the logits of each token alone")
+    unpadded = model(input_ids=ids[1:, :short], attention_mask=mask[1:, :short]).logits[0]
+    if (unpadded - logits[0, -len(unpadded) :]).abs().max() > 1e-3 * unpadded.abs().max():
+        raise ValueError("padding changes its logits, so the figures of a text would depend on the other texts")
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in shapes and not hides_attention(model):
-            raise ValueError(f"{name} does not run, so that its quantization has no range")
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module not in shapes and not hides_attention(model):
+            raise ValueError(f"{name} does not run, so its activations have no range to be quantized with")
 
 
 def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
     """Texts of a split, evenly spread over it, because the split holds one source after the other.
 
-    `source` is the folder that build_dataset.py wrote, or a text file, whose lines belong to validation and train in
-    turn.
+    `source` is the folder that build_dataset.py wrote, or a text file: then its first, third, ... line is in the split
+    "validation", and the others are in "train".
     """
     if source.is_file():
         rows = lines_of(source)[int(split == "train") :: 2]
@@ -173,14 +177,10 @@ def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The distinct lines of a UTF-8 text file, plain or .gz, without blank ones. Exits with one line on any other."""
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as text:
-            lines = list(dict.fromkeys(stripped for line in text if (stripped := line.strip())))
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        sys.exit(f"error: {file} cannot be read ({one_line(error)}): name a text file in UTF-8, plain or .gz")
-    if any("\0" in line for line in lines):
-        sys.exit(f"error: {file} is not text in UTF-8 (it has a NUL): name a text file, plain or .gz")
+    """The different lines of a text file, read and bounded as build_dataset.py does. Exits with one line on others."""
+    source = build_dataset.Source(file.name, str(file), file)
+    lines = list(dict.fromkeys(build_dataset.samples(source)))
+    build_dataset.check(source, whole=True)
     if len(lines) < 2 * DRAWS:
         sys.exit(
             f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "
@@ -189,18 +189,13 @@ def lines_of(file: Path) -> list[str]:
     return lines
 
 
-def in_order(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of every text; texts without a token are left out."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of every text, in the order of the texts; a text that has only special tokens is left out."""
     if not len(texts):
         return []
     encoded = tokenizer(list(texts), truncation=True)["input_ids"]  # at model_max_length
     special = set(tokenizer.all_special_ids)
     return [ids for ids in encoded if not special.issuperset(ids)]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The same, sorted by length, so that batches need little padding."""
-    return sorted(in_order(tokenizer, texts), key=len)
 
 
 # ------------------------------------------------------------------------------------------------------ what we measure
@@ -217,10 +212,10 @@ class Texts:
     calibration_batches: int
 
 
-def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Callable | None) -> None:
+def measure(run: Run, texts: Texts, batch_size: int, check: bool, execute: Callable | None) -> None:
     """Fill in everything that is measured of a run.
 
-    `checked`: whether the instrument checks itself on this model; `execute`: executed.execute, or None to omit it.
+    `check`: whether the instrument checks itself on this model; `execute`: executed.execute, or None to omit it.
 
     Raises:
         NotFinite: the weights hold NaN or infinities; nothing was filled in.
@@ -228,8 +223,8 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     model, tokenizer = load(run.model)
     sinks = softmax1.learned_sinks(model)
     for name, parameter in model.named_parameters():
-        softmax_heads = (parameter == -math.inf) if name in sinks else False
-        if not (parameter.isfinite() | softmax_heads).all():
+        is_softmax = (parameter == -math.inf) if name in sinks else False  # log n of a head with n = 0
+        if not (parameter.isfinite() | is_softmax).all():
             raise NotFinite(f"{run.name} was not measured: its weights hold NaN or infinities, the first in {name}.")
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
@@ -241,20 +236,20 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     run.digest = weights_sha256(model)
     run.weights = weight_statistics(model)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = token_ids(tokenizer, texts.held_out)
+    ids = sorted(token_ids(tokenizer, texts.held_out), key=len)
     if not ids:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the held-out texts")
 
     batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: activations", unit="batch")
-    run.places, run.attention, seen = measure_model(model, batches, tokenizer)
-    run.tokens = seen["tokens"]
-    of_heads = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
+    run.places, run.attention, lengths = measure_model(model, batches, tokenizer)
+    run.tokens = sum(lengths)
+    learned_n = [math.exp(log_n) for layer in run.attention.values() for log_n in layer.get("log_n", ())]
     own_weights = getattr(model.config, "attention_weights", None)
-    run.attention_uniform = uniform_attention(seen["lengths"], of_heads or n, own_weights)
-    if (before := untrained_model(model, run.results)) is not None:
+    run.attention_uniform = uniform_attention(lengths, learned_n or n, own_weights)
+    if (untrained := untrained_model(model, run.results)) is not None:
         batches = tqdm(padded_batches(tokenizer, ids, batch_size), desc=f"{run.name}: untrained", unit="batch")
-        run.untrained = dict(zip(("places", "attention"), measure_model(before, batches, tokenizer), strict=False))
-        del before
+        run.untrained = dict(zip(("places", "attention"), measure_model(untrained, batches, tokenizer), strict=False))
+        del untrained
     run.histograms = ffn_histograms(
         model, padded_batches(tokenizer, ids[:: max(1, len(ids) // HISTOGRAM_TEXTS)], batch_size)
     )
@@ -263,9 +258,10 @@ def measure(run: Run, texts: Texts, batch_size: int, checked: bool, execute: Cal
     masks = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=HELD_OUT_SEED)
     scored_ids = [ids[i] for i in evenly_spread(len(ids), texts.scored)]
     scored = held_out_batches({"input_ids": scored_ids}, masks, batch_size)
-    few = [scored_ids[i] for i in evenly_spread(len(scored_ids), INTERVENTION_TEXTS)]
-    run.interventions = interventions(model, held_out_batches({"input_ids": few}, masks, batch_size), tokenizer)
-    measure_quantization(run, texts, model, tokenizer, masks, scored, checked, execute)
+    intervention_ids = [scored_ids[i] for i in evenly_spread(len(scored_ids), INTERVENTION_TEXTS)]
+    intervention_batches = held_out_batches({"input_ids": intervention_ids}, masks, batch_size)
+    run.interventions = interventions(model, intervention_batches, tokenizer)
+    measure_quantization(run, texts, model, tokenizer, masks, scored, check, execute)
 
 
 def measure_quantization(
@@ -275,43 +271,42 @@ def measure_quantization(
     tokenizer: PreTrainedTokenizerBase,
     masks: MaskedLMCollator,
     scored: list[dict],
-    checked: bool,
+    check: bool,
     execute: Callable | None,
 ) -> None:
     """Fill in the damage by every quantization, simulated and executed, and the instrument's check of itself."""
     draws = calibration_draws(tokenizer, texts.calibration, masks)
     if not draws:
         sys.exit(f"error: {run.name}: its tokenizer finds no token in the training texts")
-    # As Bondarenko et al. have it: the first full sequences of the held-out split, joined in its own order.
+    # As in Bondarenko et al.: texts from the start of the held-out split, joined and cut into full sequences.
     limit = texts.calibration_batches * CALIBRATION_SIZE
-    full = joined(in_order(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
-    published = held_out_batches({"input_ids": full}, masks, CALIBRATION_SIZE)
+    sequences = joined(token_ids(tokenizer, texts.published), min(PUBLISHED_LENGTH, run.max_length))[:limit]
+    published = held_out_batches({"input_ids": sequences}, masks, CALIBRATION_SIZE)
     run.damage = {
         "sequences": sum(len(batch["input_ids"]) for batch in scored),
         "calibration_tokens": {"draws": list(map(real_tokens, draws)), "published": real_tokens(published)},
         **measure_damage(model, scored, draws, published, run.name),
     }
-    if execute and hides_attention(model):
-        run.damage["executed"] = {"error": "its attention is not from transformers' attention interface"}
-    elif execute:
-        run.damage["executed"] = execute(model, scored, draws[0], run.damage)
-    if "error" in run.damage.get("executed", {}):
-        print(f"note: {run.name} was not executed in INT8: {run.damage['executed']['error']}", file=sys.stderr)
-    if checked:
+    if execute:
+        outside = {"error": "its attention is not from transformers' attention interface"}
+        run.damage["executed"] = outside if hides_attention(model) else execute(model, scored, draws[0], run.damage)
+        if error := run.damage["executed"].get("error"):
+            print(f"note: {run.name} was not executed in INT8: {error}", file=sys.stderr)
+    if check:
         run.damage["self_check"] = self_check(model, scored, draws[0])
 
 
 def calibration_draws(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], masks: MaskedLMCollator
 ) -> list[list[dict]]:
-    """DRAWS lists of calibration batches, which share no text: the same for every run with this tokenizer."""
+    """DRAWS lists of calibration batches that share no text, the same for every run with this tokenizer."""
     shuffled = list(texts)
     random.Random(0).shuffle(shuffled)
     draws = []
     for i in range(DRAWS):
         if ids := token_ids(tokenizer, shuffled[i::DRAWS]):
             draw = held_out_batches({"input_ids": ids}, masks, CALIBRATION_SIZE)
-            # The running range forgets early batches: sorted by length, the longest texts would decide it.
+            # The running range forgets early batches: if they were sorted by length, the longest texts would decide it.
             random.Random(i).shuffle(draw)
             draws.append(draw)
     return draws
@@ -331,49 +326,52 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
     if expected is None:
         return None
     transformers.set_seed(results["seed"])
-    before = type(model)(copy.deepcopy(model.config))
-    return before.eval().to(model.device) if weights_sha256(before, leave_out=OWN_PARAMETERS) == expected else None
+    built = type(model)(copy.deepcopy(model.config))
+    return built.eval().to(model.device) if weights_sha256(built, leave_out=OWN_PARAMETERS) == expected else None
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """{weight: {"kurtosis" (scipy, float64; NaN where all are equal), "inf_norm", "int8_error", "int4_error"}}."""
-    statistics = weight_errors(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, about parameters that are constant
-        for name, parameter in weights_of(model).items():
-            values = parameter.detach().numpy().ravel().astype(np.float64)
-            statistics[name] = {
-                "kurtosis": float(scipy.stats.kurtosis(values)),
-                "inf_norm": float(np.abs(values).max()),
-                **statistics[name],
-            }
+    """Excess kurtosis, infinity norm and relative rounding errors of every weight.
+
+    Returns:
+        {weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", "int8_error", and for
+        matrices "int4_error"}}.
+    """
+    statistics = {}
+    for name, parameter in weights_of(model).items():
+        values = parameter.detach().numpy().ravel().astype(np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns about constant parameters
+            kurtosis = float(scipy.stats.kurtosis(values))
+        statistics[name] = {
+            "kurtosis": kurtosis,
+            "inf_norm": float(np.abs(values).max()),
+            "int8_error": relative_error(parameter, int8_weight(parameter)),
+        }
+        if parameter.dim() == 2:
+            statistics[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
     return statistics
 
 
 @torch.inference_mode()
 def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.ndarray]:
     """Counts in runs.BINS of the standardised FFN output of every layer, on a few texts."""
-    held: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
     mask = None
 
-    def keep(name: str):
-        return lambda module, inputs, output: held.setdefault(name, []).append(output[mask].flatten().float().cpu())
+    def keep(layer: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        outputs.setdefault(layer, []).append(output[mask].flatten().float().cpu())
 
-    hooks = [
-        (module, keep(f"layer {match[1]}"))
-        for name, module in model.named_modules()
-        if (match := re.search(rf"\blayer\.(\d+)\.{re.escape(FFN)}$", name))
-    ]
-    with Hooks(hooks):
+    with Hooks((module, partial(keep, layer)) for layer, module in modules_by_layer(model, FFN)):
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             mask = batch["attention_mask"].bool()
             model.base_model(**batch)
     counts = {}
-    for name, values in held.items():
-        values = torch.cat(values).double().numpy()
+    for layer, batch_outputs in outputs.items():
+        values = torch.cat(batch_outputs).double().numpy()
         scores = (values - values.mean()) / (values.std() or 1.0)
-        counts[name] = np.histogram(np.clip(scores, BINS[0], BINS[-1]), BINS)[0]
+        counts[layer.replace(".", " ")] = np.histogram(np.clip(scores, BINS[0], BINS[-1]), BINS)[0]
     return counts
 
 
@@ -381,31 +379,30 @@ def ffn_histograms(model: PreTrainedModel, batches: list[dict]) -> dict[str, np.
 def attention_maps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], attention: dict
 ) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
-    """(caption, tokens, weights, null mass) of the head with the largest idle mass, on a few short texts."""
-    chosen = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
-    chosen = [chosen[i] for i in sorted(set(np.linspace(0, len(chosen) - 1, MAPPED_TEXTS).astype(int)))]
+    """(caption, tokens, weights, null mass by query) of the head with the largest idle mass, on a few short texts."""
     if not attention:
         return []
+    short = [text for text in ids if len(text) in MAPPED_LENGTH] or ids
     idle = {
         (layer, head): mass for layer, of_layer in attention.items() for head, mass in enumerate(of_layer["idle_mass"])
     }
     layer, head = max(idle, key=idle.get)
     maps = []
-    for text in chosen:
-        text = text[: MAPPED_LENGTH[-1]]
+    for i in evenly_spread(len(short), MAPPED_TEXTS):
+        text = short[i][: MAPPED_LENGTH[-1]]
         with eager_attention(model):
             output = model.base_model(torch.tensor([text], device=model.device), output_attentions=True)
         weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
         # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
-        tokens = [tokenizer.decode([i]).strip().replace("\ufffd", "·") or "_" for i in text]
+        tokens = [tokenizer.decode([token_id]).strip().replace("\ufffd", "·") or "_" for token_id in text]
         maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
     return maps
 
 
-# ------------------------------------------------------------------------------------------------- kept from earlier
+# --------------------------------------------------------------------------------------------- what was measured before
 
 
-# The files that figures are computed with: when one of them changes, models are measured again.
+# The modules that figures are computed with: when one of them changes, models are measured again.
 CODE = (
     "controls executed held_out hooks interventions kurtosis measurement outliers packing quantization softmax1".split()
 )
@@ -416,13 +413,13 @@ MEASURED = (
 
 def made_with(texts: Texts, batch_size: int, execute: bool) -> dict:
     """What figures depend on besides the model: texts and settings, our code, packages, and the kind of device."""
-    asked = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
+    settings = json.dumps([asdict(texts), batch_size, execute], sort_keys=True)
     code = hashlib.sha256()
     for name in CODE:
         code.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return {
         "texts": len(texts.held_out),
-        "texts_and_settings": hashlib.sha256(asked.encode()).hexdigest(),
+        "texts_and_settings": hashlib.sha256(settings.encode()).hexdigest(),
         "code": code.hexdigest(),
         "packages": {name: version for name, version in versions().items() if name != "python"},
         "cuda": torch.cuda.is_available(),
@@ -446,38 +443,36 @@ def read_measured(run: Run, file: Path) -> dict | None:
     """What an earlier analysis wrote about a run; None where the file is missing, damaged or about other results."""
     try:
         measured = json.loads(file.read_text(encoding="utf-8"), object_hook=_decoded)
-        whole = {*MEASURED, "model", "made_with", "git"} <= measured.keys()
-        return measured if whole and measured["results"] == results_sha256(run) else None
+        complete = {*MEASURED, "model", "made_with", "git"} <= measured.keys()
+        return measured if complete and measured["results"] == results_sha256(run) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # then the run is measured again
 
 
 def take(run: Run, measured: dict) -> None:
-    """Fill in what read_measured found."""
+    """Fill in a run with what read_measured returned."""
     for name in MEASURED:
         setattr(run, name, measured[name])
     run.made_with, run.measured_at = measured["made_with"], measured["git"]
 
 
-def measured_already(run: Run, file: Path, wanted: dict, checked: bool) -> bool:
+def measured_already(run: Run, file: Path, wanted: dict, check: bool) -> bool:
     """Fill in a run from `file`, if that is about this model and was made with `wanted`; returns whether it was.
 
-    `checked`: whether the file must hold the self-check. Where the model folder is gone, it is enough that texts and
-    settings agree: a note in the report then says where code or packages differ.
+    `check`: whether the file must hold the self-check. Where the model folder is gone, only texts and settings have to
+    agree: a note in the report then says where code or packages differ.
     """
     measured = read_measured(run, file)
-    gone = not Path(run.model).is_dir()
-    key = "texts_and_settings"
-    if gone and (measured is None or measured["made_with"][key] != wanted[key]):
+    if Path(run.model).is_dir():
+        if measured is None or measured["made_with"] != wanted or measured["model"] != model_sha256(run):
+            return False
+        if check and "self_check" not in measured["damage"]:
+            return False
+    elif measured is None or measured["made_with"]["texts_and_settings"] != wanted["texts_and_settings"]:
         sys.exit(
             f"error: {run.file} has no model folder {run.model}, and {file} is damaged, or of another training, other "
             "texts or other settings: set --models_dir, or move the results file away"
         )
-    if not gone:
-        if measured is None or measured["made_with"] != wanted or measured["model"] != model_sha256(run):
-            return False
-        if checked and "self_check" not in measured["damage"]:
-            return False
     take(run, measured)
     return True
 
@@ -503,14 +498,11 @@ def take_measured(runs: list[Run], folder: Path) -> int:
 
 
 def keep_measured(run: Run, file: Path, made: dict) -> None:
-    """Write what was measured of a run, to a temporary name first. NaN and infinities are kept."""
+    """Write what was measured of a run. NaN and infinities are kept."""
     run.made_with, run.measured_at = made, git_state()
-    of = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
-    values = of | {name: getattr(run, name) for name in MEASURED}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(_encoded(values), allow_nan=False), encoding="utf-8")
-    partial.replace(file)
+    source = {"results": results_sha256(run), "model": model_sha256(run), "made_with": made, "git": run.measured_at}
+    values = source | {name: getattr(run, name) for name in MEASURED}
+    write_whole(file, json.dumps(_encoded(values), allow_nan=False).encode())
 
 
 def _encoded(value):

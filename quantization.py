@@ -8,23 +8,13 @@
     w8a8_dynamic      8-bit weights (one scale a row) and inputs (one scale a token, at run time) of every nn.Linear
     w4_weight_only    4-bit weights (one scale for 128 inputs of a row) of every nn.Linear, float32 activations
 
-In the four static ones weights are symmetric, activations asymmetric (0 is exact), both per tensor, and arithmetic is
-simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al. published
-(validate_mlm.py and what it calls): the same tensors are quantized, ranges are estimated in the same way, and on the
-same kind of text. The three others are ours and differ from it; DEFINITIONS.md has all differences side by side:
+In the four static schemes, weights are symmetric and activations asymmetric (0 is exact), with one range a tensor, and
+arithmetic is simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al.
+published (validate_mlm.py and what it calls): the same tensors are quantized, and their ranges are estimated in the
+same way and on the same kind of text. The three other static schemes are ours. DEFINITIONS.md compares both: which
+tensors are quantized, where their ranges come from, and on which text they are calibrated.
 
-    tensors       ours: weights of every nn.Linear and nn.Embedding; the input of every nn.Linear; query, key and value;
-                  the attention scores, the attention weights and the context; the outputs of attention.output.dense and
-                  output.dense; what enters and what leaves every LayerNorm. The masked-LM head is quantized as well,
-                  but for the logits.
-                  published: also the weights of every LayerNorm, and the sum of word and token type embeddings; no
-                  part of the masked-LM head. Every tensor once, where it is made.
-    ranges        ours: of the float32 model. published: of the model while it is quantized, with the ranges so far.
-                  Both: weights from minimum and maximum, activations from a running minimum and maximum.
-    calibration   ours: training text, several draws of it, sentence by sentence. published: the text that is scored,
-                  joined and cut into sequences of 128 tokens.
-
-Every scheme computes through the one attention function of this file, whatever class the model is of: two models that
+Every scheme computes through the one attention function of this file, whatever the class of the model: two models that
 compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
 
 The rounding is torch's own fake quantization everywhere. We do not use torchao: it has the last two schemes only, and
@@ -39,6 +29,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +41,6 @@ from transformers.masking_utils import sdpa_mask
 
 import softmax1
 from held_out import per_text_loss, perplexity
-from kurtosis import weights_of
 from outliers import hides_attention
 from softmax1 import apply_softmax_n, log_n_of
 
@@ -58,10 +48,11 @@ from softmax1 import apply_softmax_n, log_n_of
 CALIBRATION_BATCHES = 16
 MOMENTUM = 0.9
 PUBLISHED_LENGTH = 128  # tokens of a sequence that the published setting calibrates on
-DRAWS = 4  # of calibration texts: w8a8_static is the mean over them, and their spread is part of its error
-PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", among 0.999 to 0.999999
-GROUP_SIZE = 128  # of the 4-bit weights: the usual one (GPTQ, AWQ)
+DRAWS = 4  # number of draws of calibration texts: w8a8_static is their mean, and their spread is part of its error
+PERCENTILE = 0.9999  # of Wu et al. 2020, "Integer Quantization for Deep Learning Inference", who try 0.999 to 0.999999
+GROUP_SIZE = 128  # number of 4-bit weights with one scale, as in GPTQ and AWQ
 PART_BATCHES = 8  # batches of held-out text, evenly spread, that the damage of one part alone is measured on
+RESAMPLES = 2000  # how often texts are drawn for a bootstrap interval
 
 SCHEMES = {
     "float32": "float32",
@@ -73,14 +64,13 @@ SCHEMES = {
     "w8a8_dynamic": "W8A8, dynamic per token",
     "w4_weight_only": "W4, weights only",
 }
-# What executed.py has ONNX Runtime run; not simulated.
+# What ONNX Runtime runs (executed.py); not simulated.
 EXECUTED = {
     "float32": "float32, executed",
     "int8_minmax": "INT8, executed, MinMax ranges",
     "int8_percentile": "INT8, executed, percentile ranges",
 }
-ESTIMATORS = ("minmax", "percentile", "mse")  # of static ranges
-# The name under which transformers knows the attention below. It begins with softmax_n: it reads n from the config.
+# The name of the attention below in transformers. It begins with softmax_n, because it reads n from the config.
 ATTENTION = "softmax_n_fake_quantized"
 
 
@@ -90,7 +80,7 @@ def int8_weight(weight: Tensor) -> Tensor:
 
 
 def int8_rows(values: Tensor) -> Tensor:
-    """The same with one scale for each row (the last dimension)."""
+    """`values` on the same grid with one scale for each row (the last dimension)."""
     return _symmetric(values.detach().reshape(-1, values.shape[-1]), 127).reshape(values.shape)
 
 
@@ -104,7 +94,7 @@ def int4_weight(weight: Tensor) -> Tensor:
 
 
 def _symmetric(rows: Tensor, levels: int) -> Tensor:
-    # A row of zeros needs a scale above 0; which one does not matter.
+    # A row of zeros needs some scale above 0.
     scale = (rows.abs().amax(1).float() / levels).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
     return torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, -levels - 1, levels).to(rows.dtype)
@@ -115,15 +105,15 @@ def mse_weight(weight: Tensor) -> Tensor:
     largest = weight.detach().abs().max().item()
     if not 0 < largest < math.inf:
         return int8_weight(weight)
-    bins = _occupied(_histogram(weight.detach()))
     scales = largest / 127 * SHRINKAGE
-    scale = scales[_rounding_error(*bins, scales, np.full_like(scales, -128), np.full_like(scales, 127)).argmin()]
-    return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scale), 0, -128, 127)
+    errors = _rounding_error(
+        _occupied(_histogram(weight)), scales, np.full_like(scales, -128), np.full_like(scales, 127)
+    )
+    return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scales[errors.argmin()]), 0, -128, 127)
 
 
 def published_weight(weight: Tensor) -> Tensor:
-    """`weight` as Bondarenko et al. round it: `int8_weight`, but 256 levels from 0 upwards where no entry is negative
-    (the weights of a LayerNorm)."""
+    """`weight` as Bondarenko et al. round it: `int8_weight`, or 256 levels from 0 upwards if no entry is negative."""
     low, high = (value.item() for value in torch.aminmax(weight.detach()))
     if low < 0 or not 0 < high < math.inf:
         return int8_weight(weight)
@@ -138,13 +128,24 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------- ranges of a tensor
 #
-# Percentiles and squared errors come from a histogram whose bins begin at the bfloat16 numbers: the upper 16 bits of a
-# float32 number are its bin. So one pass over the values is enough at any scale, and the width of a bin is at most
-# 1/128 of the values in it.
+# Percentiles and squared errors are computed from a histogram whose bins begin at the bfloat16 numbers: the upper 16
+# bits of a float32 number are the number of its bin. So one pass over the values is enough at any scale, and the width
+# of a bin is at most 1/128 of the values in it.
 
-FINITE = 0x7F80  # bins of one sign; the one with this number is infinity
-BIN_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+FINITE = 0x7F80  # bins of one sign; the bin with this number is infinity
+_POSITIVE_EDGES = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+# Of the bins with finite values, from the lowest upwards: their edges, and their numbers in a histogram.
+EDGES = np.concatenate([-_POSITIVE_EDGES[:0:-1], _POSITIVE_EDGES])
+NUMBERS = np.concatenate([np.arange(0x8000, 0x8000 + FINITE)[::-1], np.arange(FINITE)])
 SHRINKAGE = np.logspace(0, -3, 61)  # factors that the search for the best range tries, in steps of 11 %
+
+
+class Bins(NamedTuple):
+    """The bins of a histogram that hold a value, from the lowest upwards: (bins,) each."""
+
+    left: np.ndarray
+    right: np.ndarray
+    count: np.ndarray
 
 
 def _histogram(values: Tensor) -> Tensor:
@@ -153,43 +154,27 @@ def _histogram(values: Tensor) -> Tensor:
     return torch.bincount((bits >> 16) & 0xFFFF, minlength=1 << 16).cpu()
 
 
-def _occupied(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(left edge, right edge, count) of the bins that hold a value, from the lowest upwards."""
-    counts = counts.numpy()
-    above = counts[:FINITE].nonzero()[0]
-    below = counts[0x8000 : 0x8000 + FINITE].nonzero()[0][::-1]
-    left = np.concatenate([-BIN_EDGES[below + 1], BIN_EDGES[above]])
-    right = np.concatenate([-BIN_EDGES[below], BIN_EDGES[above + 1]])
-    return left, right, np.concatenate([counts[0x8000 + below], counts[above]]).astype(np.float64)
+def _occupied(counts: Tensor) -> Bins:
+    ordered = counts.numpy()[NUMBERS]
+    occupied = ordered.nonzero()[0]
+    return Bins(EDGES[occupied], EDGES[occupied + 1], ordered[occupied].astype(np.float64))
 
 
-def _percentile(left: np.ndarray, right: np.ndarray, count: np.ndarray, share: float) -> float:
-    """The value under which `share` of the histogram lies, linear inside a bin."""
+def _percentile(bins: Bins, share: float) -> float:
+    """The value below which `share` of the histogram lies, linear inside a bin."""
+    left, right, count = bins
     total = count.cumsum()
     i = min(np.searchsorted(total, share * total[-1]), len(count) - 1)
     inside = (share * total[-1] - (total[i] - count[i])) / count[i]
     return float(left[i] + inside * (right[i] - left[i]))
 
 
-def _rounding_error(
-    left: np.ndarray,
-    right: np.ndarray,
-    count: np.ndarray,
-    scale: np.ndarray,
-    lowest: np.ndarray,
-    highest: np.ndarray,
-) -> np.ndarray:
-    """Mean squared error of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
+def _rounding_error(bins: Bins, scale: np.ndarray, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    """Mean squared error (grids,) of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
 
-    Values are taken as evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that x is
-    rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, continuous where k changes.
-
-    Args:
-        left, right, count: (bins,).
-        scale, lowest, highest: (grids,).
-
-    Returns:
-        (grids,).
+    Values are assumed to be evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that
+    x is rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, which is continuous
+    where k changes. `scale`, `lowest` and `highest` are (grids,).
     """
     scale, lowest, highest = (values[:, None] for values in (scale, lowest, highest))
     cube = scale * scale * scale / 12
@@ -199,19 +184,20 @@ def _rounding_error(
         rest = x - k * scale
         return k * cube + rest * rest * rest / 3  # rest**3 would take ten times as long
 
+    left, right, count = bins
     return (integral(right) - integral(left)) / (right - left) @ count / count.sum()
 
 
-def _mse_range(bins: tuple, low: float, high: float) -> tuple[float, float]:
+def _mse_range(bins: Bins, low: float, high: float) -> tuple[float, float]:
     """The range inside (low, high) with the smallest mean squared rounding error.
 
-    Not every pair of ends is tried: first both ends shrink together, then each alone, the upper end once more.
+    Not every pair of ends is tried: first both ends shrink together, then the upper, the lower and the upper one again.
     """
     for ends in ((True, True), (False, True), (True, False), (False, True)):
         lows, highs = (end * SHRINKAGE**shrinks for end, shrinks in zip((low, high), ends, strict=True))
         scale = (highs - lows) / 255
         zero = np.clip(np.rint(-lows / scale), 0, 255)
-        best = _rounding_error(*bins, scale, -zero, 255 - zero).argmin()
+        best = _rounding_error(bins, scale, -zero, 255 - zero).argmin()
         low, high = float(lows[best]), float(highs[best])
     return low, high
 
@@ -235,11 +221,15 @@ class _Range:
         self._extremes = (math.inf, -math.inf)
         self._counts: Tensor | None = None
 
-    def __call__(self, values: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """`chosen` selects the entries that are real: a boolean tensor over the leading dimensions of `values`."""
+    def __call__(self, values: Tensor, real: Tensor | None = None) -> Tensor:
+        """Observe or round `values`, depending on the state of the owner.
+
+        `real` marks the entries that are not padding: a boolean tensor over the leading dimensions of `values`, by
+        default the owner's (batch, tokens) mask.
+        """
         owner = self.owner
         if owner.observing:
-            self._observe(values, chosen)
+            self._observe(values, owner.real_tokens(values) if real is None else real)
             if not owner.published:
                 return values
         if self.part not in owner.active:
@@ -256,13 +246,13 @@ class _Range:
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
-    def _observe(self, values: Tensor, chosen: Tensor | None) -> None:
-        # A tensor often enters several modules one after the other: its range and histogram are computed once.
+    def _observe(self, values: Tensor, real: Tensor | None) -> None:
+        # A tensor is often the input of several modules in succession: its range and histogram are computed once.
         if self.owner.observed is None or self.owner.observed[0] is not values:
-            real = (values if chosen is None else values[chosen]).detach()
-            low, high = (value.item() for value in torch.aminmax(real))
-            counts = _histogram(real) if self.owner.histograms else None
-            # 0 must be exact, as in every integer kernel.
+            entries = (values if real is None else values[real]).detach()
+            low, high = (value.item() for value in torch.aminmax(entries))
+            counts = _histogram(entries) if self.owner.histograms else None
+            # The range must hold 0, which every integer kernel represents exactly.
             self.owner.observed = values, min(low, 0.0), max(high, 0.0), counts
         _, low, high, counts = self.owner.observed
         self._extremes = min(self._extremes[0], low), max(self._extremes[1], high)
@@ -274,7 +264,7 @@ class _Range:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def choose(self, estimator: str) -> None:
-        """Put the range by one of ESTIMATORS into use."""
+        """Use the "minmax", "percentile" or "mse" range."""
         low, high = self._running
         if estimator != "minmax" and 0 < high - low < math.inf:
             if self._counts is None:
@@ -283,8 +273,8 @@ class _Range:
             if estimator == "mse":
                 low, high = _mse_range(bins, *self._extremes)
             else:
-                low = min(max(_percentile(*bins, 1 - PERCENTILE), self._extremes[0]), 0.0)
-                high = max(min(_percentile(*bins, PERCENTILE), self._extremes[1]), 0.0)
+                low = min(max(_percentile(bins, 1 - PERCENTILE), self._extremes[0]), 0.0)
+                high = max(min(_percentile(bins, PERCENTILE), self._extremes[1]), 0.0)
         self.low, self.high = low, high
 
 
@@ -301,28 +291,28 @@ def _measured_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as every scheme computes it; scores and weights are quantized where `module.quantizers` says so.
+    """Attention as every scheme computes it; scores and weights are quantized by `module.quantizers`, if it has them.
 
-    The weights are softmax_n with the n of the config (softmax where it has none) or with the learned one of each head,
-    or what the config's own method attention_weights(scores) makes of the scores. Scores and weights are float32, as in
-    torch's kernels, and the weights are rounded to the dtype of the values. The softmax is taken over one more logit,
-    log n, for n = 0 too: so two models that compute the same function are rounded alike.
+    The weights are softmax_n of the scores, with the n of the config (0 where it has none) or the learned n of each
+    head; or the config has a method attention_weights(scores), which returns them. Scores and weights are float32, as
+    in torch's kernels; then the weights are rounded to the dtype of the values. The softmax is taken over one more
+    logit, log n, even for n = 0: so two models that compute the same function are rounded alike.
 
     Args and result as in softmax1.softmax_n_attention_forward; for evaluation only, so `dropout` is not applied.
     """
     log_n = log_n_of(module)
-    own = getattr(module.config, "attention_weights", None)
-    on_scores, on_weights = getattr(module, "quantizers", None) or (lambda values, chosen: values,) * 2
+    own_weights = getattr(module.config, "attention_weights", None)
+    round_scores, round_weights = getattr(module, "quantizers", None) or (lambda values, real: values,) * 2
     real = module.real_tokens() if hasattr(module, "real_tokens") else None
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ key.to(exact).transpose(-2, -1)
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     pairs = None if real is None else (real[:, None, :, None] & real[:, None, None, :]).expand_as(scores)
-    scores = on_scores(scores, pairs)
+    scores = round_scores(scores, pairs)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)
-    if own:
-        weights = own(scores)
+    if own_weights:
+        weights = own_weights(scores)
     else:
         if isinstance(log_n, Tensor):
             null = log_n.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -330,7 +320,7 @@ def _measured_attention(
         else:
             scores = F.pad(scores, (0, 1), value=log_n)
         weights = torch.softmax(scores, -1)[..., :-1]
-    weights = on_weights(weights, pairs).to(value.dtype)
+    weights = round_weights(weights, pairs).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -346,9 +336,9 @@ def measured_copy(model: PreTrainedModel) -> PreTrainedModel:
     copied = copy.deepcopy(model).eval()
     if hides_attention(model):
         return copied
-    # A stock class attends with softmax whatever its config says, until apply_softmax_n has changed its attention.
-    ours = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
-    apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if ours else 0.0)
+    # A stock class attends with softmax, whatever n its config has, unless apply_softmax_n has changed its attention.
+    is_softmax_n = str(model.config._attn_implementation).startswith(softmax1.ATTENTION)
+    apply_softmax_n(copied, getattr(model.config, "softmax_n", 0.0) if is_softmax_n else 0.0)
     copied.set_attn_implementation(ATTENTION)
     return copied
 
@@ -366,17 +356,17 @@ class StaticW8A8:
     Args:
         model: a BERT-shaped masked-LM that takes its attention from transformers' attention interface.
         calibration: batches of `held_out_batches`.
-        published: quantize what Bondarenko et al. quantize, and find the ranges as they do.
-        histograms: count all values, which percentile and mse ranges need.
+        published: quantize the tensors that Bondarenko et al. quantize, and estimate the ranges as they do.
+        histograms: keep histograms of all activations, which percentile and mse ranges need.
 
     Attributes:
-        model: the copy, quantized throughout.
+        model: the quantized copy.
         parts: "embeddings", "layer.<i>" and "head", in order; without "head" where that stays in float32.
-        ranges: {name of an activation: its range}, whose `low` and `high` are the ones in use.
+        ranges: {name of an activation: its range}, with the bounds `low` and `high`.
 
     Raises:
         ValueError: the model does not use the attention interface.
-        UnsetRange: a RuntimeError; a tensor was not seen in calibration and would pass through unquantized.
+        UnsetRange: see `calibrate`.
     """
 
     def __init__(
@@ -386,7 +376,6 @@ class StaticW8A8:
             raise ValueError(f"the attention of {type(model).__name__} is not from transformers' attention interface")
         self.model = measured_copy(model)
         self.published = published
-        self.histograms = histograms
         self.observing = False
         self.observed: tuple | None = None
         self.levels: dict[str, int] | None = None
@@ -395,16 +384,18 @@ class StaticW8A8:
         self._mask: Tensor | None = None
         self._weights: list[tuple[str, nn.Module, Tensor]] = []
         self._rounded: list[Tensor] = []
-        self._untie()
+        # The decoder gets a weight of its own, so that it can be quantized without the embeddings.
+        decoder = self.model.get_output_embeddings()
+        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
         self._attach()
-        self.parts = sorted({part for part, *_ in self._weights}, key=_order)
+        self.parts = list(dict.fromkeys(part for part, *_ in self._weights))
         self.calibrate(calibration, histograms)
 
     def calibrate(self, calibration: list[dict], histograms: bool = False) -> None:
-        """Find the ranges anew on other batches, and use those from the running minimum and maximum.
+        """Estimate all ranges again on these batches, and use the running minimum and maximum.
 
         Raises:
-            UnsetRange: a range is unset afterwards; the message names the tensors.
+            UnsetRange: an activation was not seen and would stay unquantized; the message names all of them.
         """
         self.histograms = histograms
         for activation in self.ranges.values():
@@ -413,10 +404,7 @@ class StaticW8A8:
         self._activate(self.parts if self.published else ())
         self.observing = True
         try:
-            if self.published:  # its head has no ranges
-                self._run_encoder(calibration)
-            else:
-                per_text_loss(self.model, calibration)
+            per_text_loss(self.model, calibration)
         finally:
             self.observing, self.observed = False, None
         unset = [name for name, activation in self.ranges.items() if activation.low is None]
@@ -428,7 +416,10 @@ class StaticW8A8:
         self._activate(self.parts)
 
     def choose(self, estimator: str) -> None:
-        """Use the ranges by one of ESTIMATORS; "mse" changes the weights too. All but "minmax" need histograms."""
+        """Use the "minmax", "percentile" or "mse" ranges, of which the last two need histograms.
+
+        "mse" rounds the weights by least squares too.
+        """
         for activation in self.ranges.values():
             activation.choose(estimator)
         self._round_weights(mse_weight if estimator == "mse" else int8_weight)
@@ -444,8 +435,7 @@ class StaticW8A8:
             self._activate(self.parts)
 
     def distinct_values(self, batches: list[dict]) -> dict[str, int]:
-        """{activation: number of distinct values of the last batch after rounding}: 1 to 256 where all is well, and 0
-        where the tensor was not rounded at all."""
+        """{activation: number of distinct values in the last batch after rounding; 0 if it is not rounded}."""
         self.levels = {}
         try:
             per_text_loss(self.model, batches)
@@ -453,84 +443,68 @@ class StaticW8A8:
         finally:
             self.levels = None
 
-    @torch.no_grad()
-    def _run_encoder(self, batches: list[dict]) -> None:
-        for batch in batches:
-            self.model.base_model(
-                **{name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-            )
-
-    def _untie(self) -> None:
-        """The decoder gets a weight of its own, so that it can be quantized without the embeddings."""
-        decoder = self.model.get_output_embeddings()
-        decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
+    def real_tokens(self, values: Tensor) -> Tensor | None:
+        """The (batch, tokens) mask of real tokens; None without padding, or where `values` has other dimensions."""
+        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
 
     def _attach(self) -> None:
         self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
         inside = f"{self.model.base_model_prefix}."
+        weighted = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
         for name, module in self.model.named_modules():
             part = _part(name, inside)
             if self.published and (part == "head" or name.endswith(".attention.self.gate")):
-                continue  # these stay in float32 there
-            self._attach_weight(module, part)
+                continue  # these stay in float32 in the published setting
+            if isinstance(module, weighted):
+                self._weights.append((part, module, module.weight.detach()))
             inputs, outputs = _published_places(name, module) if self.published else _our_places(name, module)
             if inputs:
                 self._on_input(name, module, part)
             if outputs:
                 self._on_output(f"{name}.output", module, part)
-            if re.search(r"\.attention\.self$", name):
+            if name.endswith(".attention.self"):
                 module.quantizers = [self._range(f"{name}.{what}", part) for what in ("scores", "weights")]
                 module.real_tokens = lambda: self._mask
                 self._on_output(f"{name}.context", module, part)
         if self.published:
             self._on_partial_sum()
 
-    def _attach_weight(self, module: nn.Module, part: str) -> None:
-        kinds = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
-        if isinstance(module, kinds):
-            self._weights.append((part, module, module.weight.detach()))
-
     def _range(self, name: str, part: str) -> _Range:
         return self.ranges.setdefault(name, _Range(self, part, name))
 
-    def _real(self, values: Tensor) -> Tensor | None:
-        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
-
     def _on_input(self, name: str, module: nn.Module, part: str) -> None:
         quantize = self._range(f"{name}.input", part)
-        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0], self._real(inputs[0])), *inputs[1:]))
+        module.register_forward_pre_hook(lambda _, inputs: (quantize(inputs[0]), *inputs[1:]))
 
     def _on_output(self, name: str, module: nn.Module, part: str) -> None:
         quantize = self._range(name, part)
 
         def hook(module: nn.Module, inputs: tuple, output):
             if isinstance(output, tuple):  # of the self-attention: the context and the weights
-                return quantize(output[0], self._real(output[0])), *output[1:]
-            return quantize(output, self._real(output))
+                return quantize(output[0]), *output[1:]
+            return quantize(output)
 
         module.register_forward_hook(hook)
 
     def _on_partial_sum(self) -> None:
-        """Quantize word plus token type embeddings, before positions are added: the sum leaves in the place of the
-        token type embeddings, and zeros in the place of the word embeddings."""
+        """Quantize the sum of word and token type embeddings, before positions are added.
+
+        The token type embeddings return this sum, and the word embeddings return zeros.
+        """
         embeddings = getattr(self.model.base_model, "embeddings", None)
         words = getattr(embeddings, "word_embeddings", None)
         types = getattr(embeddings, "token_type_embeddings", None)
         if words is None or types is None:
             return
         quantize = self._range(f"{self.model.base_model_prefix}.embeddings.words_and_types", "embeddings")
-        held = []
+        word_outputs = []
 
         def hold(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            held.append(output)
+            word_outputs.append(output)
             return torch.zeros_like(output)
 
-        def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            total = held.pop() + output
-            return quantize(total, self._real(total))
-
         words.register_forward_hook(hold)
-        types.register_forward_hook(add)
+        types.register_forward_hook(lambda module, inputs, output: quantize(word_outputs.pop() + output))
 
     def _remember_mask(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
         mask = keywords.get("attention_mask")
@@ -549,7 +523,7 @@ def _our_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     """Whether (input, output) of a module are quantized in our static schemes."""
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear)
-    # Another linear layer's output is quantized behind its activation function, as a fused kernel does.
+    # The outputs of the other linear layers are quantized after their activation function, as in a fused kernel.
     return norm or linear, norm or (linear and bool(re.search(r"\.(query|key|value|output\.dense)$", name)))
 
 
@@ -557,62 +531,44 @@ def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     """The same for the published setting: every tensor once, as an output; the sum before a LayerNorm as its input."""
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear) and not name.endswith(".intermediate.dense")
-    return norm, norm or linear or name.endswith(".intermediate")  # the intermediate one behind its activation function
+    return norm, norm or linear or name.endswith(".intermediate")  # which is the output of the activation function
 
 
 def _part(name: str, inside: str) -> str:
-    if match := re.search(r"\blayer\.(\d+)\.", name):
-        return f"layer.{match[1]}"
+    if match := re.search(r"\b(layer\.\d+)\.", name):
+        return match[1]
     return "embeddings" if name.startswith(inside) else "head"
 
 
-def _order(part: str) -> tuple:
-    return (("embeddings", "layer", "head").index(part.partition(".")[0]), int(part.partition(".")[2] or 0))
-
-
-def joined(ids: list[list[int]], length: int = PUBLISHED_LENGTH) -> list[list[int]]:
+def joined(ids: list[list[int]], length: int) -> list[list[int]]:
     """The texts joined and cut into sequences of `length` tokens, as the published setting prepares its text.
 
-    A shorter rest at the end is dropped, unless it is all there is.
+    A shorter rest at the end is dropped, unless the whole text is shorter than `length`.
     """
     tokens = list(chain.from_iterable(ids))
     whole = max(len(tokens) // length, 1) * length
     return [tokens[start : start + length] for start in range(0, min(whole, len(tokens)), length)]
 
 
-# ----------------------------------------------------------------------------------------------------- the others
+# ------------------------------------------------------------------------------------- the schemes without ranges
 
 
 def dynamic_w8a8(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose nn.Linear layers have 8-bit weights, one scale for each row, and inputs, one for each token."""
-    quantized = _with_weights(model, int8_rows)
+    quantized = with_rounded_weights(model, int8_rows)
     for module in quantized.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: (int8_rows(inputs[0]), *inputs[1:]))
     return quantized
 
 
-def weight_only_w4(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose nn.Linear layers have 4-bit weights."""
-    return _with_weights(model, int4_weight)
-
-
-def _with_weights(model: PreTrainedModel, rounded) -> PreTrainedModel:
+def with_rounded_weights(model: PreTrainedModel, rounding: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy whose nn.Linear layers have rounded weights: w4_weight_only where `rounding` is int4_weight."""
     quantized = measured_copy(model)
     for module in quantized.modules():
-        if isinstance(module, nn.Linear):  # a new parameter each, so that a tied embedding stays exact
-            module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)
+        if isinstance(module, nn.Linear):  # each gets a new parameter, so a tied embedding stays exact
+            module.weight = nn.Parameter(rounding(module.weight), requires_grad=False)
     return quantized
-
-
-def weight_errors(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Relative rounding error of every weight: {parameter: {"int8_error", and for matrices "int4_error"}}."""
-    errors = {}
-    for name, parameter in weights_of(model).items():
-        errors[name] = {"int8_error": relative_error(parameter, int8_weight(parameter))}
-        if parameter.dim() == 2:
-            errors[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
-    return errors
 
 
 # ------------------------------------------------------------------------------------------------------- the damage
@@ -627,29 +583,31 @@ def measure_damage(
 ) -> dict:
     """Held-out loss of every scheme and its gap to float32, in nats per masked token.
 
-    The static schemes quantize inside the attention. For a model that does not take its attention from transformers'
-    attention interface they are absent from the result; so is bfloat16 where such an attention does not run in it.
+    The static schemes quantize inside the attention. They are absent from the result for a model that does not take its
+    attention from transformers' attention interface; so is bfloat16 if the attention of such a model cannot run in it.
 
     Args:
         model: a masked-LM in float32.
-        batches: of `held_out_batches`, made of held-out text: what is scored.
-        draws: several lists of such batches, made of training text, in random order. w8a8_static is calibrated on
-            each of them and its loss is the mean; the percentile and mse ranges come from the first one alone.
-        published: what w8a8_published is calibrated on: full sequences (`joined`) of the text that is scored.
-        label: for the progress bar.
+        batches: `held_out_batches` of held-out text, which are scored.
+        draws: lists of such batches of training text, in random order. w8a8_static is calibrated on each of them, and
+            its loss is their mean; the percentile and mse ranges come from the first list only.
+        published: such batches of full sequences (`joined`) of held-out text, which w8a8_published is calibrated on.
+        label: text of the progress bar.
 
     Returns:
         {"schemes": {scheme: {"loss", "perplexity", "gap", "error": standard error of the gap, "floor": twice that;
                      w8a8_static has "draws" too: the gap with each draw}},
          "masked_tokens": number,
-         "masked": masked tokens of every text scored,
+         "masked": number of masked tokens of every text scored,
          "texts": {scheme: sum of the losses of every text}, in the same order,
-         "parts": {part: gap of w8a8_static, first draw, with nothing but that part quantized, on some of the batches},
+         "parts": {part: gap of w8a8_static, first draw, with only that part quantized, on some of the batches},
          "part_floors": {part: twice the standard error of that gap over the texts},
          "ranges": {activation: [low, high] of w8a8_static, first draw}}
     """
     sums: dict[str, Tensor] = {}  # of per_text_loss, by scheme
     draws = [] if hides_attention(model) else draws
+    draw_sums: list[Tensor] = []  # of per_text_loss, of w8a8_static by draw
+    static = {"parts": {}, "part_floors": {}, "ranges": {}}
     with tqdm(total=len(SCHEMES) + len(draws) - 1, desc=f"{label}: quantization", unit="pass") as bar:
 
         def score(scheme: str, quantized: PreTrainedModel) -> Tensor:
@@ -658,62 +616,32 @@ def measure_damage(
             return sums[scheme]
 
         plain = measured_copy(model)
-        exact, masked = score("float32", plain).T
+        score("float32", plain)
         try:
             score("bfloat16", measured_copy(model).to(torch.bfloat16))
         except RuntimeError:  # some attentions compute in float32 alone
             if not hides_attention(model):
                 raise
-        static = {"parts": {}, "part_floors": {}, "ranges": {}}
         if draws:
             part_batches = batches[:: math.ceil(len(batches) / PART_BATCHES)]
-            sums["w8a8_static"], static = _score_static(model, plain, draws, part_batches, score)
+            draw_sums, static = _score_static(model, plain, draws, part_batches, score)
+            sums["w8a8_static"] = torch.stack(draw_sums).mean(0)
             score("w8a8_published", StaticW8A8(model, published, published=True).model)
         score("w8a8_dynamic", dynamic_w8a8(model))
-        score("w4_weight_only", weight_only_w4(model))
-    return {**_losses_and_gaps(sums, exact, masked, static.pop("draws", [])), **static}
-
-
-def _losses_and_gaps(sums: dict[str, Tensor], exact: Tensor, masked: Tensor, draws: list[Tensor]) -> dict:
-    """The part of `measure_damage`'s result that follows from the losses of every text.
-
-    Args:
-        sums: {scheme: (texts, 2), of `per_text_loss`}.
-        exact, masked: (texts,), losses in float32 and numbers of masked tokens.
-        draws: (texts, 2) of w8a8_static for each draw of calibration texts.
-    """
-    texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
-    draw_gaps = [((losses[:, 0] - exact).sum() / masked.sum()).item() for losses in draws]
-    masked = masked.numpy()
-    schemes = {
-        scheme: _scheme(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
-        for scheme, losses in texts.items()
-    }
-    return {
-        "schemes": schemes,
-        "masked_tokens": int(masked.sum()),
-        "masked": masked.astype(int).tolist(),
-        "texts": {scheme: [float(f"{value:.6g}") for value in losses] for scheme, losses in texts.items()},
-    }
+        score("w4_weight_only", with_rounded_weights(model, int4_weight))
+    return {**_losses_and_gaps(sums, draw_sums), **static}
 
 
 def _score_static(
     model: PreTrainedModel, plain: PreTrainedModel, draws: list[list[dict]], part_batches: list[dict], score: Callable
-) -> tuple[Tensor, dict]:
+) -> tuple[list[Tensor], dict]:
     """Score w8a8_static with every draw of calibration batches, and our other static schemes with the first draw.
 
-    Args:
-        model, draws: as in `measure_damage`.
-        plain: a copy that is not quantized.
-        part_batches: batches for the damage of one part alone.
-        score: (scheme, quantized model) -> losses by text, of `per_text_loss`.
-
     Returns:
-        (mean of the losses over the draws, {"draws": losses with each draw, and "parts", "part_floors", "ranges" of
-        `measure_damage`}).
+        ((texts, 2) of w8a8_static for each draw, {"parts", "part_floors", "ranges"} of `measure_damage`).
     """
     static = StaticW8A8(model, draws[0], histograms=True)
-    losses = [score("w8a8_static", static.model)]
+    draw_sums = [score("w8a8_static", static.model)]
     parts, part_floors = part_gaps(static, plain, part_batches)
     ranges = {name: [activation.low, activation.high] for name, activation in static.ranges.items()}
     for estimator in ("percentile", "mse"):
@@ -721,14 +649,36 @@ def _score_static(
         score(f"w8a8_{estimator}", static.model)
     for draw in draws[1:]:
         static.calibrate(draw)
-        losses.append(score("w8a8_static", static.model))
-    return torch.stack(losses).mean(0), {"draws": losses, "parts": parts, "part_floors": part_floors, "ranges": ranges}
+        draw_sums.append(score("w8a8_static", static.model))
+    return draw_sums, {"parts": parts, "part_floors": part_floors, "ranges": ranges}
+
+
+def _losses_and_gaps(sums: dict[str, Tensor], draw_sums: list[Tensor]) -> dict:
+    """The part of `measure_damage`'s result that follows from the losses of every text."""
+    exact, masked = sums["float32"].T
+    draw_gaps = [((of_draw[:, 0] - exact).sum() / masked.sum()).item() for of_draw in draw_sums]
+    masked = masked.numpy()
+    texts = {scheme: sums[scheme][:, 0].numpy() for scheme in SCHEMES if scheme in sums}
+    return {
+        "schemes": {
+            scheme: scheme_figures(losses, texts["float32"], masked, draw_gaps if scheme == "w8a8_static" else [])
+            for scheme, losses in texts.items()
+        },
+        "masked_tokens": int(masked.sum()),
+        "masked": masked.astype(int).tolist(),
+        "texts": {scheme: six_digits(losses) for scheme, losses in texts.items()},
+    }
+
+
+def six_digits(losses: np.ndarray) -> list[float]:
+    """The losses of texts as they are kept: with six significant digits."""
+    return [float(f"{loss:.6g}") for loss in losses]
 
 
 def part_gaps(
     static: StaticW8A8, plain: PreTrainedModel, batches: list[dict]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """({part: gap to `plain` in nats per masked token with nothing but that part quantized}, {part: its floor})."""
+    """({part: gap to `plain` in nats per masked token with only that part quantized}, {part: floor of that gap})."""
     exact, masked = per_text_loss(plain, batches).T.numpy()
     gaps, floors = {}, {}
     for part in static.parts:
@@ -739,29 +689,31 @@ def part_gaps(
     return gaps, floors
 
 
-def _scheme(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
-    """What measure_damage says of one scheme: `sums` and `exact` are the losses of every text in it and in float32."""
+def scheme_figures(sums: np.ndarray, exact: np.ndarray, masked: np.ndarray, draw_gaps: list[float]) -> dict:
+    """What `measure_damage` returns of one scheme.
+
+    Args:
+        sums, exact: (texts,) losses in this scheme and in float32, summed over the masked tokens of a text.
+        masked: (texts,) numbers of masked tokens.
+        draw_gaps: the gap with each draw of calibration texts, if there are several.
+    """
     loss = float(sums.sum() / masked.sum())
+    gap = loss - float(exact.sum() / masked.sum())
     error = gap_error(sums - exact, masked)
-    scheme = {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "gap": loss - float(exact.sum() / masked.sum()),
-    }
     if len(draw_gaps) > 1:
         error = math.hypot(error, float(np.std(draw_gaps, ddof=1)) / math.sqrt(len(draw_gaps)))
-    scheme |= {"error": error, "floor": 2 * error}
-    return scheme | ({"draws": draw_gaps} if draw_gaps else {})
+    draws = {"draws": draw_gaps} if draw_gaps else {}
+    return {"loss": loss, "perplexity": perplexity(loss), "gap": gap, "error": error, "floor": 2 * error, **draws}
 
 
 def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
-    """Standard error, over texts, of sum(differences) / sum(masked): that of a ratio, linearised.
+    """Standard error, over texts, of the ratio sum(differences) / sum(masked), linearised; NaN for a single text.
 
-    Cochran, "Sampling Techniques" (1977), chapter 6. NaN for a single text.
+    Cochran, "Sampling Techniques" (1977), chapter 6.
 
     Args:
         differences: (texts,) nats.
-        masked: (texts,) masked tokens.
+        masked: (texts,) numbers of masked tokens.
     """
     count = len(masked)
     if count < 2:
@@ -770,10 +722,8 @@ def gap_error(differences: np.ndarray, masked: np.ndarray) -> float:
     return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / masked.sum())
 
 
-def bootstrap_difference(
-    before: dict, after: dict, scheme: str, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval, over texts, of the gap of a scheme in one run minus that in another.
+def bootstrap_difference(before: dict, after: dict, scheme: str) -> tuple[float, float]:
+    """95 % percentile interval, over texts, of the gap of a scheme in one run minus its gap in another run.
 
     Texts are drawn with replacement, the same ones for both runs, for the scheme and for float32 (Efron and Tibshirani,
     "An Introduction to the Bootstrap", 1993, chapter 13). The seeds of the runs and the calibration are held fixed.
@@ -789,15 +739,15 @@ def bootstrap_difference(
         ValueError: the runs were not scored on the same texts with the same masks.
     """
     if before["masked"] != after["masked"]:
-        raise ValueError("the two runs were scored on other texts or other masks: their gaps do not pair")
+        raise ValueError("the two runs were scored on different texts or masks, so their gaps cannot be compared")
     masked = np.array(before["masked"], dtype=float)
-    gaps = [
-        np.array(run["texts"][scheme], dtype=float) - np.array(run["texts"]["float32"], dtype=float)
+    gap_before, gap_after = (
+        np.subtract(*(np.array(run["texts"][name], dtype=float) for name in (scheme, "float32")))
         for run in (before, after)
-    ]
-    differences = gaps[1] - gaps[0]
+    )
+    differences = gap_after - gap_before
     if not np.isfinite(differences).all():
         return math.nan, math.nan
-    chosen = np.random.default_rng(seed).integers(len(masked), size=(resamples, len(masked)))
+    chosen = np.random.default_rng(0).integers(len(masked), size=(RESAMPLES, len(masked)))
     low, high = np.percentile(differences[chosen].sum(1) / masked[chosen].sum(1), [2.5, 97.5])
     return float(low), float(high)

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import analyze_kurtosis
+import build_dataset
 import experiment
 import measurement
 from answer import GLANCE
@@ -777,8 +778,8 @@ DAMAGE = {
     "damaged model": (lambda root: truncate(model_folder(root) / "model.safetensors"), "is a damaged model folder"),
     "damaged config": (lambda root: truncate(model_folder(root) / "config.json"), "is a damaged model folder"),
     "no weights": (lambda root: (model_folder(root) / "model.safetensors").unlink(), "is a damaged model folder"),
-    "no tokenizer": (without_tokenizer, "has no tokenizer that loads"),
-    "stock model without tokenizer": (stock_without_tokenizer, "has no tokenizer, copy"),
+    "no tokenizer": (without_tokenizer, "has no tokenizer that can be loaded ("),
+    "stock model without tokenizer": (stock_without_tokenizer, "(it has no entries besides its special tokens)"),
     "tokenizer of another model": (
         replace_model(RobertaForMaskedLM(RobertaConfig(**ARCHITECTURE, vocab_size=100))),
         "the model 100",
@@ -809,7 +810,7 @@ DAMAGE = {
     ),
     "tokenizer of an unknown type": (
         lambda root: edit_tokenizer(root, lambda tokenizer: tokenizer["model"].update(type="Unheard")),
-        "has no tokenizer that loads",
+        "has no tokenizer that can be loaded (",
     ),
     "tokenizer with a length in words": (
         lambda root: edit_config(root, lambda config: config.update(model_max_length="x"), "tokenizer_config.json"),
@@ -1035,18 +1036,21 @@ def test_own_text_is_scored_on_every_other_line_and_calibrated_on_the_others(wor
     assert f"4 texts, evenly spread over every other line of {file}, cut at" in capsys.readouterr().out
 
 
-def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys):
+def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(build_dataset, "FREE_UNPACKED_BYTES", 1_000_000)
     (workplace / "utf-16").write_bytes("ĝis la revido\n".encode("utf-16-le") * 20)
     (workplace / "latin.txt").write_bytes("ĝis\n".encode("iso-8859-3") * 20)
     (workplace / "cut.gz").write_bytes(own_text(workplace, "own.gz").read_bytes()[:40])
     (workplace / "plain.gz").write_text("a\n" * 20)
+    (workplace / "bomb.gz").write_bytes(gzip.compress(b"Pluvas.\n" * 200_000))
     own_text(workplace, "short.txt", TEXTS)
     model = str(workplace / "models" / "esperberto-softmax0")
     for name, said in {
-        "utf-16": "is not text in UTF-8",
-        "latin.txt": "cannot be read",
+        "utf-16": "utf-16 is not UTF-8 text",
+        "latin.txt": "latin.txt is not UTF-8 text",
         "cut.gz": "cannot be read",
         "plain.gz": "cannot be read",
+        "bomb.gz": "bomb.gz unpacks to more than 100 times its size",
         "short.txt": "short.txt has 4 different lines, and 8 are needed",
     }.items():
         with pytest.raises(SystemExit) as stop:

@@ -65,15 +65,15 @@ SLOW = (
     "deberta",
     "rembert",
 )
-PADDING = "padding changes what it makes of a text"
+PADDING = "padding changes its logits"
 SHAPE = "has no layer.0.output.dense"
 REFUSED = {  # family: (settings, reason)
-    "longformer": ({"attention_window": [8, 8]}, "does not hold one row for every token of a text"),
+    "longformer": ({"attention_window": [8, 8]}, "does not return one row for every token of a text"),
     "convbert": ({"embedding_size": 16}, PADDING),
     "nystromformer": ({}, PADDING),
     "yoso": ({}, PADDING),
     "fnet": ({}, PADDING),
-    "ibert": ({}, "does not hold one row for every token of a text"),
+    "ibert": ({}, "does not return one row for every token of a text"),
     "mobilebert": (
         {"embedding_size": 8, "intra_bottleneck_size": 16, "hidden_size": 32},
         PADDING,

@@ -259,16 +259,17 @@ def test_places_are_the_tensors_they_claim_to_be(n):
 
 def test_padding_and_hooks_leave_no_trace():
     model = model_with(1)
-    found = []
+    measured = []
     for width in (11, 30):
         batch = batch_of([11, 6], width)
-        places, attention, seen = measure_model(model, [batch], Tokenizer())
-        found.append((places["layer.1.ffn_residual"], attention["layer.1"], seen))
-    assert found[0][2] == found[1][2] == {"sequences": 2, "tokens": 17, "lengths": [11, 6]}
+        places, attention, lengths = measure_model(model, [batch], Tokenizer())
+        assert lengths == [11, 6]
+        measured.append((places["layer.1.ffn_residual"], attention["layer.1"]))
+    (narrow_place, narrow_attention), (wide_place, wide_attention) = measured
     for key in ("kurtosis_sequence", "kurtosis_token", "inf_norm", "top1_to_median"):
-        assert found[0][0][key] == pytest.approx(found[1][0][key], rel=1e-4)
-    for key, values in found[0][1].items():
-        assert found[1][1][key] == pytest.approx(values, abs=1e-5, nan_ok=True), key
+        assert wide_place[key] == pytest.approx(narrow_place[key], rel=1e-4)
+    for key, values in narrow_attention.items():
+        assert wide_attention[key] == pytest.approx(values, abs=1e-5, nan_ok=True), key
     assert not any(module._forward_hooks for module in model.modules())
     assert model.config._attn_implementation == "softmax_n"
 
@@ -378,7 +379,7 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
             layer.attention.self.query.bias.zero_()
     lengths = [20, 16, 15, 4, 3, 2]
     _, attention, seen = measure_model(model, [batch_of(lengths[:3], 20), batch_of(lengths[3:], 5)], Tokenizer())
-    assert seen["lengths"] == lengths
+    assert seen == lengths
     uniform = outliers.uniform_attention(lengths, n)
     assert uniform.pop("sequences") == 2 and uniform.pop("sequences_short") == 4
     assert uniform.keys() == {"null_mass", *SINK_RATES}
@@ -449,6 +450,11 @@ def test_vectors_of_heads_by_hand(n):
     assert found["context_kurtosis_attending"] == pytest.approx(np.nanmean(attending), rel=1e-4)
 
 
+def masses(idle, null):
+    """The part of AttentionSinks' result that HeadVectors reads: idle mass and null mass of the heads of one layer."""
+    return {"layer.0": {"idle_mass": idle, "null_mass": null}}
+
+
 def test_context_of_the_heads_that_do_something():
     """The heads above the bound are left out of the kurtosis; with none left there is none."""
     vectors = outliers.HeadVectors(torch.nn.Identity())
@@ -462,13 +468,12 @@ def test_context_of_the_heads_that_do_something():
         vectors.add("layer.0", torch.full((1, 3, 5, 5), 0.2), *rows)
     kept = np.concatenate([context[..., :4], context[..., 8:]], -1)
     expected = np.mean([scipy.stats.kurtosis(one.ravel()) for one in kept])
-    nowhere = {"layer.0": [0.0, 0.0, 0.0]}
-    (found,) = vectors.result({"layer.0": [0.2, 0.9, 0.5]}, nowhere).values()
-    assert found["context_kurtosis_active"] == pytest.approx(expected, rel=1e-5)
-    assert found["context_near_zero"][1] > 0.5 > found["context_near_zero"][0]
-    (found,) = vectors.result({"layer.0": [0.6, 0.9, 0.51]}, {"layer.0": [0.2, 0.9, 0.5]}).values()
-    assert math.isnan(found["context_kurtosis_active"])
-    assert found["context_kurtosis_attending_heads"] == pytest.approx(expected, rel=1e-5)
+    result = vectors.result(masses(idle=[0.2, 0.9, 0.5], null=[0.0, 0.0, 0.0]))["layer.0"]
+    assert result["context_kurtosis_active"] == pytest.approx(expected, rel=1e-5)
+    assert result["context_near_zero"][1] > 0.5 > result["context_near_zero"][0]
+    result = vectors.result(masses(idle=[0.6, 0.9, 0.51], null=[0.2, 0.9, 0.5]))["layer.0"]
+    assert math.isnan(result["context_kurtosis_active"])
+    assert result["context_kurtosis_attending_heads"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_context_of_the_queries_that_attend():
@@ -492,14 +497,14 @@ def test_context_of_the_queries_that_attend():
             scipy.stats.kurtosis(context[1, :3].ravel()),
         ]
     )
-    (found,) = vectors.result({"layer.0": [0.0, 0.0]}, {"layer.0": [0.4, 0.5]}).values()
-    assert found["context_kurtosis_attending"] == pytest.approx(expected, rel=1e-5)
-    assert found["attending_share"] == [0.5, 1.0]
+    result = vectors.result(masses(idle=[0.0, 0.0], null=[0.4, 0.5]))["layer.0"]
+    assert result["context_kurtosis_attending"] == pytest.approx(expected, rel=1e-5)
+    assert result["attending_share"] == [0.5, 1.0]
     nulled = outliers.HeadVectors(torch.nn.Identity())
     nulled.batch(mask, first_and_others(mask))
     nulled.add("layer.0", weights * 0.5, *others, context)
-    (found,) = nulled.result({"layer.0": [0.0, 0.0]}, {"layer.0": [0.9, 0.9]}).values()
-    assert math.isnan(found["context_kurtosis_attending"]) and math.isnan(found["context_kurtosis_attending_heads"])
+    result = nulled.result(masses(idle=[0.0, 0.0], null=[0.9, 0.9]))["layer.0"]
+    assert math.isnan(result["context_kurtosis_attending"]) and math.isnan(result["context_kurtosis_attending_heads"])
 
 
 def flat(found):

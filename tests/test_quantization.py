@@ -18,6 +18,7 @@ from transformers import (
 
 import quantization
 from held_out import held_out_loss, per_text_loss
+from measurement import weight_statistics
 from outliers import measure_model
 from quantization import (
     SCHEMES,
@@ -34,8 +35,7 @@ from quantization import (
     mse_weight,
     published_weight,
     relative_error,
-    weight_errors,
-    weight_only_w4,
+    with_rounded_weights,
 )
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n, learned_sinks
 
@@ -136,15 +136,15 @@ def test_groups_of_four_bit_weights_are_rounded_by_themselves():
 
 def test_rounding_errors_of_parameters():
     model = model_of("softmax0")
-    errors = weight_errors(model)
-    assert errors.keys() == dict(model.named_parameters()).keys()
+    statistics = weight_statistics(model)
+    assert statistics.keys() == dict(model.named_parameters()).keys()
     weight = model.roberta.encoder.layer[0].output.dense.weight
-    found = errors["roberta.encoder.layer.0.output.dense.weight"]
+    errors = statistics["roberta.encoder.layer.0.output.dense.weight"]
     scale = weight.abs().max() / 127
     by_hand = (weight - (weight / scale).round() * scale).norm() / weight.norm()
-    assert found["int8_error"] == pytest.approx(by_hand.item(), rel=1e-5)
-    assert found["int4_error"] > 5 * found["int8_error"]
-    assert "int4_error" not in errors["roberta.encoder.layer.0.output.dense.bias"]
+    assert errors["int8_error"] == pytest.approx(by_hand.item(), rel=1e-5)
+    assert errors["int4_error"] > 5 * errors["int8_error"]
+    assert "int4_error" not in statistics["roberta.encoder.layer.0.output.dense.bias"]
 
 
 # -------------------------------------------------------------------------------------------------------- W8A8, static
@@ -239,17 +239,18 @@ def test_ranges_from_histograms_against_the_values_themselves(outlier):
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.3
     values[:3] = outlier
     bins = quantization._occupied(quantization._histogram(values))
-    assert bins[2].sum() == len(values) and (bins[0] < bins[1]).all() and (bins[0][1:] >= bins[1][:-1]).all()
+    assert bins.count.sum() == len(values) and (bins.left < bins.right).all()
+    assert (bins.left[1:] >= bins.right[:-1]).all()
     for share in (1e-4, 0.3, 0.9999):
         expected = np.quantile(values.numpy(), share)
-        assert quantization._percentile(*bins, share) == pytest.approx(expected, rel=0.01)
+        assert quantization._percentile(bins, share) == pytest.approx(expected, rel=0.01)
     low, high = min(values.min().item(), 0), max(values.max().item(), 0)
     by_range = {}
     for shrunk in (1.0, 0.7, 0.3, 0.02):
         ends = np.array([low * shrunk]), np.array([high * shrunk])
         scale = (ends[1] - ends[0]) / 255
         zero = np.rint(-ends[0] / scale)
-        found = quantization._rounding_error(*bins, scale, -zero, 255 - zero)[0]
+        found = quantization._rounding_error(bins, scale, -zero, 255 - zero)[0]
         by_range[shrunk] = mean_squared_error(values, low * shrunk, high * shrunk)
         assert found == pytest.approx(by_range[shrunk], rel=0.03), shrunk
     best = mean_squared_error(values, *quantization._mse_range(bins, low, high))
@@ -377,7 +378,7 @@ def test_texts_are_joined_to_full_sequences():
 
 
 def test_dynamic_and_weight_only_quantize_every_linear_layer_and_nothing_else(trained):
-    for quantized, levels in ((dynamic_w8a8(trained), 256), (weight_only_w4(trained), 16)):
+    for quantized, levels in ((dynamic_w8a8(trained), 256), (with_rounded_weights(trained, int4_weight), 16)):
         layer = quantized.roberta.encoder.layer[0].intermediate.dense
         assert max(len(row.unique()) for row in layer.weight) <= levels
         embedding = quantized.roberta.embeddings.word_embeddings.weight
@@ -474,7 +475,7 @@ def test_bootstrap_of_the_difference_of_two_gaps():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)  # paired: the texts' own difficulty falls out
     assert bootstrap_difference(*runs, "w8a8_static") == (low, high)
     assert bootstrap_difference(runs[0], runs[0], "w8a8_static") == (0, 0)
-    with pytest.raises(ValueError, match="other texts"):
+    with pytest.raises(ValueError, match="different texts"):
         bootstrap_difference(runs[0], damage_of(exact[1], exact[1], masked[::-1]), "w8a8_static")
     lost = damage_of(exact[1], [None, *exact[1][1:]], masked)  # NaN is null in analysis.json
     assert all(map(math.isnan, bootstrap_difference(runs[0], lost, "w8a8_static")))
@@ -581,10 +582,14 @@ def test_gaps_do_not_depend_on_the_class(pair):
     assert ours["parts"] == pytest.approx(stock["parts"], abs=1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["dynamic_w8a8", "weight_only_w4", "measured_copy"])
-def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, scheme):
-    """bfloat16 too, whose rounding another kernel would change: so both run the one attention."""
-    stock, ours = (getattr(quantization, scheme)(model) for model in pair)
+@pytest.mark.parametrize(
+    "copy_of",
+    [dynamic_w8a8, lambda model: with_rounded_weights(model, int4_weight), measured_copy],
+    ids=["w8", "w4", ""],
+)
+def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, copy_of):
+    """In bfloat16 too, where another attention kernel would round differently: so both classes run the same one."""
+    stock, ours = (copy_of(model) for model in pair)
     assert stock.config._attn_implementation == ours.config._attn_implementation == quantization.ATTENTION
     assert torch.equal(per_text_loss(stock, batches(3, seed=2)), per_text_loss(ours, batches(3, seed=2)))
     stock, ours = (model.to(torch.bfloat16) for model in (stock, ours))

@@ -6,7 +6,7 @@ import pytest
 from made_runs import RESULTS, changed, diverged
 
 from experiment import arm_name, run_name
-from runs import find_runs, ranges, read_results
+from runs import find_runs, labelled, ranges, read_results
 from sets import refuse_duplicates
 
 GOOD = changed({**RESULTS, "softmax_n": 1.0, "seed": 42}, {})
@@ -82,6 +82,18 @@ def test_a_diverged_run_needs_no_model_and_a_duplicate_is_named(tmp_path):
 def test_different_n_never_share_a_name(n, name):
     assert arm_name(n) == name
     assert run_name(n, 42) == f"esperberto-{name}" and run_name(n, 43) == f"esperberto-{name}-seed43"
+
+
+def test_models_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    for name in ("a/final", "b/final"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert labelled(["a/final", "./b/final/"]) == ["a--final", "b--final"]
+    assert labelled(["a/final", "you/final", "you/other"]) == ["a--final", "you--final", "other"]
+    with pytest.raises(SystemExit, match=r"a/final and \./a/final have the same name"):
+        labelled(["a/final", "./a/final"])
+    monkeypatch.chdir("a/final")
+    assert labelled([".", "../../b", "you/bert"]) == ["final", "b", "bert"]
 
 
 def test_ranges_of_seeds():

@@ -70,7 +70,7 @@ def analysis(runs: list[Run], warned: list[str], all_findings: list[Finding], se
         "statistic": "excess kurtosis (Gaussian = 0)",
         "held_out": {"text" if source.is_file() else "data_dir": str(source), "sequences": sequences},
         "notes": warned,
-        "answer": answer(runs, all_findings),
+        "answer": " ".join(answer(runs, all_findings)),
         "questions": {key: asdict(answered) for key, answered in questions(all_findings).items()},
         "primary_metric": PRIMARY,
         "comparisons": by_metric(all_findings[0]) if all_findings else {},

@@ -13,11 +13,11 @@ import scipy.stats
 
 from experiment import BASELINE, PRIMARY_ARM
 from outliers import IDLE, OUTLIER
-from pairs import POWER, SIGN_TEST, Comparison, below_noise, compare, compare_ratio, no_interval, percent
+from pairs import POWER, SIGN_TEST, Comparison, compare, compare_ratio, no_interval, percent
 from quantization import SCHEMES, bootstrap_difference
 from runs import Run
 from sets import ComparisonSet, comparison_sets, in_a_pair
-from tables import figure, spread
+from tables import below_noise, ends, figure, spread
 
 # One metric and one arm were named beforehand, because the hypothesis ends there: outliers matter for what they do to
 # quantization, static per-tensor ranges are what they break, and softmax1 is the remedy that was proposed. The other
@@ -28,35 +28,35 @@ FLOAT32 = "held_out_loss"
 MARGIN = 0.01  # nats; a change of the perplexity by one per cent, which nobody would quantize differently for
 
 GAPS = {f"{scheme}_gap": scheme for scheme in SCHEMES if scheme != "float32"}
-METRICS = {  # key: (label, the better end: -1 low, 0 neither)
-    PRIMARY: ("W8A8 static: held-out loss over float32, nats", -1),
-    QUANTIZED: ("W8A8 static: held-out loss, nats", -1),
-    FLOAT32: ("held-out loss in float32, nats", -1),
-    **{key: (f"{SCHEMES[scheme]}: loss over float32, nats", -1) for key, scheme in GAPS.items() if key != PRIMARY},
-    "ffn_output_kurtosis": ("FFN output: excess kurtosis, mean of layers", -1),
-    "ffn_output_inf_norm": ("FFN output: infinity norm, largest layer", -1),
-    "residual_kurtosis": ("residual stream: excess kurtosis, mean of layers", -1),
-    "residual_inf_norm": ("residual stream: infinity norm, largest layer", -1),
-    "residual_outliers": (f"residual stream: entries beyond ±{OUTLIER:g}, %", -1),
-    "residual_ratio": ("residual stream: largest over median magnitude", -1),
-    "context_kurtosis": ("attention context: excess kurtosis, mean of layers", -1),
-    "context_kurtosis_attending": ("attention context of queries that attend: excess kurtosis, mean of layers", -1),
-    "context_kurtosis_attending_heads": ("attention context of heads that attend: excess kurtosis, mean of layers", -1),
-    "context_inf_norm": ("attention context: infinity norm, largest layer", -1),
-    "context_near_zero": ("attention context: entries near zero, mean of heads, %", 0),
-    "attending_share": ("queries that attend, mean of heads, %", 0),
-    "attention_output_kurtosis": ("attention output: excess kurtosis, mean of layers", -1),
-    "attention_output_inf_norm": ("attention output: infinity norm, largest layer", -1),
-    "sink_rate_first": ("sink rate of the first token, %", 0),
-    "sink_rate_any": ("sink rate of any token, %", 0),
-    "sink_rate_first_renormalised": ("sink rate of the first token, weights renormalised, %", 0),
-    "sink_rate_any_renormalised": ("sink rate of any token, weights renormalised, %", 0),
-    "sink_rate_any_or_null": ("sink rate of any token or nowhere, %", 0),
-    "sink_rate_any_above_start": ("sink rate of any token, above that at step 0, %", 0),
-    "sink_rate_any_renormalised_above_start": ("the same, weights renormalised, %", 0),
-    "null_mass": ("null mass, mean of heads, %", 0),
-    "idle_heads": (f"heads that do nothing (> {IDLE[1]:.0%} idle mass)", 0),
-    "half_idle_heads": (f"heads that do little (> {IDLE[0]:.0%} idle mass)", 0),
+METRICS = {  # key: label
+    PRIMARY: "W8A8 static: held-out loss over float32, nats",
+    QUANTIZED: "W8A8 static: held-out loss, nats",
+    FLOAT32: "held-out loss in float32, nats",
+    **{key: f"{SCHEMES[scheme]}: loss over float32, nats" for key, scheme in GAPS.items() if key != PRIMARY},
+    "ffn_output_kurtosis": "FFN output: excess kurtosis, mean of layers",
+    "ffn_output_inf_norm": "FFN output: infinity norm, largest layer",
+    "residual_kurtosis": "residual stream: excess kurtosis, mean of layers",
+    "residual_inf_norm": "residual stream: infinity norm, largest layer",
+    "residual_outliers": f"residual stream: entries beyond ±{OUTLIER:g}, %",
+    "residual_ratio": "residual stream: largest over median magnitude",
+    "context_kurtosis": "attention context: excess kurtosis, mean of layers",
+    "context_kurtosis_attending": "attention context of queries that attend: excess kurtosis, mean of layers",
+    "context_kurtosis_attending_heads": "attention context of heads that attend: excess kurtosis, mean of layers",
+    "context_inf_norm": "attention context: infinity norm, largest layer",
+    "context_near_zero": "attention context: entries near zero, mean of heads, %",
+    "attending_share": "queries that attend, mean of heads, %",
+    "attention_output_kurtosis": "attention output: excess kurtosis, mean of layers",
+    "attention_output_inf_norm": "attention output: infinity norm, largest layer",
+    "sink_rate_first": "sink rate of the first token, %",
+    "sink_rate_any": "sink rate of any token, %",
+    "sink_rate_first_renormalised": "sink rate of the first token, weights renormalised, %",
+    "sink_rate_any_renormalised": "sink rate of any token, weights renormalised, %",
+    "sink_rate_any_or_null": "sink rate of any token or nowhere, %",
+    "sink_rate_any_above_start": "sink rate of any token, above that at step 0, %",
+    "sink_rate_any_renormalised_above_start": "the same, weights renormalised, %",
+    "null_mass": "null mass, mean of heads, %",
+    "idle_heads": f"heads that do nothing (> {IDLE[1]:.0%} idle mass)",
+    "half_idle_heads": f"heads that do little (> {IDLE[0]:.0%} idle mass)",
 }
 GLANCE = (
     PRIMARY,
@@ -154,6 +154,11 @@ class Finding:
     group: ComparisonSet
     compared: dict[str, dict[str, Comparison]]
 
+    @property
+    def exploratory(self) -> int:
+        """How many arms share the error of 5 %: those compared, but the one named beforehand."""
+        return sum(arm != PRIMARY_ARM for arm in self.compared)
+
 
 def findings(runs: list[Run]) -> list[Finding]:
     """A Finding for each set with a pair, the headline's first. Sets of test runs only where there are no others."""
@@ -170,30 +175,25 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
 
     The arms but the primary one share an error of 5 % (Bonferroni).
     """
-    compared: dict[str, dict[str, Comparison]] = {}
-    by_arm = {arm: trained_pairs(group, arm) for arm in ordered(group)}
-    exploratory = [arm for arm, pairs in by_arm.items() if pairs and arm != PRIMARY_ARM]
+    by_arm = {arm: pairs for arm in ordered(group) if (pairs := trained_pairs(group, arm))}
+    compared: dict[str, dict[str, Comparison]] = {arm: {} for arm in by_arm}
     for arm, pairs in by_arm.items():
-        if not pairs:
-            continue
-        before = {seed: metrics(pair[0]) for seed, pair in pairs.items()}
-        after = {seed: metrics(pair[1]) for seed, pair in pairs.items()}
-        compared[arm] = {}
-        tests = 1 if arm == PRIMARY_ARM else len(exploratory)
+        tests = 1 if arm == PRIMARY_ARM else len(by_arm.keys() - {PRIMARY_ARM})
+        before, after = ({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1))
         for metric in METRICS:
             both = [{seed: values[metric] for seed, values in of_arm.items()} for of_arm in (before, after)]
-            comparison = compare(*both, tests=tests)
-            if comparison is not None:
-                if metric in RATIOS:
-                    logs = compare_ratio(*both, shift=RATIOS[metric], tests=tests)
-                    comparison.ratio, comparison.ratio_low, comparison.ratio_high = ratio(logs)
-                if metric in GAPS:
-                    of_pairs = [pairs[seed] for seed in comparison.seeds]
-                    comparison.texts_low, comparison.texts_high = over_texts(of_pairs, GAPS[metric])
-                    comparison.baseline_floor, comparison.floor = (
-                        noise(list(runs), GAPS[metric]) for runs in zip(*of_pairs, strict=True)
-                    )
-                compared[arm][metric] = comparison
+            if (comparison := compare(*both, tests=tests)) is None:
+                continue
+            if metric in RATIOS:
+                logs = compare_ratio(*both, shift=RATIOS[metric], tests=tests)
+                comparison.ratio, comparison.ratio_low, comparison.ratio_high = ratio(logs)
+            if metric in GAPS:
+                of_pairs = [pairs[seed] for seed in comparison.seeds]
+                comparison.texts_low, comparison.texts_high = over_texts(of_pairs, GAPS[metric])
+                comparison.baseline_floor, comparison.floor = (
+                    noise(list(of_arm), GAPS[metric]) for of_arm in zip(*of_pairs, strict=True)
+                )
+            compared[arm][metric] = comparison
     return compared
 
 
@@ -252,6 +252,17 @@ def mean_losses(runs: list[Run], scheme: str) -> dict | None:
 
 # ----------------------------------------------------------------------------------------- decisions, one function each
 
+PERHAPS = f", though perhaps by less than the margin of {MARGIN:g} nats"
+VERDICTS = {  # conclusion about the gap of static W8A8: its words
+    "less": "{arm} makes quantization less harmful here",
+    "more": "{arm} makes quantization more harmful here",
+    "less, perhaps within the margin": "{arm} makes quantization less harmful here" + PERHAPS,
+    "more, perhaps within the margin": "{arm} makes quantization more harmful here" + PERHAPS,
+    "differs within the margin": f"{{arm}} differs, by less than the margin of {MARGIN:g} nats",
+    "equivalent": f"{{arm}} and {BASELINE} are equivalent in what quantization costs (TOST, margin ±{MARGIN:g} nats)",
+    "undecided": "undecided",
+}
+
 
 def shown(comparison: Comparison) -> bool:
     """Whether the interval of the difference excludes 0 (or the sign test is significant, where it is the test)."""
@@ -270,44 +281,31 @@ def within_margin(comparison: Comparison) -> bool:
     return comparison.low90 is not None and -MARGIN < comparison.low90 and comparison.high90 < MARGIN
 
 
-def beyond_margin(comparison: Comparison) -> bool:
-    """Whether the whole interval lies beyond MARGIN."""
-    return comparison.low is not None and (comparison.low >= MARGIN or comparison.high <= -MARGIN)
-
-
 def harmless(comparison: Comparison) -> tuple[bool, bool]:
     """(softmax0, the arm): whether the upper end of the interval of its own mean gap is below MARGIN."""
-    if not comparison.finite:
-        return False, False
-    return tuple(upper is not None and upper < MARGIN for upper in (comparison.baseline_upper, comparison.upper))
+    uppers = (comparison.baseline_upper, comparison.upper)
+    return tuple(comparison.finite and upper is not None and upper < MARGIN for upper in uppers)
+
+
+def conclusion(comparison: Comparison) -> str:
+    """What a difference in nats is, beside 0 and beside MARGIN: a key of VERDICTS."""
+    if not shown(comparison):
+        return "equivalent" if within_margin(comparison) else "undecided"
+    if within_margin(comparison):
+        return "differs within the margin"
+    sign = "less" if less(comparison) else "more"
+    beyond = comparison.test == SIGN_TEST or comparison.low >= MARGIN or comparison.high <= -MARGIN
+    return sign if beyond else f"{sign}, perhaps within the margin"
 
 
 def direction(comparison: Comparison) -> int:
     """Direction of the difference that the verdict claims: -1 lower, 1 higher; 0 for none, or one below the margin."""
-    if not shown(comparison) or (comparison.test != SIGN_TEST and within_margin(comparison)):
-        return 0
-    return -1 if less(comparison) else 1
+    return {"less": -1, "more": 1}.get(conclusion(comparison).partition(",")[0], 0)
 
 
 def verdict(comparison: Comparison, arm: str) -> str:
     """What is concluded about the gap of static W8A8, without figures."""
-    amount = "less" if comparison.difference is not None and comparison.difference < 0 else "more"
-    if comparison.test == SIGN_TEST:
-        if shown(comparison):
-            return f"{arm} makes quantization {'less' if less(comparison) else 'more'} harmful here"
-        return "undecided"
-    if comparison.low is None:
-        return "undecided"
-    if shown(comparison) and within_margin(comparison):
-        return f"{arm} differs, by less than the margin of {MARGIN:g} nats"
-    if shown(comparison):
-        sure = f"{arm} makes quantization {amount} harmful here"
-        return (
-            sure if beyond_margin(comparison) else f"{sure}, though perhaps by less than the margin of {MARGIN:g} nats"
-        )
-    if within_margin(comparison):
-        return f"{arm} and {BASELINE} are equivalent in what quantization costs (TOST, margin ±{MARGIN:g} nats)"
-    return "undecided"
+    return VERDICTS[conclusion(comparison)].format(arm=arm)
 
 
 def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
@@ -327,19 +325,16 @@ def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
 
 def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
     """The end of a sentence, which limits the verdict on the gap: how the losses of the quantized models compare."""
-    if loss is None:
-        return ""
     claimed = direction(gap)
-    if shown(loss):
-        better = less(loss)
-        if claimed == (-1 if better else 1):
-            return ""
-        whose = "" if claimed else f" with {arm}"
-        return f", but the quantized model is {'better' if better else 'worse'}{whose}"
-    if not claimed:
+    if loss is None or not (claimed or shown(loss)):
         return ""
-    no, lower = ("no better", "lower") if claimed < 0 else ("no worse", "higher")
-    return f", but the quantized model is {no} (its loss is not shown to be {lower})"
+    if not shown(loss):
+        no, lower = ("no better", "lower") if claimed < 0 else ("no worse", "higher")
+        return f", but the quantized model is {no} (its loss is not shown to be {lower})"
+    if claimed == (-1 if less(loss) else 1):
+        return ""
+    whose = "" if claimed else f" with {arm}"
+    return f", but the quantized model is {'better' if less(loss) else 'worse'}{whose}"
 
 
 def failed_check(group: ComparisonSet) -> str:
@@ -353,15 +348,15 @@ def failed_check(group: ComparisonSet) -> str:
     )
 
 
-def undecided_check(group: ComparisonSet) -> str:
-    """A sentence for the case that the positive control is undecided on every checked run of the set; else empty."""
+def undecided_check(group: ComparisonSet) -> list[str]:
+    """A sentence for the case that the positive control is undecided on every checked run of the set; else none."""
     checks = [run.damage["self_check"]["passed"] for run in group.runs if "self_check" in run.damage]
     if not checks or any(passed is not None for passed in checks):
-        return ""
-    return (
-        " The positive control is undecided on these models: they have learnt too little that quantization could "
+        return []
+    return [
+        "The positive control is undecided on these models: they have learnt too little that quantization could "
         "destroy."
-    )
+    ]
 
 
 def few_pairs(comparison: Comparison) -> str:
@@ -376,9 +371,13 @@ def few_pairs(comparison: Comparison) -> str:
 
 def interval(comparison: Comparison) -> str:
     """The interval of the difference, in words."""
-    if comparison.low is None:
-        return no_interval(comparison)
-    return f"{percent(comparison.confidence)} interval from {figure(comparison.low)} to {figure(comparison.high)}"
+    said = f"{percent(comparison.confidence)} interval from {ends(comparison.low, comparison.high)}"
+    return no_interval(comparison) or said
+
+
+def brackets(comparison: Comparison, more: str = "") -> str:
+    """The interval of the difference, in brackets; none of one pair."""
+    return "" if comparison.pairs == 1 else f" ({interval(comparison)}{more})"
 
 
 def losses(metric: dict[str, Comparison], arm: str) -> str:
@@ -386,11 +385,10 @@ def losses(metric: dict[str, Comparison], arm: str) -> str:
     said = []
     for key, label in ((QUANTIZED, "loss after quantization"), (FLOAT32, "loss in float32")):
         if (comparison := metric.get(key)) is not None and comparison.finite:
-            sure = "" if comparison.pairs == 1 else f" ({interval(comparison)})"
             said.append(
                 f"{label}: {arm} {spread(comparison.mean, comparison.std)} nats, {BASELINE} "
                 f"{spread(comparison.baseline_mean, comparison.baseline_std)}, "
-                f"difference {figure(comparison.difference)}{sure}"
+                f"difference {figure(comparison.difference)}{brackets(comparison)}"
             )
         elif comparison is not None:
             said.append(f"{label}: {interval(comparison)}")
@@ -426,7 +424,7 @@ def divergences(arm: str, group: ComparisonSet) -> str:
     of = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
     listed = "; ".join(
         f"seed {run.results['seed']}{'' if any(run in pair for pair in pairs) else ', without a pair'}: {run.arm} "
-        f"diverged at step {run.results['diverged']['step']:,}"
+        f"{run.ending}"
         for run in lost
     )
     return (
@@ -460,7 +458,7 @@ def texts(comparison: Comparison) -> str:
     if comparison.texts_low is None:
         return ""
     only = ", this pair only" if comparison.pairs == 1 else ""
-    return f"95% interval over texts{only}: {figure(comparison.texts_low)} to {figure(comparison.texts_high)}"
+    return f"95% interval over texts{only}: {ends(comparison.texts_low, comparison.texts_high)}"
 
 
 def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
@@ -526,28 +524,23 @@ def of_arm(finding: Finding, arm: str) -> str:
         of = size(len(trained_pairs(group, arm)), arm, group)
         return f"None about {arm}: static W8A8 quantization was not measured in a pair ({of}).{lost}"
     comparison = metric[PRIMARY]
-    if comparison.pairs == 1:
-        said = one_pair(metric, arm, group)
-    elif not comparison.finite:
-        said = by_sign(metric, arm, group)
-    else:
-        said = by_mean(metric, arm, group)
-    said += lost
+    describe = one_pair if comparison.pairs == 1 else by_mean if comparison.finite else by_sign
+    said = describe(metric, arm, group) + lost
     if arm == PRIMARY_ARM:
         return said
-    others = sum(name != PRIMARY_ARM for name in finding.compared)
+    others = finding.exploratory
     corrected = f" (Intervals and tests corrected for {others} exploratory arms, Bonferroni.)" if others > 1 else ""
     return f"Exploratory: {said}{corrected}"
 
 
-def of_set(finding: Finding, others: list[str] | None = None) -> str:
-    """The sentences about one set, then those about `others`; no verdict where the instrument failed on the set."""
+def of_set(finding: Finding, others: list[str] | None = None) -> list[str]:
+    """A paragraph for each arm of a set, then `others`; no verdict where the instrument failed on the set."""
     if failed := failed_check(finding.group):
-        return failed
+        return [failed]
     said = [of_arm(finding, arm) for arm in ordered(finding.group)]
     if PRIMARY_ARM not in finding.group.pairs:
         said.insert(0, f"None about {PRIMARY_ARM}, the arm named beforehand: it has no pair here.")
-    return " ".join([*said, *(others or [])]) + undecided_check(finding.group)
+    return [*said, *(others or []), *undecided_check(finding.group)]
 
 
 def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
@@ -566,20 +559,21 @@ def trained_on_more(runs: list[Run], group: ComparisonSet) -> list[str]:
     return said
 
 
-def answer(runs: list[Run], all_findings: list[Finding]) -> str:
-    """The answer from the headline's set, then from every other set with a pair; or why there is none."""
+def answer(runs: list[Run], all_findings: list[Finding]) -> list[str]:
+    """Paragraphs: the answer from the headline's set, then from every other set with a pair; or why there is none."""
     trained = [run for run in runs if run.results]
     if trained and all(run.results["test_pipeline"] for run in trained):
-        return "None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."
+        return ["None: --test_pipeline made these runs, which show that the pipeline works, and nothing else."]
     if not all_findings:
-        return (
+        return [
             f"None: there is no pair here, that is, a run of {BASELINE} and one of another n with the same seed, text, "
             "tokenizer, steps and settings."
-        )
+        ]
     first = all_findings[0].group
     if failed := failed_check(first):
-        return failed
-    said = [of_set(all_findings[0], trained_on_more(runs, first))]
+        return [failed]
+    said = of_set(all_findings[0], trained_on_more(runs, first))
     for other in all_findings[1:]:
-        said.append(f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {of_set(other)}")
-    return " ".join(said)
+        begins, *rest = of_set(other)
+        said += [f"Another set of {len(other.group.runs)} runs of {other.group.steps:,} steps: {begins}", *rest]
+    return said

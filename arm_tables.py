@@ -72,14 +72,20 @@ def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: 
         header: of the columns, that of the row labels first.
         runs: of all arms.
         subjects: {label of the row: what it is of}.
-        cells: (subject, runs of an arm) -> the cells of the row.
+        cells: (subject, runs of an arm that did not diverge) -> the cells of the row.
     """
-    rows = [
-        [f"{label}, {arm}", *cells(subject, of_arm)]
-        for label, subject in subjects.items()
-        for arm, of_arm in arms(runs).items()
-    ]
-    return table(header, rows)
+    return table(header, arm_rows(header, runs, subjects, cells))
+
+
+def arm_rows(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: Callable) -> list[list[str]]:
+    """The rows of `by_arm`."""
+    rows = []
+    for label, subject in subjects.items():
+        for arm, of_arm in arms(runs).items():
+            measured = [run for run in of_arm if not run.diverged]
+            row = cells(subject, measured) if measured else ["diverged"] * (len(header) - 1)
+            rows.append([f"{label}, {arm}" if label else arm, *row])
+    return rows
 
 
 def same(names) -> dict[str, str]:
@@ -87,13 +93,20 @@ def same(names) -> dict[str, str]:
     return {name: name for name in names}
 
 
+def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
+    """("layer <i>", statistics of the place) of every layer of the runs; of a place outside the layers it is once."""
+    return [
+        (name.removesuffix(f".{place}").replace(".", " "), statistics)
+        for run in runs
+        for name, statistics in run.places.items()
+        if name.rpartition(".")[2] == place
+    ]
+
+
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
     """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
-    values = []
-    for run in runs:
-        layers = [of_place[statistic] for name, of_place in run.places.items() if name.rpartition(".")[2] == place]
-        values.append(reduce(layers) if layers else np.nan)
-    return float(np.mean(values))
+    of_runs = [[layer[statistic] for _, layer in layers_of([run], place)] for run in runs]
+    return float(np.mean([reduce(layers) if layers else np.nan for layers in of_runs]))
 
 
 # -------------------------------------------------------------------------------------------------- others' figures
@@ -109,19 +122,18 @@ def qualcomm_table(runs: list[Run]) -> str:
         values = [np.mean([mean_of([run], place, statistic, reduce) for place in places]) + shift for run in measured]
         return "–" if np.isnan(values).all() else over_runs(values)
 
-    rows = [[name, *cells, "–"] for name, cells in QUALCOMM.items()]
-    for arm, of_arm in arms(runs).items():
-        measured = [run for run in of_arm if not run.diverged]
-        cells = [
+    def cells(_, measured: list[Run]) -> list[str]:
+        return [
             perplexity(measured, "float32"),
             activations(measured, ("ffn_output",), "inf_norm", np.max),
             activations(measured, ("ffn_output", "ffn_layernorm"), "kurtosis_sequence", shift=3.0),
             perplexity(measured, "w8a8_published"),
             perplexity(measured, "w8a8_static"),
         ]
-        rows.append([arm, *(cells if measured else ["diverged"] * 5)])
+
     header = ["", "perplexity", "infinity norm", "full kurtosis", "W8A8 perplexity", "W8A8 perplexity, our setting"]
-    return table(header, rows)
+    published = [[name, *figures, "–"] for name, figures in QUALCOMM.items()]
+    return table(header, published + arm_rows(header, runs, {"": None}, cells))
 
 
 # ------------------------------------------------------------------------------------------------------ activations
@@ -162,22 +174,11 @@ def places_table(runs: list[Run]) -> str:
     return by_arm(["", *statistics], runs, same((*EMBEDDINGS, *PLACES, LOGITS)), cells)
 
 
-def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
-    """("layer <i>", statistics of the place) of every layer of the runs."""
-    return [
-        (name.removesuffix(f".{place}").replace(".", " "), statistics)
-        for run in runs
-        for name, statistics in run.places.items()
-        if name.endswith(f".{place}")
-    ]
-
-
 def classes_table(runs: list[Run]) -> str:
     def cells(place: str, of_arm: list[Run]) -> list[str]:
         row = []
         for kind in TOKEN_CLASSES:
-            classes = [statistics["classes"] for _, statistics in layers_of(of_arm, place)]
-            tokens = [of_layer[kind] for of_layer in classes if kind in of_layer]
+            tokens = [layer["classes"][kind] for _, layer in layers_of(of_arm, place) if kind in layer["classes"]]
             kurtosis, largest = ([of_layer[key] for of_layer in tokens] for key in ("kurtosis_token", "max_abs"))
             row.append(f"{figure(np.mean(kurtosis))} / {figure(np.max(largest))}" if tokens else "–")
         return row
@@ -373,16 +374,11 @@ def weights_table(runs: list[Run]) -> str:
         "4-bit error, %": ("int4_error", np.max, 100),
     }
 
-    def cells(pattern: str, of_arm: list[Run]) -> list[str]:
-        measured = [run for run in of_arm if not run.diverged]
-        if not measured:
-            return ["diverged"] * len(columns)
+    def cells(pattern: str, measured: list[Run]) -> list[str]:
+        parameters = [[weight for name, weight in run.weights.items() if re.search(pattern, name)] for run in measured]
         row = []
         for key, reduce, factor in columns.values():
-            of_runs = [
-                [weight[key] for name, weight in run.weights.items() if re.search(pattern, name) and key in weight]
-                for run in measured
-            ]
+            of_runs = [[weight[key] for weight in of_run if key in weight] for of_run in parameters]
             known = all(of_runs)  # every model has such a parameter
             row.append(figure(float(np.mean([reduce(values) for values in of_runs])) * factor if known else None))
         return row

@@ -8,9 +8,10 @@ Reads data/ (build_dataset.py) and tokenizer/ (train_tokenizer.py); `attention` 
 benchmark/<what>.json with every single time, and a plot beside it, both with the hardware on them. `attention` writes
 the file after every length, so that an interrupted run leaves what it has measured.
 
-In every round all that is compared runs on the same input, one after the other, so that a noisy machine slows all of
-it alike. The ratio of two training steps is that of their times summed over the rounds, because the batches of the
-rounds differ; the ratio of two attentions is the median of the rounds' ratios. The extremes over the rounds follow it.
+A step of ours is that of train_model.py's own Trainer. In every round all that is compared runs on the same input, one
+after the other, so that a noisy machine slows all of it alike. The ratio of two training steps is that of their times
+summed over the rounds, because the batches of the rounds differ; the ratio of two attentions is the median of the
+rounds' ratios. The extremes over the rounds follow it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,34 +44,29 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.utils.benchmark import timer  # it waits for the GPU
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 import record
+import train_model
 from corpus import load_data, load_tokenizer, tokenized
-from experiment import (
-    EFFECTIVE_BATCH_SIZE,
-    MAX_LENGTH,
-    MLM_PROBABILITY,
-    SEED,
-    VOCAB_SIZE,
-    accept_packed_batches,
-    build_model,
-)
+from experiment import EFFECTIVE_BATCH_SIZE, MAX_LENGTH, MLM_PROBABILITY, SEED, STEPS, VOCAB_SIZE, build_model
 from folder import refuse_unwritable
 from held_out import evenly_spread
 from kurtosis import ActivationKurtosis
-from packing import IGNORED, MaskedLMCollator, on_device, summed_loss
+from packing import IGNORED, on_device
 from softmax1 import attention_backend, softmax_n_attention
 from tables import table
+from train_model import Inputs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STATISTICS_STEPS = 10  # train_model.py's default: the activations' kurtosis is measured every tenth step
-BUCKET = 128  # train_model.py's, for compiled models
+SOFTMAX1 = "softmax1 for softmax"  # the rung whose floor and memory are told
 LARGE_BATCH = 128  # what the published run asked for, and had no memory for
 
 HEADS, HEAD_SIZE = 12, 64  # of the published model
@@ -80,19 +75,7 @@ HEADS, HEAD_SIZE = 12, 64  # of the published model
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-@dataclass
-class Rung:
-    """A row of the table: a way to compute a training step."""
-
-    label: str
-    step: Callable[[list[dict], bool], None]  # (samples, whether to measure the activations)
-    statistics_steps: int  # the activations are measured at every so many steps
-    compiled: bool = False
-
-
-def published_step(
-    tokenizer: PreTrainedTokenizerBase, device: torch.device, attention: str, fused: bool
-) -> Callable[[list[dict], bool], None]:
+class PublishedStep:
     """A training step of the published configuration, made of stock parts: padded, float32, logits of all tokens.
 
     Args:
@@ -100,61 +83,65 @@ def published_step(
         fused: fused AdamW, and the loss is not read. Otherwise, as published, the loss is compared with NaN at every
             step, for which the CPU waits until the device is done.
     """
-    model = build_model(0, VOCAB_SIZE, tokenizer, seed=SEED).to(device).train()
-    model.set_attn_implementation(attention)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0, fused=fused)
-    statistics = ActivationKurtosis(model)
 
-    def step(samples: list[dict], measure: bool) -> None:
-        batch = on_device(dict(collator([dict(sample) for sample in samples])), device)
-        with statistics if measure else contextlib.nullcontext():
-            loss = model(**batch).loss
+    statistics_steps = 1  # the activations' kurtosis is measured at every step
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, attention: str, fused: bool):
+        self.model = build_model(0, VOCAB_SIZE, tokenizer, seed=SEED).to(device).train()
+        self.model.set_attn_implementation(attention)
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY)
+        self.fused = fused
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-5, weight_decay=0, fused=fused)
+        self.statistics = ActivationKurtosis(self.model)
+
+    def __call__(self, samples: list[dict], measure: bool) -> Tensor:
+        batch = on_device(dict(self.collator([dict(sample) for sample in samples])), self.model.device)
+        with self.statistics if measure else contextlib.nullcontext():
+            loss = self.model(**batch).loss
         loss.backward()
-        update(model, optimizer)
-        if not fused:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.fused:
             torch.isnan(loss).item()
+        return loss.detach()
 
-    return step
 
+class OurStep:
+    """The training step of train_model.py: what its Trainer does with a batch when train_model.py is given `flags`.
 
-def our_step(
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    softmax_n: float = 0,
-    masked_only: bool = True,
-    bf16: bool = False,
-    compiled: bool = False,
-) -> Callable[[list[dict], bool], None]:
-    """A training step on a packed batch, as train_model.py does it.
+    Only the lines of `__call__` repeat what stands elsewhere: in the loop of transformers' Trainer, whose schedule,
+    callbacks and log are left out. A batch is made in the same process, not by workers.
 
     Args:
-        masked_only: compute the logits of the masked positions only; otherwise of all positions.
+        inputs: of `step_inputs`.
+        output_dir: of the Trainer, which writes nothing there.
+        flags: of train_model.py.
+        all_positions: compute the logits of all positions, not of the masked ones only.
     """
-    model = accept_packed_batches(build_model(softmax_n, VOCAB_SIZE, tokenizer, SEED).to(device).train())
-    collator = MaskedLMCollator(
-        tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED, packed=True, bucket=BUCKET if compiled else 1
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0, fused=True)
-    statistics = ActivationKurtosis(model)
-    fast = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None) if compiled else model
 
-    def step(samples: list[dict], measure: bool) -> None:
-        batch = collator(samples)
-        if not masked_only:
+    def __init__(self, inputs: Inputs, output_dir: str, *flags: str, all_positions: bool = False):
+        flags = ("--output_dir", output_dir, "--vocab_size", str(VOCAB_SIZE), *flags)
+        with torch.backends.flags():  # transformers switches to TF32 for --torch_compile, the float32 steps too
+            experiment, args = train_model.parse([*flags])
+        model, _ = train_model.model_of(experiment, args, inputs.tokenizer)
+        self.trainer = train_model.trainer_of(experiment, args, inputs, model)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.statistics_steps = experiment.statistics_steps
+        self.all_positions = all_positions
+        # All Trainers of a process share one record of the precision, that of the latest one. It is read here alone.
+        self.model, _ = self.trainer._prepare_for_training(STEPS, None, resume_from_checkpoint=None)
+
+    def __call__(self, samples: list[dict], measure: bool) -> Tensor:
+        self.trainer.state.global_step = 0 if measure else 1  # the statistics are measured at every so many steps
+        batch = self.trainer.data_collator(samples)
+        if self.all_positions:
             batch = with_all_positions(batch)
-        batch = on_device(batch, device)
-        statistics.packed = batch if measure else None
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-            statistics if measure else contextlib.nullcontext(),
-        ):
-            loss, _ = summed_loss(model if measure else fast, batch)
-            loss = loss / batch["masked_tokens"]
-        loss.backward()
-        update(model, optimizer)
-
-    return step
+        loss = self.trainer.training_step(self.model, batch)
+        self.trainer._clip_grad_norm(self.model)
+        self.trainer.optimizer.step()
+        self.model.zero_grad()
+        return loss
 
 
 def with_all_positions(batch: dict) -> dict:
@@ -164,46 +151,42 @@ def with_all_positions(batch: dict) -> dict:
     return {**batch, "masked_positions": torch.arange(labels.shape[1]), "labels": labels}
 
 
-def update(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def ladder(inputs: Inputs, output_dir: str, device: torch.device) -> dict[str, PublishedStep | OurStep]:
+    """From the published configuration to ours, one technique a rung.
 
-
-def ladder(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Rung]:
-    """From the published configuration to ours, one technique a rung."""
-    rungs = [
-        Rung("published: padded, eager attention", published_step(tokenizer, device, "eager", False), 1),
-        Rung("+ fused AdamW, no waiting", published_step(tokenizer, device, "eager", True), 1),
-        Rung("+ SDPA attention", published_step(tokenizer, device, "sdpa", True), 1),
-        Rung("+ packed, no padding", our_step(tokenizer, device, masked_only=False), 1),
-        Rung("+ head at masked positions", our_step(tokenizer, device), 1),
-        Rung("+ statistics every 10th step", our_step(tokenizer, device), STATISTICS_STEPS),
-        Rung("softmax1 for softmax", our_step(tokenizer, device, 1), STATISTICS_STEPS),
-    ]
+    A step takes samples, and whether to measure their activations, and returns the loss.
+    """
+    published = partial(PublishedStep, inputs.tokenizer, device)
+    ours = partial(OurStep, inputs, output_dir, "--use_cpu", str(device.type == "cpu"))
+    every_step = ("--statistics_steps", "1")
+    rungs: dict[str, PublishedStep | OurStep] = {
+        "published: padded, eager attention": published("eager", fused=False),
+        "+ fused AdamW, no waiting": published("eager", fused=True),
+        "+ SDPA attention": published("sdpa", fused=True),
+        "+ packed, no padding": ours(*every_step, all_positions=True),
+        "+ head at masked positions": ours(*every_step),
+        "+ statistics every 10th step": ours(),
+        SOFTMAX1: ours("--use_softmax1"),
+    }
     # A CPU without these instructions computes bfloat16 by way of float32, slower than float32 itself.
     if device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(record.hardware(device).get("instructions", [])):
-        rungs.append(Rung("+ bfloat16", our_step(tokenizer, device, 1, bf16=True), STATISTICS_STEPS))
+        rungs["+ bfloat16"] = ours("--use_softmax1", "--bf16")
     if device.type == "cuda":
-        compiled = our_step(tokenizer, device, 1, bf16=True, compiled=True)
-        rungs.append(Rung("+ compiled, CUDA graphs", compiled, STATISTICS_STEPS, compiled=True))
+        compiled = ("--torch_compile", "--torch_compile_mode", "reduce-overhead")
+        rungs["+ compiled, CUDA graphs"] = ours("--use_softmax1", "--bf16", *compiled)
     return rungs
 
 
-def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds until `call` is done, on the device too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def timed(call: Callable[[], object]) -> float:
+    """Seconds until `call` is done, on the GPU too."""
+    start = timer()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timer() - start
 
 
-def peak(call: Callable[[], None], device: torch.device) -> int | None:
-    """Largest number of bytes that `call` allocates on the device; None on a CPU, whose allocations are not tracked."""
-    if device.type != "cuda":
+def peak(call: Callable[[], object]) -> int | None:
+    """Largest number of bytes that `call` allocates on the GPU; None on a CPU, whose allocations are not tracked."""
+    if not torch.cuda.is_available():
         call()
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -213,115 +196,107 @@ def peak(call: Callable[[], None], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compared(seconds: list[float], baseline: list[float]) -> dict:
-    """How many times faster than the baseline: the ratio of the sums over the rounds, and the extremes of a round."""
-    ratios = np.array(baseline) / np.array(seconds)
-    return {
-        "median_seconds": float(np.median(seconds)),
-        "times": sum(baseline) / sum(seconds),
-        "lowest": float(ratios.min()),
-        "highest": float(ratios.max()),
-    }
-
-
 def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    batches, tokenizer = training_batches(args)
-    first, *batches = batches
-    rungs = ladder(tokenizer, device)
-    bytes_taken = {}
-    for rung in rungs:  # warm-up; a compiled model is compiled anew for every shape, so it sees all batches
-        for batch in [first, *batches] if rung.compiled else [first]:
-            rung.step(batch, False)
-        bytes_taken[rung.label] = peak(partial(rung.step, first, True), device)
-    plain = {rung.label: [] for rung in rungs}
-    measured = {rung.label: [] for rung in rungs}
-    for batch in tqdm(batches, desc="rounds"):
-        for rung in rungs:
-            measured[rung.label].append(timed(partial(rung.step, batch, True), device))
-            if rung.statistics_steps > 1:
-                plain[rung.label].append(timed(partial(rung.step, batch, False), device))
-    rows = []
-    baseline = measured[rungs[0].label]
-    for rung in rungs:
-        seconds, overhead = measured[rung.label], None
-        if rung.statistics_steps > 1:  # one step in so many is measured
-            share = 1 / rung.statistics_steps
-            pairs = zip(measured[rung.label], plain[rung.label], strict=True)
-            seconds = [share * with_statistics + (1 - share) * without for with_statistics, without in pairs]
-            overhead = share * (sum(measured[rung.label]) / sum(plain[rung.label]) - 1)
-        rows.append(
-            {
-                "rung": rung.label,
-                **compared(seconds, baseline),
-                "samples_per_second": EFFECTIVE_BATCH_SIZE * len(seconds) / sum(seconds),
-                "statistics_share": overhead,
-                "peak_bytes": bytes_taken[rung.label],
-                "seconds": seconds,
-            }
-        )
-    text = lengths_of(batches, tokenizer)
-    samples = [sample for batch in batches for sample in batch]
-    yield {"text": text, "rungs": rows, "floor": floor(text, rows, device), "memory": memory(tokenizer, samples)}
+    if torch.cuda.device_count() > 1:  # a Trainer would divide every batch among them
+        sys.exit("error: several GPUs are visible, but a step takes one: set CUDA_VISIBLE_DEVICES=0")
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as scratch:
+        inputs = step_inputs(args, scratch)
+        rungs = ladder(inputs, scratch, device)
+        samples = [{"input_ids": ids} for ids in inputs.train["input_ids"]]
+        first, *batches = (samples[i : i + EFFECTIVE_BATCH_SIZE] for i in range(0, len(samples), EFFECTIVE_BATCH_SIZE))
+        # A compiled model is compiled anew for some shapes, and a shape's CUDA graph is recorded at its second step:
+        # from the third step on, all that is timed is the step.
+        warm_up = [first, *batches] * 3 if device.type == "cuda" else [first]
+        bytes_taken, measured, plain = {}, {}, {}  # seconds of the rounds, with and without statistics
+        for label, step in rungs.items():
+            for batch in warm_up:
+                step(batch, False)
+            bytes_taken[label] = peak(partial(step, first, True))
+            measured[label], plain[label] = [], []
+        for batch in tqdm(batches, desc="rounds"):
+            for label, step in rungs.items():
+                measured[label].append(timed(partial(step, batch, True)))
+                if step.statistics_steps > 1:
+                    plain[label].append(timed(partial(step, batch, False)))
+        rows = []
+        for label, step in rungs.items():
+            seconds, overhead = np.array(measured[label]), None
+            if step.statistics_steps > 1:  # one step in so many is measured
+                extra = (seconds - plain[label]) / step.statistics_steps
+                seconds, overhead = plain[label] + extra, float(extra.sum() / sum(plain[label]))
+            published = seconds if not rows else np.array(rows[0]["seconds"])
+            rows.append(
+                {
+                    "rung": label,
+                    "median_seconds": float(np.median(seconds)),
+                    # How many times faster: the ratio of the sums over the rounds, and the extremes of a round.
+                    "times": float(published.sum() / seconds.sum()),
+                    "lowest": float((published / seconds).min()),
+                    "highest": float((published / seconds).max()),
+                    "samples_per_second": float(EFFECTIVE_BATCH_SIZE * len(batches) / seconds.sum()),
+                    "statistics_share": overhead,
+                    "peak_bytes": bytes_taken[label],
+                    "seconds": seconds.tolist(),
+                }
+            )
+        ours: OurStep = rungs[SOFTMAX1]
+        seconds = next(row["median_seconds"] for row in rows if row["rung"] == SOFTMAX1)
+        yield {
+            "text": lengths_of(ours, batches),
+            "rungs": rows,
+            "floor": floor(ours, batches, seconds, device),
+            "memory": memory(ours, samples[EFFECTIVE_BATCH_SIZE:]),
+        }
 
 
-def lengths_of(batches: list[list[dict]], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """How many tokens a step has on average: real ones, with padding, masked, and attended to by each token."""
-    masking = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED)
-    padded = [masking(batch) for batch in batches]
-    lengths = [len(sample["input_ids"]) for batch in batches for sample in batch]
-    return {
-        "tokens_a_step": sum(lengths) / len(batches),
-        "padded_tokens_a_step": float(np.mean([batch["input_ids"].numel() for batch in padded])),
-        "masked_tokens_a_step": float(np.mean([batch["masked_tokens"].item() for batch in padded])),
-        "attended_tokens": sum(length**2 for length in lengths) / sum(lengths),
-    }
-
-
-def training_batches(args: argparse.Namespace) -> tuple[list[list[dict]], PreTrainedTokenizerBase]:
-    """One batch more than rounds, of samples drawn from the training text as they come, and the tokenizer."""
-    data, _ = load_data(args.data_dir)
+def step_inputs(args: argparse.Namespace, scratch: str) -> Inputs:
+    """A batch more than rounds, of samples drawn from the training text as they come, tokenized into `scratch`."""
+    data, manifest = load_data(args.data_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, VOCAB_SIZE)
     wanted = (args.rounds + 1) * EFFECTIVE_BATCH_SIZE
     if len(data["train"]) < wanted:
         sys.exit(f"error: {args.rounds} rounds take {wanted} samples, {args.data_dir} has fewer: give fewer --rounds")
     data["train"] = data["train"].select(np.random.default_rng(0).permutation(len(data["train"]))[:wanted])
-    with tempfile.TemporaryDirectory() as scratch:
-        ids = tokenized(data, Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)["train"]["input_ids"]
-        samples = [{"input_ids": list(sample)} for sample in ids]
-    return [
-        samples[start : start + EFFECTIVE_BATCH_SIZE] for start in range(0, wanted, EFFECTIVE_BATCH_SIZE)
-    ], tokenizer
+    data["validation"] = data["validation"].select([0])  # a Trainer needs one, but no step looks at it
+    data = tokenized(data, Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)
+    return Inputs(data["train"], data["validation"], [], tokenizer, "", manifest)
+
+
+def lengths_of(step: OurStep, batches: list[list[dict]]) -> dict[str, float]:
+    """How many tokens a step has on average: real ones, with padding, and masked."""
+    packed = [step.trainer.data_collator(batch) for batch in batches]
+    padded = [len(batch) * max(len(sample["input_ids"]) for sample in batch) for batch in batches]
+    return {
+        "tokens_a_step": float(np.mean([batch["tokens"] for batch in packed])),
+        "padded_tokens_a_step": float(np.mean(padded)),
+        "masked_tokens_a_step": float(np.mean([batch["masked_tokens"].item() for batch in packed])),
+    }
 
 
 # ----------------------------------------------------------------------------------------------- floor and memory
 
 
-def step_work(tokens: float, masked: float, attended: float) -> tuple[float, float]:
-    """The least (FLOPs, bytes) that our step can take.
+def floor(step: OurStep, batches: list[list[dict]], ours: float, device: torch.device) -> dict:
+    """The least time that our softmax1 step could take here, from rates measured here, and the time it takes.
 
-    FLOPs: matrix products only, a multiplication and an addition for each weight, once forward and twice backward.
-    A layer has 12 hidden^2 weights a token and the two products of attention; the head runs at masked positions.
-    Bytes: what the float32 parameters move. They are read forward and backward; their gradient is written, read for its
-    norm, and read and written by the clipping; AdamW reads four tensors and writes three. Activations are small at this
-    batch and stay in the cache.
+    Args:
+        batches: those of the rounds.
+        ours: median seconds of the step.
     """
-    hidden, layers = HEADS * HEAD_SIZE, 6
-    encoder = tokens * layers * (12 * hidden**2 + 2 * attended * hidden)
-    head = masked * (hidden**2 + hidden * VOCAB_SIZE)
-    parameters = layers * 12 * hidden**2 + hidden * VOCAB_SIZE
-    return 3 * 2 * (encoder + head), 4 * parameters * (2 + 1 + 1 + 2 + 7)
-
-
-def floor(text: dict, rows: list[dict], device: torch.device) -> dict:
-    """The least time that our softmax1 step could take here, from rates measured here, and the time it takes."""
-    flops, moved = step_work(text["tokens_a_step"], text["masked_tokens_a_step"], text["attended_tokens"])
+    with FlopCounterMode(display=False) as counter:  # matrix products, those in attention kernels too
+        for batch in batches:
+            step(batch, False)
+    flops = counter.get_total_flops() / len(batches)
+    # The float32 parameters are read forward and backward; their gradient is written, read for its norm, and read and
+    # written by the clipping; AdamW reads four tensors and writes three. Activations are small at this batch and stay
+    # in the cache.
+    moved = 4 * sum(parameter.numel() for parameter in step.model.parameters()) * (2 + 1 + 1 + 2 + 7)
     a, b = torch.randn(1024, 3072, device=device), torch.randn(3072, 3072, device=device)
     big = torch.ones(1 << 27, device=device)  # 512 MiB, beyond every cache
-    matmul = min(timed(lambda: a @ b, device) for _ in range(5))
-    copying = min(timed(lambda: big[: 1 << 26].copy_(big[1 << 26 :]), device) for _ in range(5))
+    matmul = min(timed(lambda: a @ b) for _ in range(5))
+    copying = min(timed(lambda: big[: 1 << 26].copy_(big[1 << 26 :])) for _ in range(5))
     rate, bandwidth = 2 * 1024 * 3072**2 / matmul, 2 * (1 << 28) / copying
     seconds = flops / rate + moved / bandwidth
-    ours = next(row for row in rows if row["rung"] == "softmax1 for softmax")["median_seconds"]
     return {
         "flops_a_step": flops,
         "bytes_a_step": moved,
@@ -333,47 +308,43 @@ def floor(text: dict, rows: list[dict], device: torch.device) -> dict:
     }
 
 
-def memory(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[dict]:
+def memory(step: OurStep, samples: list[dict]) -> list[dict]:
     """Bytes that our float32 step needs at the published batch, and at the batch for which the published run was too
-    large.
-
-    Counted, so that the figures hold on any device: weights, gradients, AdamW's two moments, and the tensors that the
-    forward pass keeps for the backward pass.
+    large: weights, gradients and AdamW's two moments, and what the forward pass keeps for the backward pass.
     """
-    model = accept_packed_batches(build_model(1, VOCAB_SIZE, tokenizer, SEED)).train()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    fixed = 16 * sum(parameter.numel() for parameter in model.parameters())
-    collator = MaskedLMCollator(tokenizer, mlm_probability=MLM_PROBABILITY, seed=SEED, packed=True)
     longest = {"input_ids": [0, *[5 + i % 1000 for i in range(MAX_LENGTH - 2)], 2]}
     as_they_come = (samples * LARGE_BATCH)[:LARGE_BATCH]
-    rows = []
-    for label, chosen in (
-        ("samples as they come", as_they_come[:EFFECTIVE_BATCH_SIZE]),
-        ("samples as they come", as_they_come),
-        (f"{MAX_LENGTH} tokens each", [longest] * EFFECTIVE_BATCH_SIZE),
-    ):
-        kept = {}
-
-        def keep(tensor: Tensor, kept: dict = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        batch = collator(chosen)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss, _ = summed_loss(model, batch)
-        rows.append(
-            {
-                "batch": len(chosen),
-                "of": label,
-                "tokens": batch["tokens"],
-                "parameter_bytes": fixed,
-                "activation_bytes": sum(kept.values()),
-            }
+    return [
+        {
+            "batch": len(batch),
+            "of": label,
+            "tokens": sum(len(sample["input_ids"]) for sample in batch),
+            "parameter_bytes": 4 * 4 * sum(parameter.numel() for parameter in step.model.parameters()),
+            "activation_bytes": activation_bytes(step, batch),
+        }
+        for label, batch in (
+            ("samples as they come", as_they_come[:EFFECTIVE_BATCH_SIZE]),
+            ("samples as they come", as_they_come),
+            (f"{MAX_LENGTH} tokens each", [longest] * EFFECTIVE_BATCH_SIZE),
         )
-        del loss
-    return rows
+    ]
+
+
+def activation_bytes(step: OurStep, samples: list[dict]) -> int:
+    """Bytes of all that autograd keeps but the parameters; counted, so that a CPU has the figure too."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = on_device(step.trainer.data_collator(samples), step.trainer.args.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step.trainer.compute_loss(step.model, batch)
+    for parameter in step.model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -492,18 +463,19 @@ def attention_times(
     # Compiled attention (flex) is compiled for this length only: from its ninth shape on PyTorch would not compile it.
     torch.compiler.reset()
     shape = (batch, HEADS, length, HEAD_SIZE)
-    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     sinks = torch.linspace(-2, 4, HEADS, device=device).requires_grad_()
     upstream = torch.randn(shape, device=device, dtype=dtype)
-    exact = {kind: exact_rows(kind, *qkv, sinks, upstream) for kind in ("softmax", "softmax1", "sinks")}
+    inputs = (query, key, value, sinks)
+    exact = {kind: exact_rows(kind, *inputs, upstream) for kind in ("softmax", "softmax1", "sinks")}
 
     @torch.no_grad()
     def forward(name: str) -> Tensor:
-        return ways[name](*qkv, sinks)
+        return ways[name](*inputs)
 
     def both(name: str) -> Tensor:
-        leaves = [*qkv, sinks] if function_of(name) == "sinks" else qkv
-        return torch.autograd.grad(ways[name](*qkv, sinks), leaves, upstream)[0]
+        leaves = inputs if function_of(name) == "sinks" else inputs[:3]
+        return torch.autograd.grad(ways[name](*inputs), leaves, upstream)[0]
 
     parts = {"forward": forward, "forward+backward": both}
     bytes_taken, errors, seconds = {}, {}, {}
@@ -513,7 +485,7 @@ def attention_times(
         try:
             for (part, run), reference in zip(parts.items(), exact[function_of(name)], strict=True):
                 errors[name, part] = relative_error(run(name), reference)
-            bytes_taken[name] = peak(partial(both, name), device)
+            bytes_taken[name] = peak(partial(both, name))
             seconds |= {(name, part): [] for part in parts}
         except Exception as error:  # no memory, or an unsupported dtype or device: other packages raise anything
             tqdm.write(f"{name} at {length} tokens: {record.one_line(error)}", file=sys.stderr)
@@ -525,7 +497,7 @@ def attention_times(
             del ways[name]
     for _ in range(rounds):
         for name, part in seconds:
-            seconds[name, part].append(timed(partial(parts[part], name), device))
+            seconds[name, part].append(timed(partial(parts[part], name)))
     return [
         {
             "length": length,
@@ -578,12 +550,9 @@ def benchmark_tokenize(args: argparse.Namespace, device: torch.device) -> Iterat
         splits = tokenized(datasets.DatasetDict(train=text), Path(scratch) / "tokenized", tokenizer, MAX_LENGTH)
         seconds = time.perf_counter() - start
         result = splits["train"]
-        drawn = np.random.default_rng(0).permutation(len(result))
-        order = [
-            drawn[start : start + EFFECTIVE_BATCH_SIZE]
-            for start in range(0, min(len(drawn), 1000 * EFFECTIVE_BATCH_SIZE), EFFECTIVE_BATCH_SIZE)
-        ]
-        reading = timed(lambda: [result[batch] for batch in order], torch.device("cpu"))
+        drawn = np.random.default_rng(0).permutation(len(result))[: 1000 * EFFECTIVE_BATCH_SIZE]
+        order = np.array_split(drawn, math.ceil(len(drawn) / EFFECTIVE_BATCH_SIZE))
+        reading = timed(lambda: [result[batch] for batch in order])
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
     yield {
         "lines": args.lines,
@@ -686,21 +655,13 @@ def step_plot(result: dict, figure) -> None:
 
 def attention_plot(result: dict, figure) -> None:
     colours = ("#0B3C7D", "#E8850C", "#1B7F5C", "#C06FA5", "#56B4E9", "#8C2D04", "#7A7A7A", "#6A51A3", "#B8A500")
-    looks = [*zip(colours, "os^Dv<>pX", strict=True)] * 2
     panels = figure.subplots(1, 2, sharey=True)
     ways = dict.fromkeys(row["way"] for row in result["attention"])
     for axes, part in zip(panels, ("forward", "forward+backward"), strict=True):
-        for way, (colour, marker) in zip(ways, looks, strict=False):
+        axes.set_prop_cycle(color=colours, marker=list("os^Dv<>pX"))
+        for way in ways:
             rows = [row for row in result["attention"] if (row["way"], row["part"]) == (way, part)]
-            axes.plot(
-                [row["length"] for row in rows],
-                [row["of_stock"] for row in rows],
-                color=colour,
-                marker=marker,
-                label=way,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+            axes.loglog([row["length"] for row in rows], [row["of_stock"] for row in rows], base=2, label=way)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="tokens", title=part)

@@ -7,8 +7,8 @@
     python build_dataset.py --sample                     the small corpus that comes with the project
     python build_dataset.py --push_to_hub                and push it to <HUGGINGFACE_USER>/esperanto (hub.py)
 
-Reads the sources; downloads go to downloads/ and are kept. Writes data/, a `datasets.DatasetDict` of one column,
-`text`, and data/manifest.json, which says where every line came from. Duplicates are kept, as in the published run.
+Reads the sources; downloads are kept in downloads/. Writes data/, a `datasets.DatasetDict` with one column, `text`,
+and data/manifest.json, which describes every source. Duplicates are kept, as in the published run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ import record
 SAMPLE = Path(__file__).parent / "sample" / "esperanto.txt"
 OSCAR_URL = "https://cdn-datasets.huggingface.co/EsperBERTo/data/oscar.eo.txt"
 LEIPZIG_URL = "https://downloads.wortschatz-leipzig.de/corpora/{name}.tar.gz"
-# Published sources, in the order of the published dataset, and about how many lines each should have.
+# The published sources in the order of the published dataset, with the approximate number of lines in each.
 EXPECTED_LINES = {
     "oscar": 974_000,
     "epo_literature_2011_300K": 300_000,
@@ -56,36 +56,39 @@ EXPECTED_LINES = {
     "epo_web_2012_1M": 1_000_000,
     "epo_wikipedia_2021_300K": 300_000,
 }
-EXPECTED_TOLERANCE = 0.01  # the 974,000 is itself rounded
+EXPECTED_TOLERANCE = 0.01  # because the 974,000 is rounded
 
 FILE_TYPES = (".txt", ".gz", ".zst")
 NOT_UTF8, NO_TAB, BLANK = "not UTF-8", "no tab", "blank"
 OLD_MAC = "ends its lines with \\r alone, as old Macs did: convert it (tr '\\r' '\\n' < FILE > NEW)"
-FEW = 100  # validation samples; a held-out loss of fewer says little
+FEW = 100  # with fewer validation samples, the held-out loss is too uncertain
 MAX_DAMAGED = 0.01  # a source with more lines than this that are not UTF-8 or lack the tab is the wrong file
 MAX_LINE_BYTES = 1 << 24  # bounds memory when a file without line ends is given by mistake
-# Compression makes a text three to ten times smaller. A file that it made a thousand times smaller is there to fill
+# Compression makes a text three to ten times smaller. A file that unpacks to a thousand times its size was made to fill
 # memory and disk.
-MAX_UNPACKED = 100  # a file may hold so many times its own size,
-FREE_UNPACKED_BYTES = 1 << 30  # and any file may hold so much
-MAX_HEADER_BYTES = 1 << 20  # of a header in an archive, which tarfile reads into memory whole
+MAX_UNPACKED = 100  # a file may unpack to this multiple of its size,
+FREE_UNPACKED_BYTES = 1 << 30  # and every file may unpack to this size
+MAX_HEADER_BYTES = 1 << 20  # of a header in an archive, because tarfile reads it into memory
 
 USER_AGENT = "EsperBERTo build_dataset.py"
 TIMEOUT_SECONDS = 60
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # pauses between attempts to reach a server
+# Not every OSError: a second request does not help against a full disk.
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 BLOCK_BYTES = 1 << 20
-BATCH_LINES = 10_000  # lines in memory for each split
+BATCH_LINES = 10_000  # texts of each split that are in memory
 
 FEATURES = Features({"text": Value("string")})
-# What a finished data/ holds; train_model.py keeps tokenized copies in it.
+# The files in a complete data/. train_model.py adds the tokenized copies.
 OURS = ("manifest.json", "dataset_dict.json", "train", "validation", "tokenized-*")
 
 
 @dataclass
 class Source:
-    """One text to read, and the figures of reading it.
+    """A text to read, and counts of its lines.
 
-    `location` is the URL or path for the manifest, `path` the file on disk, `url` where to get it when it is missing.
+    `location` is the URL or path in the manifest, `path` the file on disk, and `url` the address to download it from if
+    the file is missing.
     """
 
     name: str
@@ -96,7 +99,7 @@ class Source:
     lines_read: int = 0
     lines_kept: int = 0
     lines_dropped: dict[str, int] = field(default_factory=lambda: {BLANK: 0, NOT_UTF8: 0, NO_TAB: 0})
-    carriage_returns: int = 0  # inside lines
+    carriage_returns: int = 0  # within lines
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -105,24 +108,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     inputs.add_argument("--sources", nargs="+", metavar="NAME", choices=list(EXPECTED_LINES), help="published sources")
     inputs.add_argument("--from_files", nargs="+", metavar="PATTERN", help="your own .txt, .gz, .zst, -sentences.txt")
     inputs.add_argument("--sample", action="store_true", help="the small corpus that comes with the project")
-    parser.add_argument("--max_samples", type=int, metavar="N", help="keep the first N samples only")
-    parser.add_argument(
-        "--join_words", type=int, metavar="N", help="join consecutive lines of a source to samples of N words or more"
-    )
+    parser.add_argument("--max_samples", type=command.positive, metavar="N", help="keep only the first N samples")
+    join = "join consecutive lines of a source to samples of N words or more"
+    parser.add_argument("--join_words", type=command.positive, metavar="N", help=join)
     parser.add_argument("--validation_fraction", type=float, default=0.001, help="share held out (%(default)s)")
     parser.add_argument("--output_dir", default="data", help="dataset to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
-    parser.add_argument("--keep", action="store_true", help="be content with a dataset made with the same flags")
+    parser.add_argument("--keep", action="store_true", help="keep a dataset that was made with the same flags")
     parser.add_argument("--download_dir", default="downloads", help="where downloads are kept (%(default)s)")
     parser.add_argument("--oscar_url", default=OSCAR_URL, metavar="URL", help="a mirror of OSCAR's file")
     parser.add_argument("--leipzig_url", default=LEIPZIG_URL, metavar="URL", help="a mirror, with {name} in it")
     parser.add_argument("--push_to_hub", action="store_true", help="push the finished dataset to the Hub (see hub.py)")
     parser.add_argument("--hub_private_repo", action="store_true", help="into a private repository")
     args = parser.parse_args(argv)
-    if args.max_samples is not None and args.max_samples < 1:
-        parser.error("--max_samples must be at least 1")
-    if args.join_words is not None and args.join_words < 1:
-        parser.error("--join_words must be at least 1")
     if not 0 < args.validation_fraction < 1:
         parser.error("--validation_fraction must lie between 0 and 1")
     for flag, url in (("--oscar_url", args.oscar_url), ("--leipzig_url", args.leipzig_url)):
@@ -134,7 +132,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def published_sources(names: list[str], args: argparse.Namespace) -> list[Source]:
-    """The named published sources, once each, downloaded or not."""
+    """The published sources with these names, each once, whether downloaded or not."""
     sources = []
     for name in dict.fromkeys(names):
         url = args.oscar_url if name == "oscar" else args.leipzig_url.replace("{name}", name)
@@ -144,15 +142,15 @@ def published_sources(names: list[str], args: argparse.Namespace) -> list[Source
 
 
 def file_sources(patterns: list[str]) -> list[Source]:
-    """One source for every file that matches; a file that matches twice is read once."""
+    """One source for every file that matches a pattern; a file that matches several patterns is read once."""
     paths = {}
     for pattern in patterns:
-        # A file name may contain [brackets] itself.
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        found = [path for path in found if Path(path).is_file()]
-        if not found:
+        # The name of a file may contain [brackets], which glob would interpret.
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        matches = [path for path in matches if Path(path).is_file()]
+        if not matches:
             sys.exit(f"error: --from_files {pattern} matches no file")
-        for path in found:
+        for path in matches:
             if not path.endswith(FILE_TYPES):
                 sys.exit(f"error: --from_files cannot read {path}: its name must end in {', '.join(FILE_TYPES)}")
             paths.setdefault(Path(path).resolve(), path)
@@ -160,35 +158,31 @@ def file_sources(patterns: list[str]) -> list[Source]:
 
 
 def download(url: str, path: Path) -> None:
-    """Download to path.partial, going on where an earlier attempt stopped, and rename it when it is complete."""
-    with folder.locked(path):  # of several builds that start together, one downloads
-        if not path.exists():
-            download_alone(url, path)
-
-
-def download_alone(url: str, path: Path) -> None:
+    """Download to path.partial, continuing an earlier attempt, and rename the file when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    for pause in (*RETRY_SECONDS, None):
-        try:
-            download_rest(url, partial)
-            break
-        # No bare OSError: a full disk does not get better by asking the server again.
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(error, urllib.error.HTTPError):
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code != 429 and error.code < 500:
-                    pause = None
-            if pause is None:
-                advice = "try again (it resumes), choose other --sources, or give your own text with --from_files"
-                sys.exit(f"error: cannot download {url} ({reason}): {advice}")
-            tqdm.write(f"{url}: {reason}; trying again in {pause} s", file=sys.stderr)
-            time.sleep(pause)
-    partial.rename(path)
+    with folder.locked(path):
+        if path.exists():  # another build downloaded it while this one waited
+            return
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                download_rest(url, partial)
+                break
+            except NETWORK_ERRORS as error:
+                reason = getattr(error, "reason", None) or error
+                if isinstance(error, urllib.error.HTTPError):
+                    reason = f"HTTP {error.code} {error.reason}"
+                    if error.code != 429 and error.code < 500:
+                        pause = None
+                if pause is None:
+                    advice = "try again (it resumes), choose other --sources, or give your own text with --from_files"
+                    sys.exit(f"error: cannot download {url} ({reason}): {advice}")
+                tqdm.write(f"{url}: {reason}; trying again in {pause} s", file=sys.stderr)
+                time.sleep(pause)
+        partial.rename(path)
 
 
 def download_rest(url: str, partial: Path) -> None:
-    """Add what is missing to `partial` in one request. Raises URLError, HTTPException or ConnectionError."""
+    """Append the missing part to `partial` with one request. Raises URLError, HTTPException or ConnectionError."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
     if have:
@@ -200,13 +194,13 @@ def download_rest(url: str, partial: Path) -> None:
             raise
         if error.headers["Content-Range"] == f"bytes */{have}":  # nothing is missing
             return
-        partial.unlink()  # longer than the file on the server: it belongs to another version
+        partial.unlink()  # it is longer than the file on the server, so it belongs to another version
         raise ConnectionError("the server's file has changed") from error
     with response:
         if response.status != 206:  # the server ignores Range and sends the whole file
             have = 0
         elif not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            raise ConnectionError("the server sent another part than it was asked for")
+            raise ConnectionError("the server sent another part than the requested one")
         length = response.headers["Content-Length"]
         total = have + int(length) if length else None
         bar = tqdm(desc=partial.stem, total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024)
@@ -220,7 +214,7 @@ def download_rest(url: str, partial: Path) -> None:
 
 
 class Unpacked(io.RawIOBase):
-    """What comes out of a file; exits with one line where that is far more than text can give."""
+    """The unpacked content of a file; exits with one line if it is far larger than that of any text."""
 
     def __init__(self, stream: pa.NativeFile, path: Path):
         self.stream = stream
@@ -242,7 +236,7 @@ class Unpacked(io.RawIOBase):
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive. Headers that hold a long name, or attributes, are refused where they are too large."""
+    """A member of an archive. Headers with a long name or with attributes are refused if they are too large."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -255,10 +249,11 @@ class Member(tarfile.TarInfo):
 def raw_lines(path: Path) -> Iterator[bytes]:
     """Lines of a text file, plain or compressed, or of the sentences file in a Leipzig archive.
 
-    Raises OSError for a damaged or truncated compressed file (pyarrow checks that the stream ends where it should,
-    which zstandard's reader does not), tarfile.TarError for a damaged archive.
+    Raises:
+        OSError: the compressed file is damaged or truncated (which pyarrow notices, and zstandard's reader does not).
+        tarfile.TarError: the archive is damaged.
     """
-    with pa.input_stream(str(path)) as compressed:  # decompresses by the name's ending
+    with pa.input_stream(str(path)) as compressed:  # chooses the decompression by the ending of the name
         stream = io.BufferedReader(Unpacked(compressed, path), BLOCK_BYTES)
         if path.name.endswith(".tar.gz"):
             yield from archived_lines(stream, path)
@@ -267,7 +262,7 @@ def raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def archived_lines(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
-    """Lines of NAME/NAME-sentences.txt in the tar stream of NAME.tar.gz, without writing anything to disk."""
+    """Lines of NAME/NAME-sentences.txt in the tar stream of NAME.tar.gz. Nothing is written to the disk."""
     name = path.name.removesuffix(".tar.gz")
     wanted = f"{name}/{name}-sentences.txt"
     found = False
@@ -279,13 +274,14 @@ def archived_lines(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
             if member.name == wanted and member.isfile():
                 found = True
                 yield from split_lines(archive.extractfile(member), path)
-    while stream.read(BLOCK_BYTES):  # to the end, where the checksum is
+    while stream.read(BLOCK_BYTES):  # up to the checksum at the end
         pass
     if not found:
         sys.exit(f"error: {path} has no member {wanted}: it is not a Leipzig corpus, or was renamed")
 
 
 def split_lines(file: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """The lines of a file without its byte order mark. Exits with one line that names `path` if a line is too long."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
         if len(line) == MAX_LINE_BYTES:
             if b"\r" in line:
@@ -295,12 +291,12 @@ def split_lines(file: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
 
 
 def text_of(line: bytes, tabbed: bool) -> tuple[str, str]:
-    """(text without surrounding white space, ""), or ("", the reason for dropping the line)."""
+    """(text without surrounding white space, ""), or ("", the reason why the line is dropped)."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
         return "", NOT_UTF8
-    if "\0" in text:  # UTF-16 and binary files can pass for UTF-8, but text has no NUL
+    if "\0" in text:  # UTF-16 and binary files can be valid UTF-8, but a text contains no NUL
         return "", NOT_UTF8
     if tabbed and text.strip():
         _, tab, text = text.partition("\t")
@@ -311,7 +307,7 @@ def text_of(line: bytes, tabbed: bool) -> tuple[str, str]:
 
 
 def samples(source: Source) -> Iterator[str]:
-    """Texts of a source, in order; counts every line in `source`. Exits with one line if it cannot be read."""
+    """The texts of a source in order; counts the lines in `source`. Exits with one line if it cannot be read."""
     tabbed = source.path.name.endswith(".tar.gz") or "-sentences.txt" in source.path.name
     try:
         for line in raw_lines(source.path):
@@ -328,9 +324,9 @@ def samples(source: Source) -> Iterator[str]:
 
 
 def joined(texts: Iterator[str], words: int | None) -> Iterator[str]:
-    """Consecutive texts of one source joined by spaces until a sample has at least `words` words (None: as they are).
+    """Consecutive texts of one source joined by spaces to samples of at least `words` words (None: not joined).
 
-    A masked-LM learns to use context only where there is some. The last sample of a source may be shorter.
+    The last sample of a source may be shorter. Longer samples give a masked language model more context.
     """
     if words is None:
         yield from texts
@@ -348,7 +344,7 @@ def joined(texts: Iterator[str], words: int | None) -> Iterator[str]:
 
 
 def check(source: Source, whole: bool) -> None:
-    """Exit if this was not the text it should be; warn if a published source has an unexpected number of lines."""
+    """Exit if the source was not a usable text; warn if a published source has an unexpected number of lines."""
     for reason, meaning in ((NOT_UTF8, "is not UTF-8 text"), (NO_TAB, "does not have lines of the form id<TAB>text")):
         if source.lines_dropped[reason] > MAX_DAMAGED * source.lines_read:
             count = f"{source.lines_dropped[reason]:,} of {source.lines_read:,} lines: {reason}"
@@ -360,16 +356,17 @@ def check(source: Source, whole: bool) -> None:
     expected = source.expected_lines
     if whole and expected and abs(source.lines_read - expected) > EXPECTED_TOLERANCE * expected:
         line = f"warning: {source.name} has {source.lines_read:,} lines, about {expected:,} were expected"
-        print(f"{line}; is {source.path} what you want?", file=sys.stderr)
+        print(f"{line}; is {source.path} the right file?", file=sys.stderr)
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
-    """Depends on the text alone: no sample moves when a source is added, and duplicates stay together."""
+    """Whether a sample is held out. This depends only on its text, so an added source moves no other sample, and
+    duplicates are in the same split."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 class Split:
-    """A split on its way to disk: at most BATCH_LINES texts in memory."""
+    """Writes the texts of a split to a file, in batches of BATCH_LINES, and counts and hashes them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -379,6 +376,7 @@ class Split:
         self.batch: list[str] = []
 
     def add(self, text: str, data: bytes) -> None:
+        """Add a text, which is `data` in UTF-8."""
         self.samples += 1
         self.digest.update(data + b"\n")
         self.batch.append(text)
@@ -386,19 +384,19 @@ class Split:
             self.flush()
 
     def flush(self) -> None:
-        self.writer.write_batch({"text": self.batch})
-        self.batch = []
+        if self.batch:
+            self.writer.write_batch({"text": self.batch})
+            self.batch = []
 
     def dataset(self) -> Dataset:
-        """The finished split, memory-mapped."""
-        if self.batch:
-            self.flush()
+        """The complete split, memory-mapped."""
+        self.flush()
         self.writer.finalize()
         return Dataset.from_file(str(self.path))
 
 
 def write_splits(sources: list[Source], args: argparse.Namespace, output: Path) -> tuple[list[dict], dict]:
-    """Read the sources once, write the dataset to `output`; returns the manifest's "sources" and "splits"."""
+    """Read the sources and write the dataset to `output`; returns "sources" and "splits" of the manifest."""
     described = []
     total = 0
     with tempfile.TemporaryDirectory(dir=output) as scratch:
@@ -457,15 +455,14 @@ def print_table(sources: list[dict], splits: dict, output_dir: str) -> None:
     print(f"{output_dir}: {train:,} training samples, {validation:,} validation samples")
     if validation < FEW:
         print(
-            f"note: a held-out loss of {validation:,} validation samples says little: a larger --validation_fraction "
-            "holds more out"
+            f"note: a held-out loss of {validation:,} validation samples is uncertain: a larger --validation_fraction "
+            "holds more samples out"
         )
 
 
-def made(manifest: dict) -> dict:
-    """The settings that shaped an earlier dataset, from its manifest. Those older than --join_words joined no lines."""
-    names = ", ".join(source["name"] for source in manifest["sources"])
-    return {"join_words": None, **manifest, "sources": names}
+def settings_of(manifest: dict) -> dict:
+    """The settings that determined an earlier dataset, from its manifest."""
+    return {**manifest, "sources": ", ".join(source["name"] for source in manifest["sources"])}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -483,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_samples": args.max_samples,
     }
     names = ", ".join(source.name for source in sources)
-    if args.keep and folder.kept(args.output_dir, {"sources": names, **asked}, made):
+    if args.keep and folder.kept(args.output_dir, {"sources": names, **asked}, settings_of):
         return
     if args.push_to_hub:
         hub.check()  # before hours of downloading

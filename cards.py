@@ -203,31 +203,29 @@ def training_data(data_repo: str, results: dict | None) -> str:
 
 
 def recipe(results: dict) -> str:
+    def at(key: str, form: str = "") -> str:
+        return recorded(results, key, form)
+
     seconds = look_up(results, "training.wall_seconds", None)
     hours = "time unknown" if seconds is None else f"{seconds / 3600:.2f} h"
-    machine = f"{recorded(results, 'hardware.count')} x {recorded(results, 'hardware.name')}"
     dirty = " with uncommitted changes" if look_up(results, "git.dirty", None) else ""
     rows = {
-        "n of softmax_n; seed": f"{shortest(results['softmax_n'])}; {recorded(results, 'seed')}",
-        "objective": f"masked LM, {recorded(results, 'settings.mlm_probability', '.0%')} of the tokens (80/10/10)",
-        "steps; effective batch": f"{recorded(results, 'training.steps', ',')}; "
-        f"{recorded(results, 'effective_batch_size')}",
-        "epochs": recorded(results, "settings.num_train_epochs"),
-        "samples; real tokens": f"{recorded(results, 'training.samples', ',')}; "
-        f"{recorded(results, 'training.tokens', ',')}",
-        "tokens of a sample at most": recorded(results, "settings.max_length"),
-        "optimiser": f"{recorded(results, 'settings.optim')}, lr {recorded(results, 'settings.learning_rate')}, "
-        f"{recorded(results, 'settings.lr_scheduler_type')}, warm-up {recorded(results, 'settings.warmup_steps')}, "
-        f"weight decay {recorded(results, 'settings.weight_decay')}, "
-        f"clip {recorded(results, 'settings.max_grad_norm')}",
-        "precision": recorded(results, "dtype"),
-        "hardware": f"{machine}, {hours}",
-        "code": f"commit {recorded(results, 'git.commit')}{dirty}",
+        "n of softmax_n; seed": f"{shortest(results['softmax_n'])}; {at('seed')}",
+        "objective": f"masked LM, {at('settings.mlm_probability', '.0%')} of the tokens (80/10/10)",
+        "steps; effective batch": f"{at('training.steps', ',')}; {at('effective_batch_size')}",
+        "epochs": at("settings.num_train_epochs"),
+        "samples; real tokens": f"{at('training.samples', ',')}; {at('training.tokens', ',')}",
+        "tokens of a sample at most": at("settings.max_length"),
+        "optimiser": f"{at('settings.optim')}, lr {at('settings.learning_rate')}, {at('settings.lr_scheduler_type')}, "
+        f"warm-up {at('settings.warmup_steps')}, weight decay {at('settings.weight_decay')}, "
+        f"clip {at('settings.max_grad_norm')}",
+        "precision": at("dtype"),
+        "hardware": f"{at('hardware.count')} x {at('hardware.name')}, {hours}",
+        "code": f"commit {at('git.commit')}{dirty}",
         "versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
-        "**training loss, mean over the run**": recorded(results, "training.loss_mean", ".4f"),
-        "**held-out loss; perplexity**": f"{recorded(results, 'validation.loss', '.4f')}; "
-        f"{recorded(results, 'validation.perplexity', '.2f')} "
-        f"({recorded(results, 'validation.masked_tokens', ',')} masked tokens)",
+        "**training loss, mean over the run**": at("training.loss_mean", ".4f"),
+        "**held-out loss; perplexity**": f"{at('validation.loss', '.4f')}; {at('validation.perplexity', '.2f')} "
+        f"({at('validation.masked_tokens', ',')} masked tokens)",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 

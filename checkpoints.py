@@ -1,4 +1,4 @@
-"""The checkpoints of a training: what makes one whole, what is wrong with one, and which one a run goes on from."""
+"""Checkpoints of a training: when one is complete, what is damaged in one, and from which one a run continues."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from transformers.trainer_pt_utils import safe_globals
 
 import record
 
-SUMS = "SHA256SUMS"  # as the program sha256sum writes and checks it
+SUMS = "SHA256SUMS"  # in the format of the program sha256sum. Written last: with it a checkpoint is complete.
 
 
 def seal(checkpoint: str | Path) -> None:
-    """Write the checksums of all files of a checkpoint, which makes it whole; all of it is on the disk then.
+    """Complete a checkpoint: write the checksums of its files, and force all of it to the disk.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk is full, or fails.
     """
     folder = Path(checkpoint)
     partial = folder / f"{SUMS}.partial"
     partial.write_text(_sums(folder), encoding="utf-8")
-    # An older checkpoint goes as soon as this one is whole, and a machine that loses its power forgets what it has not
-    # written to the disk yet.
+    # The older checkpoint is deleted once this one is complete, and a power failure loses what is not on the disk yet.
     for path in folder.iterdir():
         _to_disk(path)
     partial.replace(folder / SUMS)
@@ -36,16 +35,16 @@ def seal(checkpoint: str | Path) -> None:
 
 
 def _sums(folder: Path) -> str:
-    """A line for each file in the folder, in the order of their names.
+    """A line for each file in the folder, sorted by name, except SHA256SUMS itself and hidden files.
 
-    SHA256SUMS itself has none, nor have hidden files: a Mac puts .DS_Store into a folder that is looked at.
+    macOS creates a hidden file, .DS_Store, in every folder that its Finder shows.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((SUMS, ".")))
     return "".join(f"{record.sha256(folder / name)}  {name}\n" for name in names)
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or to the list of a folder."""
+    """Wait until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,32 +53,32 @@ def _to_disk(path: Path) -> None:
 
 
 def _refuse_other_bytes(folder: Path) -> None:
-    """Raise ValueError where a file is not what it was when the checkpoint was sealed, or is missing or new."""
-    written = (folder / SUMS).read_bytes()
-    found = _sums(folder).encode()
-    if written != found:
-        differing = set(written.splitlines()) ^ set(found.splitlines())
+    """Raise ValueError if a file was changed, added or deleted since the checkpoint was sealed."""
+    sealed = (folder / SUMS).read_bytes()
+    present = _sums(folder).encode()
+    if sealed != present:
+        differing = set(sealed.splitlines()) ^ set(present.splitlines())
         names = {line[66:].decode(errors="replace") for line in differing}
         raise ValueError(f"{', '.join(sorted(names)) or SUMS}: not as {SUMS} has it")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder`, whole or not, the newest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    """All checkpoints in `folder`, complete or not, the newest first."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def delete_checkpoints(folder: str | Path, keep: int = 0) -> None:
-    """Delete the checkpoints in `folder` but the newest `keep`."""
+    """Delete the checkpoints in `folder`, except the newest `keep`."""
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
 
 
 def read_progress(checkpoint: str | Path) -> dict:
-    """progress.json of a checkpoint, as train_model.py wrote it; null in it is a number that was not finite.
+    """progress.json of a checkpoint, as train_model.py wrote it; null stands for a number that was not finite.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it is damaged.
+        OSError, ValueError, LookupError, TypeError: the file is damaged.
     """
     progress = record.read_json(Path(checkpoint) / "progress.json")
 
@@ -100,16 +99,15 @@ def read_progress(checkpoint: str | Path) -> dict:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, every file of which is read in full; None where it is whole.
+    """What is wrong with a checkpoint, in words, after reading all of every file; None if it is complete.
 
-    Nothing in it is run: transformers' Trainer too loads these files with weights_only=True.
+    No code in it is run: like transformers' Trainer, this loads files with weights_only=True.
     """
-    if not (checkpoint / "progress.json").exists():  # of all but the checksums it is written last
+    if not (checkpoint / SUMS).exists():
         return "was interrupted while it was written"
     try:
-        # Checkpoints of earlier versions have no checksums. They are taken when every file can be read.
-        if (checkpoint / SUMS).exists():
-            _refuse_other_bytes(checkpoint)
+        _refuse_other_bytes(checkpoint)
+        # Checksums that fit do not show that the files come from this project.
         read_progress(checkpoint)
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         AutoModelForMaskedLM.from_pretrained(checkpoint)
@@ -119,43 +117,45 @@ def damage(checkpoint: Path) -> str | None:
         with safe_globals():
             for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
                 torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # half-written archives fail in as many ways as there are formats
+    except Exception as error:  # every format has its own kinds of errors
         return f"is damaged ({record.one_line(error)})"
     return None
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`; None where there is none.
+    """The newest complete checkpoint in `folder`; None if there is none.
 
-    Newer ones that are not whole are deleted, with a line each: what was interrupted while it was written, and what is
-    damaged. Exits when the only one that was written to its end is damaged, since all its work would be lost unseen.
+    Newer checkpoints, which are interrupted or damaged, are deleted, and one line is printed for each. If there is no
+    complete checkpoint but a damaged one, the script exits instead, because all work would be lost without notice.
     """
-    whole, useless = None, []
+    complete, useless = None, []
     for checkpoint in checkpoints(folder):
         if (why := damage(checkpoint)) is None:
-            whole = str(checkpoint)
+            complete = str(checkpoint)
             break
         useless.append((checkpoint, why))
-    if whole is None and (damaged := [said for said in useless if "damaged" in said[1]]):
-        sys.exit(f"error: {damaged[0][0]} {damaged[0][1]}: delete that folder and start again")
+    for path, why in useless:
+        if complete is None and "damaged" in why:
+            sys.exit(f"error: {path} {why}: delete that folder and start again")
     for path, why in useless:
         print(f"{path} {why}: deleted")
         shutil.rmtree(path)
-    return whole
+    return complete
 
 
 def checkpoint_to_go_on_from(wanted: str | None, folder: str) -> str | None:
-    """The newest whole checkpoint in `folder`, or the one that --resume_from_checkpoint names; None where none is.
+    """The newest complete checkpoint in `folder`, or the one that --resume_from_checkpoint names; None without any.
 
-    Exits with one line where a checkpoint is wanted and there is none.
+    `wanted` is the value of that flag: None, "True" for the newest, or the path of a checkpoint. Exits with one line if
+    a checkpoint is wanted and there is none.
     """
     if wanted is None or wanted.lower() == "true":
-        found = last_checkpoint(folder)
-        if wanted and found is None:
+        newest = last_checkpoint(folder)
+        if wanted and newest is None:
             sys.exit(f"error: --resume_from_checkpoint True, but {folder} has no checkpoint: leave the flag out")
-        return found
+        return newest
     if not Path(wanted).is_dir():
-        sys.exit(f"error: --resume_from_checkpoint {wanted} is no folder: name a checkpoint, or True for the newest")
+        sys.exit(f"error: --resume_from_checkpoint {wanted} is not a folder: name a checkpoint, or True for the newest")
     if why := damage(Path(wanted)):
         sys.exit(f"error: {wanted} {why}: name another checkpoint, or leave the flag out")
     return wanted

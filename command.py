@@ -1,6 +1,6 @@
-"""What the scripts share as commands: how they begin and end, and how they read and refuse a flag.
+"""What all scripts share: how they start and end, and how they read and refuse a flag.
 
-A script imports this before what takes seconds to import:
+A script imports this module before the libraries that take seconds to import:
 
     import command
 
@@ -23,25 +23,25 @@ import threading
 import time
 from collections.abc import Callable
 
-ENDS_WITH = "ESPERBERTO_ENDS_WITH"  # in the environment: the id of the process with which a script is to end
-LOOK_SECONDS = 1.0
+ENDS_WITH = "ESPERBERTO_ENDS_WITH"  # environment variable: the id of the parent process with which a script must end
+LOOK_SECONDS = 1.0  # between two checks whether the parent process still exists
 
 
 def begin() -> None:
-    """Refuse Windows at once, let Ctrl-C end the imports that follow without a traceback, and watch the parent."""
+    """Refuse Windows, let Ctrl-C end the following imports without a traceback, and watch the parent process."""
     if os.name == "nt":
         sys.exit("error: this runs on Linux and macOS; on Windows it runs inside WSL (wsl --install)")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # behind nohup or a shell's & it is ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored after nohup or a shell's &
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.pop(ENDS_WITH, "") == str(os.getppid()):
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with(parent: int) -> None:
-    """Send this process SIGTERM when its parent has gone, which SIGKILL keeps from ending its children itself.
+    """Send this process SIGTERM when its parent process has ended: a parent killed by SIGKILL cannot do it.
 
-    A training then writes a checkpoint and ends, rather than going on unnoticed. Only runner.sh and train_runs.py ask
-    for it: what a user starts behind nohup outlives its shell.
+    A training then writes a checkpoint and ends, instead of running on unnoticed. Only runner.sh and train_runs.py ask
+    for this, so a script that a user starts with nohup still outlives its shell.
     """
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
@@ -50,12 +50,12 @@ def end_with(parent: int) -> None:
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a script that is to end with this process."""
+    """The environment for a script that must end when this process ends, with the variables `more`."""
     return {**os.environ, ENDS_WITH: str(os.getpid()), **more}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main(). An error of the system, a full disk for example, is one line; Ctrl-C ends with 130."""
+    """Run a script's main(). An OSError, for example a full disk, becomes one line; Ctrl-C ends with status 130."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -67,24 +67,31 @@ def run(main: Callable[[], None]) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep warnings and progress bars of transformers and huggingface_hub away from our one line about an error."""
+    """Silence the warnings and progress bars of transformers and huggingface_hub, so that an error is one line."""
     import huggingface_hub
-    import transformers  # imported here, because not every script needs it
+    import transformers  # not every script needs them
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
 
 
-def positive(text: str) -> int:
-    """A flag's whole number above 0, as `type` of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
-    return int(text)
+def whole_number(lowest: int, highest: int = 1 << 31) -> Callable[[str], int]:
+    """The `type` of a flag that takes a whole number from `lowest` to `highest`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"needs a whole number from {lowest:,} to {highest:,}, got {text[:24]!r}")
+        return int(text)
+
+    return read
+
+
+positive = whole_number(1)
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes whole flag names alone, shows the script's docstring as it is written, and refuses in one line."""
+    """Accepts only complete flag names, shows the script's docstring unchanged, and reports an error in one line."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings})

@@ -36,7 +36,7 @@ from tables import number
 
 CHECKS = {
     "large_outlier": "an outlier of 1,000 is felt, in its layer",
-    "small_outlier": "one of 100 is felt far less",
+    "small_outlier": "an outlier of 100 is felt far less",
     "class_swap": "the same function in another class",
     "rounding": "every activation on 256 levels",
 }

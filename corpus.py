@@ -1,4 +1,4 @@
-"""The training text as the scripts hand it on: dataset, tokenizer, and the dataset tokenized once for all runs."""
+"""The training text: reads the dataset and the tokenizer, and tokenizes the dataset once for all runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from folder import locked
 
 
 def load_data(path: str) -> tuple[DatasetDict, dict]:
-    """The dataset of build_dataset.py and its manifest. Exits with one line when there is none that is whole."""
+    """The dataset of build_dataset.py and its manifest. Exits with one line if it is missing or damaged."""
     try:
         manifest = record.read_json(Path(path) / "manifest.json")
         data = load_from_disk(path)
@@ -32,12 +32,12 @@ def load_data(path: str) -> tuple[DatasetDict, dict]:
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of train_tokenizer.py. Exits with one line when there is none or it does not fit."""
+    """The tokenizer of train_tokenizer.py. Exits with one line if it is missing, damaged or too large."""
     if not (Path(path) / "tokenizer.json").is_file():
         sys.exit(f"error: {path} holds no tokenizer: run train_tokenizer.py first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a damaged tokenizer.json surfaces as a bare Exception of the tokenizers library
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged tokenizer.json
         sys.exit(
             f"error: the tokenizer in {path} cannot be read ({record.one_line(error)}): run train_tokenizer.py again"
         )
@@ -49,30 +49,33 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def tokenized(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """The dataset as `input_ids`, from `folder` if it is there already: it is tokenized once for all runs.
+    """The dataset as `input_ids`, tokenized by the first run that needs it and read from `folder` by the others.
 
     Args:
-        data: splits with a `text` column, one sample a row.
-        folder: where the tokenized dataset lies or will lie; its name must tell data, tokenizer and length apart.
+        data: splits with a `text` column, one sample in each row.
+        folder: of the tokenized dataset; its name must differ for other data, another tokenizer or another length.
         tokenizer: adds <s> and </s>.
-        max_length: tokens of a sample at most, <s> and </s> included.
+        max_length: the most tokens of a sample, <s> and </s> included.
+
+    Raises:
+        SystemExit: with one line, if the folder is damaged.
     """
     if not folder.exists():
-        with locked(folder):  # of several runs that start together, one tokenizes
+        with locked(folder):  # if several runs start at the same time, one tokenizes
             if not folder.exists():
                 _tokenize(data, folder, tokenizer, max_length)
     try:
-        found = load_from_disk(folder)
-        if any(len(found[name]) != len(split) for name, split in data.items()):
-            raise ValueError("it has not the samples of the dataset")
+        loaded = load_from_disk(folder)
+        if any(len(loaded[name]) != len(split) for name, split in data.items()):
+            raise ValueError("it does not have the samples of the dataset")
     except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"error: {folder} is damaged ({record.one_line(error)}): delete that folder, it is made again")
-    return found
+    return loaded
 
 
 def _tokenize(data: DatasetDict, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Write the tokenized dataset beside `folder`, then move it there."""
-    tokenizer = copy.deepcopy(tokenizer)  # truncating leaves a setting behind, which would be saved with the model
+    """Write the tokenized dataset next to `folder`, then rename it."""
+    tokenizer = copy.deepcopy(tokenizer)  # truncation changes a setting of it, which would be saved with the model
 
     def tokenize(batch: dict) -> dict:
         encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)

@@ -1,7 +1,7 @@
-"""What the experiment is, each fact once: its sizes, its arms and their names, its models.
+"""The definition of the experiment, each fact once: its sizes, its arms and their names, its models.
 
-An arm is a kind of attention: softmax_n with a number n (softmax0, softmax1, softmax0.5, ...), with an n for each head
-that is trained (softmax_learned), or one of the published REMEDIES. All arms of a seed start from the same weights.
+An arm is a kind of attention: softmax_n with a number n (softmax0, softmax1, softmax0.5, ...), softmax_n with a trained
+n for each head (softmax_learned), or one of the published REMEDIES. All arms of a seed start from the same weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tables import shortest
 
 # ------------------------------------------------------------------------------------------- the published experiment
 
-VOCAB_SIZE = 52_032  # a multiple of 64, for the matrix units of GPUs
-MAX_LENGTH = 512  # tokens of a sample; the rest is cut off
-# With this vocabulary it has 84M parameters. RoBERTa counts positions from padding_idx + 1 = 2.
+VOCAB_SIZE = 52_032  # a multiple of 64, which suits the matrix units of GPUs
+MAX_LENGTH = 512  # tokens of a sample; longer ones are cut off
+# With this vocabulary the model has 84M parameters. RoBERTa counts positions from padding_idx + 1 = 2.
 ARCHITECTURE = {"num_hidden_layers": 6, "max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1}
 MLM_PROBABILITY = 0.15  # share of the tokens that are masked, 80/10/10
-EFFECTIVE_BATCH_SIZE = 16  # samples of an update, whatever the number of processes
+EFFECTIVE_BATCH_SIZE = 16  # samples in an update, over all processes and accumulation steps
 STEPS = 285_899  # one epoch of 4.57M samples
 SEED = 42
 
@@ -31,13 +31,13 @@ SEED = 42
 
 BASELINE = "softmax0"  # every other arm is compared with it, paired by seed
 PRIMARY_ARM = "softmax1"  # the remedy that was proposed
-REMEDIES = tuple(CONTROLS)  # published ones, trained beside them: clipped, gated
-# In the names of the parameters that an arm has beyond softmax0: gates, and learned sinks.
+REMEDIES = tuple(CONTROLS)  # other published remedies: clipped softmax and gated attention
+# Parts of the names of parameters that softmax0 lacks: gates, and learned sinks.
 OWN_PARAMETERS = (GATE, ".log_n")
 
 
 def read_softmax_n(text: str) -> float | str:
-    """--softmax_n as it is given: a number, or "learned". ArgumentTypeError for anything else."""
+    """The value of --softmax_n: a number, or "learned". Raises ArgumentTypeError for any other text."""
     try:
         return text if text == LEARNED else float(text)
     except ValueError:
@@ -45,87 +45,78 @@ def read_softmax_n(text: str) -> float | str:
 
 
 def arm_name(softmax_n: float | str, control: str | None = None) -> str:
-    """softmax0, softmax1, softmax0.5, softmax_learned: different n never share a name. A remedy is an arm by itself."""
+    """softmax0, softmax1, softmax0.5, softmax_learned, or the remedy's name. Different n never share a name."""
     if control:
         return control
     return f"softmax_{LEARNED}" if softmax_n == LEARNED else f"softmax{shortest(softmax_n)}"
 
 
 def run_name(softmax_n: float | str, seed: int, control: str | None = None) -> str:
-    """esperberto-softmax1, with the seed behind it when it is not the published 42."""
+    """esperberto-softmax1; with another seed than the published 42, esperberto-softmax1-seed43."""
     return f"esperberto-{arm_name(softmax_n, control)}" + ("" if seed == SEED else f"-seed{seed}")
 
 
 def arm_order(softmax_n: float | str, control: str | None = None) -> tuple:
-    """What arms are sorted by: numbers n, then learned sinks, then remedies."""
+    """A sort key for arms: numbers n first, then learned sinks, then remedies."""
     return control or "", softmax_n == LEARNED, 0.0 if softmax_n == LEARNED else softmax_n
 
 
 # -------------------------------------------------------------------------------------------------------- their models
 
 
-# What --config_overrides may change of RobertaConfig, and how a value is read. The rest is fixed by the data
-# (vocabulary, special tokens), by the comparison (the attention), or would not train a masked language model.
+LARGEST_SIZE = 1 << 20
+# How the values of these fields are read, and which are possible.
+SIZE = (int, lambda value: 1 <= value <= LARGEST_SIZE)
+PROBABILITY = (float, lambda value: 0 <= value < 1)
+SMALL_POSITIVE = (float, lambda value: 0 < value <= 1)
+# The fields of RobertaConfig that --config_overrides may change. The others are fixed by the data (vocabulary, special
+# tokens) or by the comparison (the attention), or the model could not be trained as a masked language model.
 OVERRIDES = {
-    "num_hidden_layers": int,
-    "hidden_size": int,
-    "num_attention_heads": int,
-    "intermediate_size": int,
-    "max_position_embeddings": int,
-    "hidden_act": str,
-    "hidden_dropout_prob": float,
-    "attention_probs_dropout_prob": float,
-    "initializer_range": float,
-    "layer_norm_eps": float,
+    "num_hidden_layers": SIZE,
+    "hidden_size": SIZE,
+    "num_attention_heads": SIZE,
+    "intermediate_size": SIZE,
+    # Two positions are never used, and a sample has at least <s>, one token and </s>.
+    "max_position_embeddings": (int, lambda value: 5 <= value <= LARGEST_SIZE),
+    "hidden_act": (str, lambda value: value in ACT2FN),
+    "hidden_dropout_prob": PROBABILITY,
+    "attention_probs_dropout_prob": PROBABILITY,
+    "initializer_range": SMALL_POSITIVE,
+    "layer_norm_eps": SMALL_POSITIVE,
 }
 
 
 def config_overrides(text: str) -> dict[str, int | float | str]:
-    """The changes to the architecture in "num_hidden_layers=4,hidden_size=256", in the order of their names.
+    """The changes to the architecture in "num_hidden_layers=4,hidden_size=256", sorted by name.
 
     Raises:
-        ValueError: a key that cannot be changed, a value of the wrong kind, or an architecture that cannot be built.
+        ValueError: a field that cannot be changed, an impossible value, or an architecture that cannot be built.
     """
     changes = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or key not in OVERRIDES:
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or name not in OVERRIDES:
             raise ValueError(
                 f"--config_overrides takes NAME=VALUE,... with a name out of {', '.join(OVERRIDES)}: {item!r}"
             )
-        if key in changes:
-            raise ValueError(f"--config_overrides names {key} twice")
+        if name in changes:
+            raise ValueError(f"--config_overrides names {name} twice")
+        kind, possible = OVERRIDES[name]
         try:
-            changes[key] = OVERRIDES[key](value)
+            changes[name] = kind(value)
         except ValueError:
-            raise ValueError(f"--config_overrides: {key} needs a number, got {value!r}") from None
-        _check_override(key, changes[key])
+            raise ValueError(f"--config_overrides: {name} needs a number, got {value!r}") from None
+        if not possible(changes[name]):
+            raise ValueError(f"--config_overrides: {name} cannot be {changes[name]}")
     whole = RobertaConfig(**{**ARCHITECTURE, **changes})
-    if whole.hidden_size % whole.num_attention_heads:
-        raise ValueError(
-            f"--config_overrides: hidden_size {whole.hidden_size} is no multiple of {whole.num_attention_heads} heads"
-        )
+    size, heads = whole.hidden_size, whole.num_attention_heads
+    if size % heads:
+        raise ValueError(f"--config_overrides: hidden_size {size} is not a multiple of {heads} heads")
     return dict(sorted(changes.items()))
 
 
-def _check_override(key: str, value: int | float | str) -> None:
-    """Raise ValueError for a value that no model has."""
-    if key == "hidden_act":
-        possible = value in ACT2FN
-    elif key.endswith("_prob"):
-        possible = 0 <= value < 1
-    elif key == "max_position_embeddings":
-        possible = 5 <= value <= 1 << 20  # two of them are never used, and a sample has <s>, a token and </s>
-    elif OVERRIDES[key] is int:
-        possible = 1 <= value <= 1 << 20
-    else:
-        possible = 0 < value <= 1
-    if not possible:
-        raise ValueError(f"--config_overrides: {key} cannot be {value}")
-
-
 def longest_text(overrides: dict) -> int:
-    """Tokens of a text at most, of a model with these changes to the published architecture."""
+    """The most tokens that a model with these changes to the published architecture can take."""
     return (ARCHITECTURE | overrides)["max_position_embeddings"] - 2
 
 
@@ -137,17 +128,17 @@ def build_model(
     overrides: dict | None = None,
     control: str | None = None,
 ) -> PreTrainedModel:
-    """RoBERTa with random weights that depend on `seed` alone: arms with the same seed start from the same point.
+    """RoBERTa with random weights that depend on `seed` alone: all arms of a seed start from the same weights.
 
-    n = 0 is the stock class, so that a softmax model needs none of our code.
+    For n = 0 it is transformers' own class, so that a softmax model needs none of our code.
 
     Args:
-        softmax_n: n of the attention, or "learned": a trained one for each head, which starts at 1.
+        softmax_n: n of the attention, or "learned": an n for each head, which starts at 1 and is trained.
         vocab_size: rows of the embedding.
-        tokenizer: gives the ids of its special tokens.
-        seed: of the weights.
-        overrides: changes to the published architecture, of `config_overrides`.
-        control: one of REMEDIES in place of softmax_n (controls.py).
+        tokenizer: its ids of the special tokens go into the configuration.
+        seed: of the random weights.
+        overrides: changes to the published architecture, from `config_overrides`.
+        control: one of REMEDIES instead of softmax_n (controls.py).
     """
     settings = {
         "vocab_size": vocab_size,
@@ -161,10 +152,10 @@ def build_model(
     if control is not None:
         return build_control(control, settings)
     if softmax_n == 0:
-        return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings))  # stock RoBERTa ignores the field
+        return RobertaForMaskedLM(RobertaConfig(softmax_n=0.0, **settings))  # ignored by the stock class
     return RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(softmax_n=softmax_n, **settings))
 
 
 def accept_packed_batches(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model take packed batches too, in place: softmax0 then goes through our attention, with n = 0."""
+    """Make a model accept packed batches too, in place. A softmax model then uses our attention with n = 0."""
     return keep_masked_positions(apply_softmax_n(model, getattr(model.config, "softmax_n", 0.0)))

@@ -1,4 +1,4 @@
-"""Output folders that are either complete or absent: built beside their place, then moved into it."""
+"""Output folders that are complete or absent: built next to their final place, then renamed."""
 
 from __future__ import annotations
 
@@ -17,61 +17,40 @@ from record import read_json
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Let one process at a time into the block that makes `path`; says so when it has to wait for another.
+def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Let one process at a time run the block, which makes `path`. Another process waits, and says so, or ends.
 
-    The lock is a file beside `path`, which holds the process id of its holder. The system releases it when that process
-    ends, however it ends; then the file may stay.
+    The lock is the file `<path>.lock`, which holds the id of the process that has it. The system releases the lock when
+    that process ends, in whatever way; the file may then stay.
 
-    Raises:
-        OSError: the file cannot be written.
-    """
-    try:
-        lock = _acquire(path)
-    except Timeout:
-        print(f"Waiting for {_holder(path)}, which is making {path}", flush=True)
-        lock = _acquire(path, seconds=-1)
-    try:
-        yield
-    finally:
-        _release(lock)
-
-
-@contextmanager
-def sole(path: str | Path) -> Iterator[None]:
-    """The same, but end every other process with one line.
+    Args:
+        path: the file or folder that the block makes.
+        wait: while another process has the lock, wait for it; otherwise end this process.
 
     Raises:
-        SystemExit: another process works there.
-        OSError: the file cannot be written.
+        SystemExit: with one line, if another process has the lock and `wait` is False.
+        OSError: the lock file cannot be written.
     """
-    try:
-        lock = _acquire(path)
-    except Timeout:
-        sys.exit(f"error: {_holder(path)} is at work on {path}: wait until it has ended, or end it")
-    try:
-        yield
-    finally:
-        _release(lock)
-
-
-def _acquire(path: str | Path, seconds: float = 0) -> FileLock:
-    """The lock of `path`, acquired. Raises Timeout when it is not free in time; -1 waits for ever."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    lock.acquire(timeout=seconds)
-    Path(lock.lock_file).write_text(f"{os.getpid()}\n", encoding="utf-8")
-    return lock
-
-
-def _release(lock: FileLock) -> None:
-    """Delete the file and release the lock. One who waits for it sees that the file has gone, and makes a new one."""
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            sys.exit(f"error: {_holder(path)} is at work on {path}: wait until it has ended, or end it")
+        print(f"Waiting for {_holder(path)}, which is making {path}", flush=True)
+        lock.acquire()
+    try:
+        Path(lock.lock_file).write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        # Deleted before it is released: a process that waits notices that the file is gone, and makes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _holder(path: str | Path) -> str:
-    """Who holds the lock of `path`."""
+    """The process that has the lock of `path`, in words."""
     try:
         return f"process {int(Path(f'{path}.lock').read_text(encoding='utf-8'))}"
     except (OSError, ValueError):
@@ -79,9 +58,9 @@ def _holder(path: str | Path) -> str:
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Exit with one line where nothing can be written to the folder `path`, before hours of work that would be lost.
+    """Create the folder `path` if necessary, and exit with one line if no file can be written to it.
 
-    It is made if it is not there yet.
+    Called before hours of work whose result would be lost.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -96,22 +75,22 @@ def refuse_unwritable(path: str | Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends, and disappears when the block fails.
+    """Yield an empty folder that is renamed to `path` when the block succeeds, and deleted when it fails.
 
-    A folder counts as complete when it holds a manifest.json, so that is what the block should write last.
+    A folder counts as complete if it contains a manifest.json, so the block must write that file last.
 
     Args:
-        path: the folder to make. It may exist if it is empty, or if it is an earlier result and `overwrite` is given.
-        ours: patterns for the names an earlier result holds. A folder with anything else in it is never replaced.
-        overwrite: replace an earlier result; it stays in its place until the block has ended well.
+        path: the folder to make. It may exist if it is empty, or if it is an earlier result and `overwrite` is True.
+        ours: patterns of the names in an earlier result. A folder that contains any other name is never replaced.
+        overwrite: replace an earlier result, which stays in place until the block has succeeded.
 
     Raises:
-        SystemExit: with one line, before the block runs, if `path` may not be replaced.
-        OSError: if the disk does not allow it.
+        SystemExit: with one line, before the block runs, if `path` must not be replaced.
+        OSError: the disk does not allow it.
     """
     try:
-        target = Path(path).resolve()  # a link to a folder on a larger disk stays a link
-    except RuntimeError:  # what Python before 3.13 says of links in a circle
+        target = Path(path).resolve()  # a link to a folder on a larger disk remains a link
+    except RuntimeError:  # Python before 3.13 raises it for a link to itself
         target = Path(path)
     if target.is_symlink():
         sys.exit(f"error: {path} is a link that leads to no folder: choose another --output_dir")
@@ -122,10 +101,8 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
         entries = [entry.name for entry in target.iterdir()] if target.exists() else []
         foreign = [name for name in sorted(entries) if not any(fnmatch(name, pattern) for pattern in ours)]
         if foreign or (entries and "manifest.json" not in entries):
-            found = foreign[0] if foreign else "no manifest.json"
-            sys.exit(
-                f"error: {path} is not an earlier result of this script (it has {found}): choose another --output_dir"
-            )
+            why = f"it has {foreign[0] if foreign else 'no manifest.json'}"
+            sys.exit(f"error: {path} is not an earlier result of this script ({why}): choose another --output_dir")
         if entries and not overwrite:
             sys.exit(f"error: {path} exists and is complete: add --overwrite to replace it")
         if target.is_mount():
@@ -146,49 +123,49 @@ def replacing(path: str | Path, ours: tuple[str, ...], overwrite: bool) -> Itera
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, on the same disk, that disappears when the block ends.
+    """Yield an empty folder next to `path`, on the same disk, that is deleted when the block ends.
 
-    One process at a time has such a folder. What others left that were killed is deleted; and where one was killed
-    while it replaced `path`, what had been there returns.
+    One process at a time has such a folder. Folders of killed processes are deleted first. If a process was killed
+    while it replaced `path`, the earlier `path` is moved back.
 
     Raises:
-        SystemExit: another process works there.
+        SystemExit: with one line, if another process has such a folder.
         OSError: the disk does not allow it.
     """
     prefix = f"{path.name}.partial-"
-    with sole(path):
-        for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-            if (left / "old").exists() and not path.exists():  # between the two renames of `replacing`
-                (left / "old").rename(path)
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as made:
-            yield Path(made)
+    with locked(path, wait=False):
+        for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+            if (leftover / "old").exists() and not path.exists():  # killed between the two renames of `replacing`
+                (leftover / "old").rename(path)
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+            yield Path(folder)
 
 
-def kept(path: str | Path, wanted: dict, made: Callable[[dict], dict] = dict) -> bool:
-    """Whether `path` holds an earlier result that was made as is wanted now; False where nothing is there.
+def kept(path: str | Path, wanted: dict, settings_of: Callable[[dict], dict] = dict) -> bool:
+    """Whether `path` contains a complete result that was made with the settings `wanted`; False if there is none.
 
     Args:
         path: the folder.
-        wanted: {name: value} of what shapes the result.
-        made: the same of an earlier result, out of its manifest.json.
+        wanted: {name: value} of the settings that determine the result.
+        settings_of: extracts these settings from the manifest.json of a result.
 
     Raises:
-        SystemExit: with one line, where it was made otherwise.
+        SystemExit: with one line, if the result was made with other settings.
     """
     manifest = Path(path) / "manifest.json"
     if not manifest.is_file():
         return False
     try:
-        found = made(read_json(manifest))
-        differing = [name for name, value in wanted.items() if found[name] != value]
+        settings = settings_of(read_json(manifest))
+        differing = [name for name, value in wanted.items() if settings[name] != value]
     except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"error: {manifest} is damaged: move {path} away, or add --overwrite to make it again")
     if differing:
         name = differing[0]
         sys.exit(
-            f"error: {path} is there and was made with {name} = {found[name]}, not {wanted[name]}: move it away, with "
-            "what was made from it, or give the flags that it was made with"
+            f"error: {path} is there and was made with {name} = {settings[name]}, not {wanted[name]}: move it away, "
+            "together with everything that was made from it, or give the flags that it was made with"
         )
     print(f"{path}: found and kept")
     return True

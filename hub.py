@@ -1,12 +1,13 @@
-"""The Hugging Face Hub: checks the token, pushes models and data, gives them their cards (cards.py).
+"""The Hugging Face Hub: checks the token, and pushes models and data with their cards (cards.py).
 
-    python hub.py check                              may the token write for the user?
+    python hub.py check                              check that the token may write for the user
     python hub.py push models/esperberto-softmax1    model, tokenizer and card -> <user>/esperberto-softmax1
     python hub.py push data                          train and validation as Parquet, and card -> <user>/esperanto
 
-Reads HUGGINGFACE_TOKEN and HUGGINGFACE_USER (a user or an organisation) from the environment or from .env; a model's
-card is made of results/<run>.json. Writes the card into the model folder, then everything to the Hub in one commit.
-Pushing again is harmless: what the Hub already has is not sent twice, and a push that broke off is completed.
+Reads HUGGINGFACE_TOKEN and HUGGINGFACE_USER (a user or an organisation) from the environment or from .env, and the
+figures of a model's card from results/<run>.json. Writes the card into the model folder, then everything to the Hub in
+one commit. A repeated push is harmless: files that the Hub already has are not sent again, and an interrupted push is
+completed.
 """
 
 from __future__ import annotations
@@ -42,15 +43,17 @@ from folder import scratch
 UNSET = 3  # exit status of `check --optional`, which runner.sh reads
 ENV_FILE = Path(__file__).parent / ".env"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts; huggingface_hub retries within most of them too
-MAX_RETRY_AFTER_SECONDS = 600  # when the Hub itself asks for a longer pause
-SHARD_BYTES = 500_000_000  # of Arrow data in one Parquet file, the Hub's own recommendation
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts; within most attempts huggingface_hub retries too
+MAX_RETRY_AFTER_SECONDS = 600  # the longest pause, even if the Hub asks for a longer one
+SHARD_BYTES = 500_000_000  # of Arrow data in one Parquet file, as the Hub recommends
 
-# What Python raises where a file holds values of another type than this project writes.
+# hf_xet, the Hub's storage client, raises a RuntimeError when it cannot reach the storage.
+NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError)
+# Errors that Python raises for a file with other values than this project writes.
 WRONG = (ValueError, LookupError, TypeError, AttributeError)
 
-# What a model folder gives to the Hub. Not training_args.bin: it is pickled, so it can run code, and it holds paths and
-# names of the machine; nor checkpoints.
+# The files of a model folder that are pushed. training_args.bin is not: it is a pickle, which can run code, and it
+# contains paths and names of the machine.
 MODEL_FILES = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|softmax1\.py"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|vocab\.json|merges\.txt|README\.md"
@@ -58,31 +61,31 @@ MODEL_FILES = re.compile(
 
 
 class HubError(Exception):
-    """What went wrong with the Hub, in one line that ends in what to do. Never holds the token."""
+    """One line that says what went wrong with the Hub, and what to do. It never contains the token."""
 
 
 class NoCredentials(HubError):
-    """Token or user is not set, so nothing can be pushed."""
+    """The token or the user is not set, so nothing can be pushed."""
 
 
 # -------------------------------------------------------------------------------------------------- token and network
 
 
 def credentials() -> tuple[str, str]:
-    """(token, user) from the environment, or from .env where the environment does not name them.
+    """(token, user), each from the environment or, if it is not set there, from .env.
 
-    Raises NoCredentials when one is missing, HubError when .env cannot be read or the token cannot be one. Warns when
-    others can read .env.
+    Raises NoCredentials if one is missing, and HubError if .env is not a text or the token not a token. Warns if other
+    users of the machine can read .env.
     """
     try:
-        found = dotenv.dotenv_values(ENV_FILE) if ENV_FILE.is_file() else {}
+        from_file = dotenv.dotenv_values(ENV_FILE) if ENV_FILE.is_file() else {}
     except UnicodeDecodeError:
         raise HubError(f"{ENV_FILE.name} is not text in UTF-8: write it again (see .env.example)") from None
-    if found.get("HUGGINGFACE_TOKEN") and ENV_FILE.stat().st_mode & 0o077:
+    if from_file.get("HUGGINGFACE_TOKEN") and ENV_FILE.stat().st_mode & 0o077:
         print(f"warning: others on this machine can read the token in .env: chmod 600 {ENV_FILE.name}", file=sys.stderr)
     values = []
     for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER"):
-        value = (os.environ.get(name, found.get(name)) or "").strip()
+        value = (os.environ.get(name, from_file.get(name)) or "").strip()
         if not value:
             raise NoCredentials(f"{name} is not set: put it into .env (see .env.example) or the environment")
         values.append(value)
@@ -93,9 +96,9 @@ def credentials() -> tuple[str, str]:
 
 
 class Hub:
-    """The Hub as HUGGINGFACE_USER sees it; `namespace` is that user or organisation.
+    """A client of the Hub for HUGGINGFACE_USER; `namespace` is that user or organisation, as the Hub spells it.
 
-    Raises HubError unless the token is accepted and may write there.
+    Raises HubError if the Hub does not accept the token, or the token may not write there.
     """
 
     def __init__(self):
@@ -106,23 +109,22 @@ class Hub:
         self.namespace = writable_namespace(me, user)
 
     def call(self, function: Callable, *args, **kwargs):
-        """function(*args, **kwargs), again after a pause where the Hub or the network may recover.
+        """function(*args, **kwargs), repeated after a pause for errors from which the Hub or the network may recover.
 
-        Raises HubError for anything that waiting does not mend, and when every attempt has failed.
+        Raises HubError for all other errors, and after the last attempt.
         """
         for pause in (*RETRY_SECONDS, None):
             try:
                 return function(*args, **kwargs)
-            except Exception as error:  # the upload threads wrap what they meet in a RuntimeError
+            except Exception as error:  # upload threads wrap an error in a RuntimeError
                 cause = next((e for e in causes(error) if isinstance(e, (httpx.HTTPError, OSError))), error)
-                status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-                if status is None and isinstance(cause, httpx.HTTPStatusError):
+                status = None
+                if isinstance(cause, (HfHubHTTPError, httpx.HTTPStatusError)):
                     status = cause.response.status_code
-                # hf_xet, the Hub's storage client, raises a RuntimeError when it cannot reach the storage.
-                passing = status in (408, 429) or (status or 0) >= 500
-                if status is None and not isinstance(cause, OfflineModeIsEnabled):
-                    passing = isinstance(cause, (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError))
-                if not passing or pause is None:
+                    transient = status in (408, 429) or status >= 500
+                else:
+                    transient = isinstance(cause, NETWORK_ERRORS) and not isinstance(cause, OfflineModeIsEnabled)
+                if not transient or pause is None:
                     raise HubError(self.redacted(self.explanation(cause, status))) from None
                 if status is not None:
                     pause = max(pause, retry_after_seconds(cause.response))
@@ -131,7 +133,7 @@ class Hub:
             time.sleep(pause)
 
     def explanation(self, error: BaseException, status: int | None) -> str:
-        """What is wrong and what to do, in one line."""
+        """What is wrong, and what to do, in one line."""
         if status == 401:
             return f"the Hub does not accept HUGGINGFACE_TOKEN (HTTP 401): make a new one that can write, {TOKENS_PAGE}"
         if status == 403:
@@ -150,36 +152,35 @@ class Hub:
         return f"the Hub refuses this ({record.one_line(error)}): see above"
 
     def redacted(self, text: str) -> str:
-        """`text` without the token, or anything that looks like one."""
+        """`text` without the token, and without anything that looks like a token."""
         return re.sub(r"hf_\w{4,}", "<secret>", text.replace(self.token, "<secret>"))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """The error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def retry_after_seconds(response: httpx.Response) -> float:
-    """How long the Hub asks to wait: seconds or a date in Retry-After, 0 where it says nothing."""
+    """The pause that the Hub asks for in Retry-After, as seconds or as a date; 0 without it."""
     value = response.headers.get("Retry-After", "0")
+    if value.isdecimal():
+        return min(int(value), MAX_RETRY_AFTER_SECONDS)
     try:
-        seconds = float(value)
+        pause = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            seconds = 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
+        return 0
+    return min(max(pause, 0), MAX_RETRY_AFTER_SECONDS)
 
 
 def writable_namespace(me: dict, user: str) -> str:
-    """`user` as the Hub spells it, when the token that `me` (the Hub's answer to whoami) describes may write there.
+    """`user` as the Hub spells it. Raises HubError if the token may not write there; `me` is the answer to whoami.
 
-    A classic token has the role read or write. A fine-grained one lists permissions for users, organisations and single
-    repositories; one for single repositories passes here if any of them is the user's, and fails later if it is
-    another than the one pushed to.
+    A classic token has the role read or write. A fine-grained token has permissions for users, organisations and single
+    repositories. With a permission for one repository of the user it is accepted here, and fails later if the push is
+    to another repository.
     """
     organisations = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     names = {name.lower(): name for name in (me["name"], *organisations)}
@@ -207,47 +208,47 @@ def writable_namespace(me: dict, user: str) -> str:
 
 
 def push(path: str | Path, results: str | Path | None = None, private: bool = False) -> None:
-    """Push a dataset of build_dataset.py or a model of train_model.py, whole, and exit with one line if that fails.
+    """Push a dataset of build_dataset.py or a model of train_model.py, and exit with one line if that fails.
 
     Args:
         path: the folder.
-        results: the model's results file; default results/<run>.json beside models/. Without one the card says that
-            nothing is known.
-        private: make a new repository private, and refuse an existing one that is not.
+        results: the model's results file, by default results/<run>.json next to models/. Without it the card has no
+            figures.
+        private: make a new repository private, and refuse an existing public one.
     """
     path = Path(path)
-    beside = path.absolute().parent.parent / "results" / f"{path.absolute().name}.json"
+    default = path.absolute().parent.parent / "results" / f"{path.absolute().name}.json"
     again = ["python", "hub.py", "push", str(path)]
-    if results is not None and Path(results).absolute() != beside:
+    if results is not None and Path(results).absolute() != default:
         again += ["--results", str(results)]
     again += ["--private"] if private else []
-    if diverged(Path(results or beside)):
+    if diverged(Path(results or default)):
         print(f"{path} diverged in training, so there is no model to push.")
         return
-    # What is to be pushed is read first, so that the message below never calls saved what is missing or incomplete.
+    # Read before anything is pushed, because the message below says that the folder is complete.
     if (path / "dataset_dict.json").is_file():
-        send, what = push_dataset, read_dataset(path)
+        send, content = push_dataset, read_dataset(path)
     elif (path / "config.json").is_file():
-        send, what = push_model, read_model(path, Path(results or beside))
+        send, content = push_model, read_model(path, Path(results or default))
     else:
         sys.exit(f"error: {path} holds neither a dataset of build_dataset.py nor a model of train_model.py")
     try:
-        send(Hub(), path, what, private)
+        send(Hub(), path, content, private)
     except HubError as error:
         sys.exit(f"error: {error}. {path} is saved and complete here; this pushes it: {shlex.join(again)}")
 
 
 def diverged(results_path: Path) -> bool:
-    """Whether the results file says that the run diverged; False where there is none that can be read."""
+    """Whether the results file says that the run diverged; False if the file is missing or damaged."""
     try:
         return record.read_json(results_path).get("status") == "diverged"
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def push_model(hub: Hub, folder: Path, what: tuple[dict, dict | None], private: bool) -> None:
-    """`what` is what `read_model` returned."""
-    config, results = what
+def push_model(hub: Hub, folder: Path, content: tuple[dict, dict | None], private: bool) -> None:
+    """Push a model folder with its card. `content` is the result of `read_model`."""
+    config, results = content
     run = folder.absolute().name if results is None else results["run"]
     repo = f"{hub.namespace}/{run}"
     card = model_card(repo, config, results)
@@ -259,25 +260,27 @@ def push_model(hub: Hub, folder: Path, what: tuple[dict, dict | None], private: 
 
 
 def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
-    """config.json and the results file, checked against each other. Exits with one line when the model is not whole."""
+    """config.json and the results file, if any. Exits with one line if they are damaged or do not belong together."""
     try:
         config = record.read_json(folder / "config.json")
         weights = sorted(folder.glob("model*.safetensors"))
         for file in weights:
             safe_open(file, "pt").keys()
-        missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        files = ["tokenizer.json", "tokenizer_config.json"]
         if config["model_type"] not in ("roberta", "roberta-softmax-n"):
             raise ValueError(f"a {config['model_type']} is a control of the experiment, and not for the Hub")
         if config["model_type"] == "roberta-softmax-n":
-            missing += [] if (folder / "softmax1.py").is_file() else ["softmax1.py"]
-            missing += [] if "AutoModelForMaskedLM" in config.get("auto_map", {}) else ["auto_map in config.json"]
+            files.append("softmax1.py")
+            if "AutoModelForMaskedLM" not in config.get("auto_map", {}):
+                raise ValueError("no auto_map in config.json")
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing or not weights:
             raise ValueError(f"no {(missing or ['model.safetensors'])[0]}")
         model_card(f"user/{folder.name}", config, None)
     except (OSError, *WRONG, SafetensorError) as error:
         sys.exit(f"error: {folder} holds no whole model ({record.one_line(error)}): train it again")
     if not results_path.is_file():
-        print(f"note: there is no {results_path}, so the card of {folder} says little", file=sys.stderr)
+        print(f"note: there is no {results_path}, so the card of {folder} has no figures", file=sys.stderr)
         return config, None
     try:
         results = record.read_json(results_path)
@@ -291,7 +294,7 @@ def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
 
 
 def read_dataset(folder: Path) -> tuple[dict, dict[str, datasets.Dataset]]:
-    """manifest.json and the splits, checked against each other. Exits with one line when the dataset is not whole."""
+    """manifest.json and the splits. Exits with one line if they are damaged or do not belong together."""
     try:
         manifest = record.read_json(folder / "manifest.json")
         splits = {split: datasets.Dataset.load_from_disk(folder / split) for split in ("train", "validation")}
@@ -304,12 +307,12 @@ def read_dataset(folder: Path) -> tuple[dict, dict[str, datasets.Dataset]]:
     return manifest, splits
 
 
-def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Dataset]], private: bool) -> None:
-    """One commit of Parquet files and card; at most one batch of rows is in memory.
+def push_dataset(hub: Hub, folder: Path, content: tuple[dict, dict[str, datasets.Dataset]], private: bool) -> None:
+    """Push Parquet files and the card in one commit, with at most one batch of rows in memory.
 
-    `what` is what `read_dataset` returned.
+    `content` is the result of `read_dataset`.
     """
-    manifest, splits = what
+    manifest, splits = content
     repo = f"{hub.namespace}/{DATASET}"
     with scratch(folder.absolute()) as stage:
         (stage / "data").mkdir()
@@ -327,17 +330,17 @@ def push_dataset(hub: Hub, folder: Path, what: tuple[dict, dict[str, datasets.Da
 def upload(
     hub: Hub, repo: str, kind: str, folder: Path, files: list[str], stale: list[str], test: bool, private: bool
 ) -> None:
-    """Make the repository if there is none, and put `files` into it in one commit, which is whole or absent.
+    """Create the repository if it does not exist, and push `files` in one commit, which is complete or absent.
 
     Args:
-        hub: whose repository.
+        hub: the client.
         repo: "namespace/name".
         kind: "model" or "dataset".
-        folder: where the files are.
-        files: their names below it.
+        folder: the folder of the files.
+        files: their names relative to it.
         stale: patterns of files that are deleted from the repository if they are not among `files`.
-        test: a test run, which may only replace another one.
-        private: refuse a repository that is public.
+        test: whether this is a test run, which may replace only another test run.
+        private: refuse a public repository.
     """
     hub.call(hub.api.create_repo, repo, repo_type=kind, private=private or None, exist_ok=True)
     info = hub.call(hub.api.repo_info, repo, repo_type=kind)
@@ -349,7 +352,7 @@ def upload(
         raise HubError(f"{repo} on the Hub is not of this project (no tag {OUR_TAG}): rename it there")
     if filled and test and TEST_TAG not in tags:
         raise HubError(f"{repo} on the Hub is a real run, which a test run does not replace: use another user")
-    commit = hub.call(
+    hub.call(
         hub.api.upload_folder,
         repo_id=repo,
         repo_type=kind,
@@ -359,17 +362,22 @@ def upload(
         commit_message=f"Push {repo.split('/')[1]}",
     )
     print(f"{kind} {repo} is on the Hub: {hub.api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}")
-    return commit
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def check() -> str:
-    """The namespace that pushes go to. Exits with one line, before any work is done, if they could not."""
+def check(optional: bool = False) -> str:
+    """The namespace for pushes. Exits with one line if the token may not write there: call it before any work.
+
+    With `optional`, missing credentials mean that nothing will be pushed, and the exit status is UNSET.
+    """
     try:
         return Hub().namespace
     except HubError as error:
+        if optional and isinstance(error, NoCredentials):
+            print("Nothing will be pushed to the Hub: HUGGINGFACE_TOKEN and HUGGINGFACE_USER are not both set.")
+            sys.exit(UNSET)
         sys.exit(f"error: {error}")
 
 
@@ -380,7 +388,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     checking.add_argument(
         "--optional",
         action="store_true",
-        help=f"end with status {UNSET} where the two are not both set: no push is meant",
+        help=f"end with status {UNSET} if they are not both set, because nothing will be pushed",
     )
     pushing = commands.add_parser("push", help="push a model folder or a dataset")
     pushing.add_argument("path", help="models/<run> or data")
@@ -393,15 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     datasets.disable_progress_bars()
     if args.command == "check":
-        if args.optional:
-            try:
-                credentials()
-            except NoCredentials:
-                print("Nothing will be pushed to the Hub: HUGGINGFACE_TOKEN and HUGGINGFACE_USER are not both set.")
-                sys.exit(UNSET)
-            except HubError:
-                pass  # said by check
-        print(f"The token may write for {check()}.")
+        print(f"The token may write for {check(args.optional)}.")
     else:
         push(args.path, args.results, args.private)
 

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
+import scipy.special
 import scipy.stats
 
-from tables import figure, spread
+from tables import below_noise, spread
 
 CONFIDENCE = 0.95
 POWER = 0.8  # of the smallest effect that the pairs could have shown
@@ -91,11 +91,9 @@ def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tes
         pairs=len(seeds),
         seeds=seeds,
         confidence=1 - level,
-        **dict(zip(("baseline_mean", "baseline_std", "baseline_upper"), _own(before, level), strict=True)),
-        **dict(zip(("mean", "std", "upper"), _own(after, level), strict=True)),
+        **{f"baseline_{name}": value for name, value in _own(seeds, before, level).items()},
+        **_own(seeds, after, level),
         difference=float((after - before).mean()) if both.all() else None,
-        baseline_not_finite=[seed for seed, value in zip(seeds, before, strict=True) if not np.isfinite(value)],
-        not_finite=[seed for seed, value in zip(seeds, after, strict=True) if not np.isfinite(value)],
         lower=int((ranks < 0).sum()),
         higher=int((ranks > 0).sum()),
         ties=int((ranks == 0).sum()),
@@ -131,17 +129,18 @@ def compare_ratio(
     return compare(*logs, tests=tests)
 
 
-def _own(values: np.ndarray, level: float) -> tuple[float | None, float | None, float | None]:
-    """Mean, sample standard deviation, upper end of the two-sided interval of the mean; None where there is none."""
-    if not np.isfinite(values).all():
-        return None, None, None
-    if len(values) == 1:
-        return float(values[0]), None, None
-    mean, std = float(values.mean()), float(values.std(ddof=1))
-    if not _spread(values):
-        return mean, std, None
-    half = scipy.stats.t.ppf(1 - level / 2, len(values) - 1) * std / math.sqrt(len(values))
-    return mean, std, float(mean + half)
+def _own(seeds: list[int], values: np.ndarray, level: float) -> dict:
+    """The fields of a Comparison that describe one arm alone; None where there is no such number."""
+    own = {"mean": None, "std": None, "upper": None, "not_finite": np.array(seeds)[~np.isfinite(values)].tolist()}
+    if own["not_finite"]:
+        return own
+    own["mean"] = float(values.mean())
+    if len(values) > 1:
+        own["std"] = float(values.std(ddof=1))
+    if _spread(values):
+        half = scipy.stats.t.ppf(1 - level / 2, len(values) - 1) * own["std"] / math.sqrt(len(values))
+        own["upper"] = own["mean"] + float(half)
+    return own
 
 
 def _spread(values: np.ndarray, size: float = 0.0) -> bool:
@@ -163,25 +162,18 @@ def detectable_effect(pairs: int, std: float, level: float = 1 - CONFIDENCE) -> 
     """The smallest mean difference that a two-sided paired t-test shows with a probability of POWER.
 
     The power is that of the noncentral t distribution with noncentrality effect / (std / sqrt(pairs)) (Cohen 1988,
-    "Statistical Power Analysis for the Behavioral Sciences", chapter 2).
+    "Statistical Power Analysis for the Behavioral Sciences", chapter 2); a difference shown with the wrong sign, which
+    is rarer than one in 10^5, is left out.
 
     Args:
         pairs: their number, >= 2.
         std: sample standard deviation of the paired differences, in the metric's unit, as is the result.
         level: of the test.
     """
-    freedom = pairs - 1
-    critical = scipy.stats.t.ppf(1 - level / 2, freedom)
-    # A noncentral t is (Z + noncentrality) / s with s^2 chi-squared over its degrees of freedom. Integrated over the
-    # quantiles of s, because scipy's own distribution function gives NaN for few degrees of freedom.
-    quantiles = np.sqrt(scipy.stats.chi2.ppf((np.arange(4096) + 0.5) / 4096, freedom) / freedom)
-
-    def missing(noncentrality: float) -> float:
-        right = scipy.stats.norm.cdf(noncentrality - critical * quantiles)
-        wrong_sign = scipy.stats.norm.cdf(-noncentrality - critical * quantiles)
-        return float((right + wrong_sign).mean()) - POWER
-
-    return float(scipy.optimize.brentq(missing, 0, 10 * critical) * std / math.sqrt(pairs))
+    critical = scipy.stats.t.ppf(1 - level / 2, pairs - 1)
+    # The noncentrality at which a share of 1 - POWER lies below the critical value.
+    noncentrality = scipy.special.nctdtrinc(pairs - 1, 1 - POWER, critical)
+    return float(noncentrality * std / math.sqrt(pairs))
 
 
 def percent(confidence: float) -> str:
@@ -189,16 +181,16 @@ def percent(confidence: float) -> str:
     return f"{100 * confidence:.3g}%"
 
 
-def below_noise(mean: float | None, floor: float | None) -> str:
-    """The words for a mean gap that is below its noise; empty where it is not, or where one of the two is unknown."""
-    if mean is None or floor is None or abs(mean) >= floor:
-        return ""
-    return f"below its noise of {figure(floor)}"
-
-
-def own_mean(mean: float | None, std: float | None, floor: float | None) -> str:
-    """An arm's mean and deviation over its seeds, or that the mean is below its noise."""
-    return below_noise(mean, floor) or spread(mean, std)
+def own_means(comparison: Comparison) -> list[str]:
+    """Of the baseline, then of the arm: mean and deviation over seeds, or that it is not finite or below its noise."""
+    arms = (
+        (comparison.baseline_mean, comparison.baseline_std, comparison.baseline_floor, comparison.baseline_not_finite),
+        (comparison.mean, comparison.std, comparison.floor, comparison.not_finite),
+    )
+    return [
+        f"not finite in {len(lost)} of {comparison.pairs}" if lost else below_noise(mean, floor) or spread(mean, std)
+        for mean, std, floor, lost in arms
+    ]
 
 
 def no_interval(comparison: Comparison) -> str | None:

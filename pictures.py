@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import plots
-from answer import PRIMARY_ARM, mean_losses
+from answer import GAPS, PRIMARY_ARM, mean_losses
 from held_out import evenly_spread
 from measurement import HISTOGRAM_TEXTS
 from outliers import PLACES, SINK
@@ -129,11 +129,10 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
             differences.append((run.arm, [held_out[run][step] - partner[step] for step in common], common))
     curves = ([(run.arm, [*of[run].values()], [*of[run]]) for run in trained] for of in (training, held_out))
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
-    gone = [f" {run.name} diverged at step {run.results['diverged']['step']:,}." for run in trained if run.diverged]
+    gone = [f" {run.name} {run.ending}." for run in trained if run.diverged]
     caption = (
         "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats a masked "
-        f"token.{below}"
-        f"{drawn_said(trained, looks)}{''.join(gone)}"
+        f"token.{below}{drawn_said(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
 
@@ -151,16 +150,12 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     trained = [run for run in runs if not run.diverged]
     gaps: dict[str, dict[str, tuple]] = {}
     lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
-    for scheme, label in SCHEMES.items():
+    for scheme in GAPS.values():
+        label = SCHEMES[scheme]
         for arm, of_arm in arms([run for run in trained if scheme in run.damage["schemes"]]).items():
-            values = [run.damage["schemes"][scheme]["gap"] for run in of_arm]
-            if scheme != "float32":
-                gaps.setdefault(label, {})[arm] = values, over_texts(of_arm, scheme)
-                lost += [
-                    f"{run.name}, {label} (not finite)"
-                    for run, value in zip(of_arm, values, strict=True)
-                    if not np.isfinite(value)
-                ]
+            values = {run: run.damage["schemes"][scheme]["gap"] for run in of_arm}
+            gaps.setdefault(label, {})[arm] = [*values.values()], over_texts(of_arm, scheme)
+            lost += [f"{run.name}, {label} (not finite)" for run, gap in values.items() if not np.isfinite(gap)]
     if not gaps:
         return None
     several = len(trained) > len(arms(trained))

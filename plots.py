@@ -31,6 +31,8 @@ COLOURS = [
     ("#C06FA5", "D", ":"),
     ("#56B4E9", "v", "-"),
     ("#8C2D04", "P", "--"),
+    ("#A6A000", "X", "-."),
+    ("#7B3FBF", "<", ":"),
 ]
 WIDTH = 6.4  # inches; with this font a phone shows letters of some 10 pixels
 STYLE = {
@@ -40,6 +42,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a token or the name of a model may hold dollar signs
 }
 KURTOSIS = "excess kurtosis"  # the label of an axis on which a Gaussian is 0
@@ -90,12 +93,22 @@ def _png(figure) -> bytes:
 def _grid(count: int, height: float):
     """Axes of `count` panels, two in a row, each `height` inches high; a spare panel is hidden."""
     rows = (count + 1) // 2
-    figure, axes = plt.subplots(
-        rows, min(count, 2), figsize=(WIDTH, height * rows + 1.3), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(rows, min(count, 2), figsize=(WIDTH, height * rows + 1.3), squeeze=False)
     for spare in axes.flat[count:]:
         spare.set_visible(False)
     return figure, list(axes.flat[:count])
+
+
+def _label_outside(axes, i: int, count: int, xlabel: str, ylabel: str | None) -> None:
+    """Label panel `i` of a grid at its bottom and its left, or not at the left where `ylabel` is None."""
+    if ylabel is None:
+        axes.tick_params(labelleft=False)
+    else:
+        axes.set_ylabel(ylabel)
+    if i + 2 < count:
+        axes.tick_params(labelbottom=False)
+    else:
+        axes.set_xlabel(xlabel)
 
 
 def _of_arm(curves: list[tuple], arm: str) -> list[tuple]:
@@ -168,16 +181,9 @@ def loss(
         training, held_out: curves, in nats a token.
         differences: curves of the loss minus that of the baseline with the same seed; without any, no second panel.
     """
-    count = 2 if differences else 1
-    figure, axes = plt.subplots(
-        count,
-        1,
-        figsize=(WIDTH, 4.4 + 2.6 * (count - 1)),
-        height_ratios=(1.5, 1)[:count],
-        sharex=True,
-        layout="constrained",
-        squeeze=False,
-    )
+    heights = (1.5, 1) if differences else (1.5,)
+    size = WIDTH, 7.0 if differences else 4.4
+    figure, axes = plt.subplots(len(heights), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
     upper, lower = axes[0, 0], axes[-1, 0]
     for arm, look in looks.items():
         if runs := _of_arm(training, arm):
@@ -216,14 +222,8 @@ def panels(
             place.axhline(0, color="0.3", linewidth=1, label="Gaussian", zorder=1)
         place.set_title(name)
         place.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=(1, 2, 5, 10)))
-        if i % 2 and axes_of[list(curves)[i - 1]][0] == label:
-            place.tick_params(labelleft=False)
-        else:
-            place.set_ylabel(label)
-        if i + 2 < len(curves):
-            place.tick_params(labelbottom=False)
-        else:
-            place.set_xlabel(xlabel)
+        same_as_left = i % 2 and axes_of[list(curves)[i - 1]][0] == label
+        _label_outside(place, i, len(curves), xlabel, None if same_as_left else label)
     for label, place in first.items():
         same = [name for name in curves if axes_of[name][0] == label]
         values = [values for name in same for _, values, _ in curves[name]]
@@ -245,7 +245,7 @@ def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dic
     def counted(arm: str, runs: int) -> str:
         return f"{arm}: median of {runs} runs" if runs > 1 else f"{arm}: one run"
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.7 * len(curves), 4.0), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.7 * len(curves), 4.0), squeeze=False)
     for place, (name, lines) in zip(axes.flat, curves.items(), strict=True):
         label, scale = axes_of[name]
         _draw(place, lines, looks, label=counted, marker="")
@@ -272,7 +272,7 @@ def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
     looks = {arm: look for arm, look in looks.items() if any(arm in of_arms for of_arms in gaps.values())}
     pitch = len(looks) + 1  # rows of a scheme, one of them empty
     height = (0.24 if len(looks) <= 3 else 0.17) * pitch * len(gaps) + 1.7
-    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, height))
     every = []
     for i, of_arms in enumerate(gaps.values()):
         if i % 2:
@@ -293,9 +293,8 @@ def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
         axes.plot([], [], color=look.colour, marker=look.marker, linestyle="", markersize=7, label=arm)
     axes.axvline(0, color="0.3", linewidth=1)
     _scale(axes.xaxis, "symlog", np.array(every), linear_to=10)
-    axes.set_yticks(
-        [pitch * i + (len(looks) - 1) / 2 for i in range(len(gaps))], [textwrap.fill(kind, 16) for kind in gaps]
-    )
+    middles = [pitch * i + (len(looks) - 1) / 2 for i in range(len(gaps))]
+    axes.set_yticks(middles, [textwrap.fill(kind, 16) for kind in gaps])
     axes.set_ylim(pitch * len(gaps) - 1, -1)  # the first scheme on top
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -316,9 +315,7 @@ def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -
     """
     largest = max(max(weights.max(), null.max()) for row in rows for _, _, weights, null in row)
     norm = PowerNorm(0.5, vmin=0, vmax=largest)
-    figure, axes = plt.subplots(
-        len(rows), 2, figsize=(WIDTH, 3.4 * len(rows) + 1.3), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(len(rows), 2, figsize=(WIDTH, 3.4 * len(rows) + 1.3), squeeze=False)
     for places, row in zip(axes, rows, strict=True):
         for place in places[len(row) :]:
             place.set_visible(False)
@@ -356,14 +353,7 @@ def histograms(of_layers: dict[str, list[tuple[str, np.ndarray]]], looks: dict[s
         place.plot(middles, gaussian, color="0.75", linewidth=5, zorder=1, label="Gaussian")
         place.set_title(name)
         place.set_xlim(BINS[0], BINS[-1])
-        if i % 2:
-            place.tick_params(labelleft=False)
-        else:
-            place.set_ylabel("density")
-        if i + 2 < len(of_layers):
-            place.tick_params(labelbottom=False)
-        else:
-            place.set_xlabel("standard deviations")
+        _label_outside(place, i, len(of_layers), "standard deviations", None if i % 2 else "density")
         place.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=(1, 2, 5, 10), prune="both"))  # -20 and 20 would meet
     for place in axes:
         place.set_yscale("log")

@@ -416,7 +416,10 @@ class StaticW8A8:
         self._activate(self.parts)
 
     def choose(self, estimator: str) -> None:
-        """Use the "minmax", "percentile" or "mse" ranges; the last two need histograms, and "mse" changes the weights."""
+        """Use the "minmax", "percentile" or "mse" ranges, of which the last two need histograms.
+
+        "mse" rounds the weights by least squares too.
+        """
         for activation in self.ranges.values():
             activation.choose(estimator)
         self._round_weights(mse_weight if estimator == "mse" else int8_weight)

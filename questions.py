@@ -14,21 +14,22 @@ import numpy as np
 from answer import (
     FLOAT32,
     MARGIN,
+    PERHAPS,
     PRIMARY,
     PRIMARY_ARM,
     QUANTIZED,
     RATIOS,
     Finding,
     at_step_0,
-    beyond_margin,
+    brackets,
     capital,
+    conclusion,
     costs,
     direction,
     divergences,
     failed_check,
     failures,
     few_pairs,
-    interval,
     less,
     metrics,
     rescue,
@@ -41,11 +42,10 @@ from answer import (
     within_margin,
 )
 from outliers import NEAR_ZERO, OUTLIER, SHORT, SINK
-from pairs import SIGN_TEST, Comparison, compare, compare_ratio, no_interval, percent
+from pairs import Comparison, compare, compare_ratio, no_interval, percent
 from record import look_up
-from runs import Run
 from sets import BASELINE
-from tables import figure, number, spread
+from tables import ends, figure, number, spread
 
 SECONDARY = 4  # intervals: sinks, infinity norm, kurtosis, held-out loss
 EXPLAINING = 3  # intervals of the explanation of the context's kurtosis: exploratory, an error of 5 % by themselves
@@ -74,6 +74,15 @@ REMOVAL = {  # kind of conclusion: sentence about what softmax1 is to remove
     "nothing to remove": "{baseline} has no {what} that could be removed",
     "nothing in either arm": "neither {baseline} nor {arm} has {what}, so there is nothing to remove",
     "undecided": "whether {arm} removes {what} cannot be said",
+}
+LOSS_KINDS = {  # conclusion about a difference of losses: kind of conclusion about held-out loss
+    "equivalent": "kept",
+    "differs within the margin": "kept",
+    "less": "better",
+    "more": "worse",
+    "less, perhaps within the margin": "better, perhaps within the margin",
+    "more, perhaps within the margin": "worse, perhaps within the margin",
+    "undecided": "undecided",
 }
 ONE_PAIR = "one pair"
 NOT_MEASURED = "not measured"
@@ -127,14 +136,8 @@ def questions(all_findings: list[Finding]) -> dict[str, Answered]:
         *({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1)),
         [at_step_0(run) for run in runs],
     )
-    asked = {
-        "sinks": sinks,
-        "outliers": outliers,
-        "held_out_loss": held_out_loss,
-        "int8": int8,
-        "explanation": explanation,
-    }
-    return {key: ask(both) for key, ask in asked.items()}
+    asked = (sinks, outliers, held_out_loss, int8, explanation)
+    return {key: ask(both) for key, ask in zip(LABELS, asked, strict=True)}
 
 
 # --------------------------------------------------------------------------------------------- decisions, one each
@@ -183,14 +186,7 @@ def keeping(comparison: Comparison | None, diverged: bool) -> str:
         return NOT_MEASURED
     if comparison.pairs == 1:
         return ONE_PAIR
-    if diverged:
-        return "undecided"
-    if comparison.test != SIGN_TEST and within_margin(comparison):
-        return "kept"
-    if not shown(comparison):
-        return "undecided"
-    kind = "better" if less(comparison) else "worse"
-    return kind if comparison.test == SIGN_TEST or beyond_margin(comparison) else f"{kind}, perhaps within the margin"
+    return "undecided" if diverged else LOSS_KINDS[conclusion(comparison)]
 
 
 def rescued(comparison: Comparison, rescues: str) -> str:
@@ -199,11 +195,7 @@ def rescued(comparison: Comparison, rescues: str) -> str:
         return ONE_PAIR
     if claimed := direction(comparison):
         return "less harmful" if claimed < 0 else "more harmful"
-    if rescues:
-        return "nothing to rescue"
-    if comparison.test != SIGN_TEST and within_margin(comparison):
-        return "differs within the margin" if shown(comparison) else "equivalent"
-    return "undecided"
+    return "nothing to rescue" if rescues else conclusion(comparison)
 
 
 def explained(whole: Comparison | None, attending: Comparison | None, rest: Comparison | None) -> str:
@@ -238,7 +230,8 @@ def sinks(pairs: Pairs) -> Answered:
     the share of every token, so only this second rate compares tokens with each other. It is tested only where the
     first one is shown (a fixed sequence of tests, which needs no further correction).
     """
-    known = None not in [values[f"{key}_above_start"] for key in SINKS for values in _all(pairs)]
+    metrics_of_runs = [*pairs.before.values(), *pairs.after.values()]
+    known = None not in [of_run[f"{key}_above_start"] for key in SINKS for of_run in metrics_of_runs]
     first, second = ((f"{key}_above_start" if known else key) for key in SINKS)
     raw, shares = pairs.compare(first), pairs.compare(second)
     if raw is None or shares is None:
@@ -289,7 +282,7 @@ def held_out_loss(pairs: Pairs) -> Answered:
     )
     if comparison is None:
         return Answered("The held-out loss was not measured.", {FLOAT32: kind})
-    perhaps = f", though perhaps by less than the margin of {MARGIN:g} nats" if kind.endswith("margin") else ""
+    perhaps = PERHAPS if kind.endswith("margin") else ""
     phrase = {
         "kept": f"{PRIMARY_ARM} keeps held-out loss",
         "worse": f"{PRIMARY_ARM} makes held-out loss worse{perhaps}",
@@ -301,8 +294,8 @@ def held_out_loss(pairs: Pairs) -> Answered:
     if comparison.low90 is not None:
         inside = "inside" if within_margin(comparison) else "not inside"
         level = percent(1 - 2 * (1 - comparison.confidence))
-        ends = f"{figure(comparison.low90)} to {figure(comparison.high90)}"
-        tost = f"; for equivalence: {level} interval from {ends}, {inside} the margin of ±{MARGIN:g}"
+        sure = ends(comparison.low90, comparison.high90)
+        tost = f"; for equivalence: {level} interval from {sure}, {inside} the margin of ±{MARGIN:g}"
     before, after = losses(comparison.baseline_mean, comparison.baseline_std), losses(comparison.mean, comparison.std)
     said = (
         f"{capital(phrase)}{few_pairs(comparison)}: {PRIMARY_ARM} {after} nats in float32, {BASELINE} {before}, "
@@ -333,7 +326,7 @@ def int8(pairs: Pairs) -> Answered:
         f"{costs(comparison, PRIMARY_ARM)}, a difference of {figure(comparison.difference)} nats"
     )
     said = f"{capital(phrase)}{few_pairs(comparison)}: {figures}{brackets(comparison)}; {seen(comparison, pairs)}."
-    return Answered(said + undecided_check(group), {PRIMARY: kind}, {PRIMARY: comparison})
+    return Answered(" ".join([said, *undecided_check(group)]), {PRIMARY: kind}, {PRIMARY: comparison})
 
 
 def explanation(pairs: Pairs) -> Answered:
@@ -405,11 +398,6 @@ def only(comparison: Comparison) -> str:
     return f"open, from one pair (seed {comparison.seeds[0]}) nothing is concluded"
 
 
-def brackets(comparison: Comparison, more: str = "") -> str:
-    """The interval of a difference, in brackets; none of one pair."""
-    return "" if comparison.pairs == 1 else f" ({interval(comparison)}{more})"
-
-
 def points(comparison: Comparison) -> str:
     """A rate in both arms, in percent, and the difference in percentage points."""
     return (
@@ -437,8 +425,8 @@ def times(comparison: Comparison) -> str:
         return ratio
     if comparison.low is None:
         return f"{ratio} ({no_interval(comparison)})"
-    ends = " to ".join(figure(math.exp(end)) for end in (comparison.low, comparison.high))
-    return f"{ratio} ({percent(comparison.confidence)} interval from {ends})"
+    sure = ends(math.exp(comparison.low), math.exp(comparison.high))
+    return f"{ratio} ({percent(comparison.confidence)} interval from {sure})"
 
 
 def losses(mean: float | None, std: float | None) -> str:
@@ -450,14 +438,10 @@ def seen(comparison: Comparison | None, pairs: Pairs) -> str:
     """The scale for which a sentence holds: pairs, steps, parameters, tokens."""
     over = size(comparison.pairs if comparison else len(pairs.before), PRIMARY_ARM, pairs.finding.group)
     run = next(iter(trained_pairs(pairs.finding.group, PRIMARY_ARM).values()))[0]
-    scale = [f"{shorter(value)} {what}" for what, value in scales(run).items() if value]
+    counts = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
+    known = {what: look_up(run.results, key, None) for what, key in counts.items()}
+    scale = [f"{shorter(count)} {what}" for what, count in known.items() if count]
     return f"over {over}" + (f" ({', '.join(scale)})" if scale else "")
-
-
-def scales(run: Run) -> dict[str, int | None]:
-    """Parameters and real tokens seen, as training wrote them down; None where it did not."""
-    keys = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
-    return {what: look_up(run.results, key, None) for what, key in keys.items()}
 
 
 def shorter(count: int) -> str:
@@ -466,7 +450,3 @@ def shorter(count: int) -> str:
         if count >= size_of:
             return f"{count / size_of:.{1 if count < 10 * size_of else 0}f}{letter}"
     return str(count)
-
-
-def _all(pairs: Pairs) -> list[dict[str, float | None]]:
-    return [*pairs.before.values(), *pairs.after.values()]

@@ -1,4 +1,4 @@
-"""What a run writes down about itself, and how it is read: environment, versions, hashes, strict JSON."""
+"""What every result records about its origin: commit, versions, hardware, hashes; and strict JSON files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# Of x86 processors; a matrix product in bfloat16 is several times as fast as in float32 with amx_bf16.
+# Instruction sets of x86 processors. With amx_bf16 a matrix product is several times as fast in bfloat16 as in float32.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface_hub", "numpy", "scipy")
 
 
 def git_state() -> dict:
-    """{"commit", "dirty"} of the checkout that holds this file; both None outside a git checkout."""
+    """{"commit", "dirty"} of the git checkout that contains this file; both None outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -38,39 +38,35 @@ def git_state() -> dict:
 
 
 def versions() -> dict:
-    """Version of Python and of the packages that shape a result; None for one that is not installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that influence a result; None for a package that is not installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def hardware(device: torch.device) -> dict:
-    """{"device", "name", "count", "memory_gib"} of a CUDA device or this CPU, whose count is the threads used.
+    """{"device", "name", "count", "memory_gib"} of a CUDA device or of this CPU, whose count is the threads in use.
 
-    A CPU has "instructions" too: which of INSTRUCTIONS it has, because they say how fast its bfloat16 is.
+    A CPU also has "instructions": those of INSTRUCTIONS that it supports, on which its speed in bfloat16 depends.
     """
-    instructions = {}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory
-        count = torch.cuda.device_count()
-        name = properties.name
+        name, count, memory, more = properties.name, torch.cuda.device_count(), properties.total_memory, {}
     else:
-        memory = _memory()
-        count = torch.get_num_threads()
-        name = _processor_name()
-        instructions = {"instructions": _instructions()}
-    found = {"device": device.type, "name": name, "count": count}
-    found["memory_gib"] = None if memory is None else round(memory / 2**30, 1)
-    return found | instructions
+        name = _processor("model name") or platform.processor() or platform.machine()
+        flags = (_processor("flags") or "").split()
+        count, memory = torch.get_num_threads(), _memory()
+        more = {"instructions": [instruction for instruction in INSTRUCTIONS if instruction in flags]}
+    memory_gib = None if memory is None else round(memory / 2**30, 1)
+    return {"device": device.type, "name": name, "count": count, "memory_gib": memory_gib, **more}
 
 
 def _memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Bytes of this machine's memory; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -78,35 +74,21 @@ def _memory() -> int | None:
 
 
 def _processor(field: str) -> str | None:
-    """What Linux says of the first processor; None elsewhere."""
+    """A field of the first processor in Linux's /proc/cpuinfo; None on other systems."""
     try:
-        found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return found and found[1]
-
-
-def _processor_name() -> str:
-    return _processor("model name") or platform.processor() or platform.machine()
-
-
-def _instructions() -> list[str]:
-    flags = (_processor("flags") or "").split()
-    return [name for name in INSTRUCTIONS if name in flags]
+    return match and match[1]
 
 
 def command_line() -> list[str]:
-    """sys.argv with the value of every flag that ends in `token` blanked, so that no secret is ever written down."""
-    argv = [re.sub(r"^(--\w*token)=.*", r"\1=<secret>", argument) for argument in sys.argv]
-    argv[0] = Path(argv[0]).name  # no path of this machine
-    for i, argument in enumerate(argv[:-1]):
-        if re.fullmatch(r"--\w*token", argument):
-            argv[i + 1] = "<secret>"
-    return argv
+    """sys.argv, the script without its folder. It contains no secret: every script refuses a token as a flag."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error as one line, for the line that a script ends with."""
+    """The message of an error in one line of at most 200 characters; its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -124,7 +106,7 @@ def weights_sha256(model: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> s
 
     Args:
         model: on any device.
-        leave_out: tensors with one of these in their name do not count, nor do empty ones.
+        leave_out: tensors whose name contains one of these are left out, and so are empty tensors.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -135,11 +117,11 @@ def weights_sha256(model: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> s
 
 
 def read_json(path: str | Path):
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or nested deeper than Python reads it.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or nested more deeply than Python can read.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -148,7 +130,7 @@ def read_json(path: str | Path):
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write strict JSON, NaN and infinities as null, beside `path` first, so that `path` is always whole."""
+    """Write strict JSON, with NaN and infinities as null. `path` is replaced in one step, so it is always complete."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(Path(path), (text + "\n").encode())
 
@@ -172,7 +154,7 @@ def _finite(value):
 
 
 def look_up(results: dict | None, key: str, *default):
-    """The value at a dotted key of a results file, or the default where it is missing (KeyError without a default)."""
+    """The value at a dotted key of a results file; if it is missing, the default, or a KeyError without a default."""
     value = results
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -184,7 +166,7 @@ def look_up(results: dict | None, key: str, *default):
 
 
 def by_layer(values: dict[str, float | None], suffix: str) -> np.ndarray:
-    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN where a layer holds None."""
+    """The values named `...layer.<i>.<suffix>`, in the order of the layers; NaN in place of None."""
     pattern = re.compile(rf"\blayer\.(\d+)\.{re.escape(suffix)}$")
     layers = {int(match[1]): value for name, value in values.items() if (match := pattern.search(name))}
-    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # turns None into NaN
+    return np.array([layers[layer] for layer in sorted(layers)], dtype=float)  # None becomes NaN

@@ -6,14 +6,12 @@ with a column for each run are in run_tables.py, those with a row for each arm i
 
 from __future__ import annotations
 
-import numpy as np
-
-from answer import GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
+from answer import FLOAT32, GAPS, GLANCE, METRICS, PRIMARY, Finding, answer, metrics, noise
 from arm_tables import arm_sections
 from controls import CHECKS
 from experiment import BASELINE, PRIMARY_ARM
 from outliers import SHORT, SINK
-from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_mean, percent
+from pairs import CONFIDENCE, TEST, Comparison, no_interval, own_means, percent
 from quantization import SCHEMES
 from questions import EXPLAINING, LABELS, SECONDARY, Answered, questions
 from run_tables import (
@@ -25,9 +23,9 @@ from run_tables import (
     scored_said,
     summary_section,
 )
-from runs import Run, arms
-from sets import NOT_RECORDED, headline, in_a_pair, recorded
-from tables import figure, gap_cell, table
+from runs import Run, arms, ranges
+from sets import headline, in_a_pair, recorded
+from tables import ends, figure, gap_cell, over_runs, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
 
@@ -35,55 +33,37 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
     """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
 
-    def own(mean: float | None, std: float | None, floor: float | None, lost: list[int], pairs: int) -> str:
-        return f"not finite in {len(lost)} of {pairs}" if lost else own_mean(mean, std, floor)
+    def ratio(text: str) -> str:
+        """A ratio of geometric means, or its ends, behind a difference; empty where there is none."""
+        return "" if text == "–" else f" (× {text})"
 
     rows = []
-    for comparison, key in ((compared[key], key) for key in keys if key in compared):
+    for key in (key for key in keys if key in compared):
+        label, one = METRICS[key], compared[key]
         rows.append(
             [
-                f"**{METRICS[key][0]}**" if key == PRIMARY and arm == PRIMARY_ARM else METRICS[key][0],
-                own(
-                    comparison.baseline_mean,
-                    comparison.baseline_std,
-                    comparison.baseline_floor,
-                    comparison.baseline_not_finite,
-                    comparison.pairs,
-                ),
-                own(comparison.mean, comparison.std, comparison.floor, comparison.not_finite, comparison.pairs),
-                figure(comparison.difference)
-                + ("" if comparison.ratio is None else f" (× {figure(comparison.ratio)})"),
-                no_interval(comparison)
-                or f"{figure(comparison.low)} to {figure(comparison.high)}" + ratio_cell(comparison),
-                "–"
-                if comparison.texts_low is None
-                else f"{figure(comparison.texts_low)} to {figure(comparison.texts_high)}",
+                f"**{label}**" if key == PRIMARY and arm == PRIMARY_ARM else label,
+                *own_means(one),
+                figure(one.difference) + ratio(figure(one.ratio)),
+                no_interval(one) or ends(one.low, one.high) + ratio(ends(one.ratio_low, one.ratio_high)),
+                ends(one.texts_low, one.texts_high),
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
     return table(["", BASELINE, arm, "difference", f"{level} interval over seeds", "95% interval over texts"], rows)
 
 
-def ratio_cell(comparison: Comparison) -> str:
-    """The interval of the ratio of geometric means, behind that of the difference; empty where there is none."""
-    return (
-        ""
-        if comparison.ratio_low is None
-        else f" (× {figure(comparison.ratio_low)} to {figure(comparison.ratio_high)})"
-    )
-
-
 VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 
 
 def self_check_table(runs: list[Run]) -> str:
-    """What every part of the instrument's self-check found, on the first run of every arm."""
+    """What every part of the instrument's self-check found, on the first run of every arm: a row for each run."""
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
-    rows = []
-    for key, label in CHECKS.items():
-        cells = [f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for check in checked.values()]
-        rows.append([label, *cells])
-    return table(["", *checked], rows)
+    rows = [
+        [name, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for key in CHECKS)]
+        for name, check in checked.items()
+    ]
+    return table(["", *CHECKS.values()], rows)
 
 
 def self_check_notes(runs: list[Run]) -> list[str]:
@@ -102,9 +82,10 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
     """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
+    shown = {only} if only in finding.compared else finding.compared.keys()
     parts = []
     for arm, comparisons in finding.compared.items():
-        if only in finding.compared and arm != only:
+        if arm not in shown:
             continue
         first = next(iter(comparisons.values()))
         over = (
@@ -114,16 +95,17 @@ def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
         )
         if arm != PRIMARY_ARM:
             over = f"Exploratory. {over}"
-            if (others := sum(name != PRIMARY_ARM for name in finding.compared)) > 1:
-                over += f" Corrected for {others} exploratory arms (Bonferroni)."
-        parts += [comparison_table(comparisons, arm, keys), f"*{over}*"]
+            if finding.exploratory > 1:
+                over += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
+        heading = [f"### {arm} and {BASELINE}"] if len(shown) > 1 else []
+        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{over}*"]
     return parts
 
 
 def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """A sentence for each question, or the reason why there is none."""
     if not asked:
-        return [f"**Answer.** {answer(runs, findings)}"]
+        return [f"**Answer.** {' '.join(answer(runs, findings))}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
     return [
         f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
@@ -138,7 +120,7 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
 def trained_with(finding: Finding) -> str:
     """The conditions of the runs besides their scale, in one sentence: length, batch, optimizer, number format."""
     run = finding.group.runs[0]
-    named = {
+    conditions = {
         "effective_batch_size": "batches of {}",
         "settings.max_length": "at most {} tokens a text",
         "settings.learning_rate": "learning rate {}",
@@ -146,9 +128,7 @@ def trained_with(finding: Finding) -> str:
         "settings.optim": "{}",
         "dtype": "{}",
     }
-    values = {key: recorded(run, key) for key in named}
-    told = [named[key].format(value) for key, value in values.items() if value != NOT_RECORDED]
-    return f"All these runs: {', '.join(told)}."
+    return f"All these runs: {', '.join(text.format(recorded(run, key)) for key, text in conditions.items())}."
 
 
 def opening(
@@ -178,7 +158,7 @@ def opening(
 
 def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
     """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
-    return ["## INT8, the primary question: all that is concluded", answer(runs, findings)] if asked else []
+    return ["## INT8, the primary question: all that is concluded", *answer(runs, findings)] if asked else []
 
 
 def dose_section(findings: list[Finding]) -> list[str]:
@@ -186,32 +166,28 @@ def dose_section(findings: list[Finding]) -> list[str]:
     by_arm = arms(in_a_pair(findings[0].group)) if findings else {}
     if len(by_arm) < 3:
         return []
-    order = sorted(by_arm, key=lambda arm: by_arm[arm][0].arm_order)
-    measured = {arm: [run for run in by_arm[arm] if not run.diverged] for arm in order}
-    values = {arm: [metrics(run) for run in of_arm] for arm, of_arm in measured.items()}
-    lost = {arm: len(by_arm[arm]) - len(measured[arm]) for arm in order}
-    rows = [["seeds", *(str(len(by_arm[arm])) + f" ({lost[arm]} diverged)" * bool(lost[arm]) for arm in order)]]
-    for key in GLANCE:
-        cells = []
-        for arm in order:
-            floor = noise(measured[arm], GAPS[key]) if key in GAPS and measured[arm] else None
-            cells.append(over_seeds([of_run[key] for of_run in values[arm]], floor))
-        rows.append([METRICS[key][0], *cells])
+    shown = {BASELINE: by_arm.pop(BASELINE)}
+    for pairs in findings[0].group.pairs.values():  # an arm that lacks some seeds: softmax0 of those that it has
+        if len(pairs) < len(shown[BASELINE]):
+            shown[f"{BASELINE}, seeds {ranges(pairs)}"] = [pair[0] for pair in pairs.values()]
+    shown |= dict(sorted(by_arm.items(), key=lambda item: item[1][0].arm_order))
+    columns = {"": ["seeds", *(METRICS[key] for key in GLANCE)]}
+    for heading, of_column in shown.items():
+        measured = [run for run in of_column if not run.diverged]
+        values = [metrics(run) for run in measured]
+        lost = len(of_column) - len(measured)
+        seeds = ranges(run.results["seed"] for run in of_column)
+        columns[heading] = [f"{seeds} ({lost} diverged)" if lost else seeds]
+        for key in GLANCE:
+            floor = noise(measured, GAPS[key]) if key in GAPS and measured else None
+            columns[heading].append(over_runs([of_run[key] for of_run in values], floor=floor))
     return [
         "## Dose response: all arms",
-        table(["", *order], rows),
-        "*Mean ± sample standard deviation over the seeds of an arm that are in a pair. No test: comparisons with "
-        f'{BASELINE} by pairs, corrected for the number of arms, follow under "All comparisons".*',
+        table([*columns], [list(row) for row in zip(*columns.values(), strict=True)]),
+        "*Mean ± sample standard deviation over the seeds of an arm that are in a pair; an arm that lacks some seeds "
+        f"is to be read beside {BASELINE} of the seeds that it has. No test: comparisons with {BASELINE} by pairs, "
+        'corrected for the number of arms, follow under "All comparisons".*',
     ]
-
-
-def over_seeds(values: list[float | None], floor: float | None) -> str:
-    known = np.array([value for value in values if value is not None], dtype=float)
-    if not len(known):
-        return "–"
-    if lost := int((~np.isfinite(known)).sum()):
-        return f"not finite in {lost} of {len(known)}"
-    return own_mean(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None, floor)
 
 
 def comparisons_section(findings: list[Finding]) -> list[str]:
@@ -231,13 +207,15 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
 
 
 def self_check_section(runs: list[Run]) -> list[str]:
+    unchecked = [arm for arm, of_arm in arms(runs).items() if not any("self_check" in run.damage for run in of_arm)]
     return [
         "## Self-check of the instrument",
         self_check_table(runs),
-        "*On a few of the texts and the first run of every arm. The first two checks put a compensated outlier into a "
-        "layer: the model's function stays the same, and static quantization has to break in that layer. The third "
-        "computes the same function in another class. DEFINITIONS.md says when a check passes; it is undecided where a "
-        "model has learnt too little that quantization could destroy.*",
+        "*On a few of the texts and the first run of every arm that an analysis measured. The first two checks put a "
+        "compensated outlier into a layer: the model's function stays the same, and static quantization has to break "
+        "in that layer. The third computes the same function in another class. DEFINITIONS.md says when a check "
+        "passes; it is undecided where a model has learnt too little that quantization could destroy."
+        + (f" Of {', '.join(unchecked)} no run was checked.*" if unchecked else "*"),
     ]
 
 
@@ -335,18 +313,14 @@ def absent_notes(runs: list[Run]) -> list[str]:
 def headline_of_models(runs: list[Run]) -> str:
     """The first table, with a column for each model: outliers, sinks, quantization damage."""
     values = [metrics(run) for run in runs]
-    shown = [
-        key for key in OF_A_MODEL if key != "null_mass" or any((of_model[key] or 0) > 0.01 for of_model in values)
-    ]  # %
-    rows = [[METRICS[key][0], *(figure(of_model[key]) for of_model in values)] for key in shown]
-    rows.append([METRICS["held_out_loss"][0], *(f"{of_model['held_out_loss']:.4f}" for of_model in values)])
+    some_null = any((of_model["null_mass"] or 0) > 0.01 for of_model in values)  # %
+    shown = [key for key in OF_A_MODEL if key != "null_mass" or some_null]
+    rows = [[METRICS[key], *(figure(of_model[key]) for of_model in values)] for key in shown]
+    rows.append([METRICS[FLOAT32], *(f"{of_model[FLOAT32]:.4f}" for of_model in values)])
     for scheme in DAMAGE_OF_A_MODEL:
-        cells = [run.damage["schemes"].get(scheme) for run in runs]
+        damages = [run.damage["schemes"].get(scheme) for run in runs]
         rows.append(
-            [
-                f"{SCHEMES[scheme]}: loss over that",
-                *("–" if of_model is None else gap_cell(of_model) for of_model in cells),
-            ]
+            [f"{SCHEMES[scheme]}: loss over that", *(gap_cell(damage) if damage else "–" for damage in damages)]
         )
     return table(["", *(run.name for run in runs)], rows)
 

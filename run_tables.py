@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from answer import noise_of_mean
 from experiment import STEPS
 from outliers import FFN
-from pairs import below_noise
 from published import ACTIVATIONS, PUBLISHED, PUBLISHED_FFN, WEIGHTS
 from quantization import EXECUTED, GROUP_SIZE, MOMENTUM, SCHEMES
 from record import by_layer, look_up
-from runs import Run, arms
+from runs import FEW_RUNS, Run, arms, ranges
 from sets import comparison_sets, headline
 from tables import (
     duration,
+    each_once,
+    ends,
     figure,
     gap_cell,
     machine,
@@ -32,7 +31,6 @@ from tables import (
     transposed,
 )
 
-FEW_RUNS = 6  # so many columns can be read side by side
 OF_ARMS = "Mean ± sample standard deviation over the runs of an arm that did not diverge."
 
 
@@ -79,7 +77,7 @@ def trained_on(runs: list[Run]) -> str:
             + ", --test_pipeline"
             * results["test_pipeline"]
         )
-    return " / ".join(dict.fromkeys(said)) or "no results file"
+    return each_once(said) or "no results file"
 
 
 def last_logged(history: list[list]) -> float | None:
@@ -94,16 +92,16 @@ def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
 
     def cell(values: list, show: Callable) -> str:
         known = [value for value in values if value is not None]
-        shown = list(dict.fromkeys(map(show, known)))
-        if len(shown) < 2 or isinstance(known[0], (str, dict)):
-            return " / ".join(shown) or "–"
+        shown = [show(value) for value in known]
+        if len(set(shown)) < 2 or isinstance(known[0], (str, dict)):
+            return each_once(shown) or "–"
         return over_runs(known, show)
 
     each = list(columns.values())
     return [
         *states(columns),
         ["softmax_n", "0", "1", *ours("softmax_n", shortest)],
-        ["seed", "42", "42", *map(seeds_of, each)],
+        ["seed", "42", "42", *(ranges(run.results["seed"] for run in of if run.results) or "–" for of in each)],
         ["steps", f"{STEPS:,}", f"{STEPS:,}", *ours("training.steps", "{:,.0f}".format)],
         ["sequences seen", "4.57 M", "4.57 M", *ours("training.samples", "{:,.0f}".format)],
         ["training loss, mean of the whole run", "4.46", "4.44", *ours("training.loss_mean")],
@@ -120,14 +118,6 @@ def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
     ]
 
 
-def seeds_of(runs: list[Run]) -> str:
-    """43 to 47, or 43, 45 where seeds between them are missing."""
-    seeds = sorted({run.results["seed"] for run in runs if run.results})
-    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds)) or "–"
-
-
 def states(columns: dict[str, list[Run]]) -> list[list[str]]:
     """Rows that only some reports have: to which comparison set a run belongs, and whether it diverged."""
     if any(len(of_column) != 1 for of_column in columns.values()):
@@ -139,14 +129,8 @@ def states(columns: dict[str, list[Run]]) -> list[list[str]]:
         names = {run: str(i) + " (headline)" * (i == 1) for i, group in enumerate(sets, start=1) for run in group.runs}
         rows.append(["comparison set", "–", "–", *(names.get(run, "–") for run in runs)])
     if any(run.diverged for run in runs):
-        rows.append(["training", "complete", "complete", *map(how_it_ended, runs)])
+        rows.append(["training", "complete", "complete", *(run.ending for run in runs)])
     return rows
-
-
-def how_it_ended(run: Run) -> str:
-    if run.diverged:
-        return f"diverged at step {run.results['diverged']['step']:,}"
-    return "complete" if run.results else "–"
 
 
 def summary_section(runs: list[Run]) -> list[str]:
@@ -168,22 +152,21 @@ def summary_section(runs: list[Run]) -> list[str]:
 
 def scored_said(runs: list[Run]) -> str:
     """How many texts and masked tokens the losses are of."""
-    scored = {
-        f"{run.damage['sequences']:,} of the texts, {run.damage['masked_tokens']:,} masked tokens" for run in runs
-    }
-    return " / ".join(sorted(scored))
+    damages = [run.damage for run in runs]
+    return each_once(
+        sorted(f"{of['sequences']:,} of the texts, {of['masked_tokens']:,} masked tokens" for of in damages)
+    )
 
 
 def calibrated_said(runs: list[Run]) -> str:
     """How much calibration text the static ranges of the runs come from."""
     of_runs = [run.damage["calibration_tokens"]["draws"] for run in runs]
-    said = [f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs]
-    return " / ".join(dict.fromkeys(said))
+    return each_once(f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs)
 
 
 def published_said(runs: list[Run]) -> str:
     """How much text the setting "as published" was calibrated on."""
-    return " / ".join(dict.fromkeys(f"{run.damage['calibration_tokens']['published']:,}" for run in runs))
+    return each_once(f"{run.damage['calibration_tokens']['published']:,}" for run in runs)
 
 
 def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
@@ -192,11 +175,10 @@ def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
     def cell(schemes: list[dict | None]) -> str:
         if None in schemes:
             return "–"
-        if len(schemes) == 1:
-            (scheme,) = schemes
-            return f"{scheme['loss']:.4f} / {figure(scheme['perplexity'])} / {gap_cell(scheme)}"
         losses, perplexities = ([scheme[key] for scheme in schemes] for key in ("loss", "perplexity"))
-        return f"{over_runs(losses, '{:.4f}'.format)} / {over_runs(perplexities)} / {mean_gap(schemes)}"
+        if len(schemes) == 1:
+            return f"{losses[0]:.4f} / {figure(perplexities[0])} / {gap_over(schemes)}"
+        return f"{over_runs(losses, '{:.4f}'.format)} / {over_runs(perplexities)} / {gap_over(schemes)}"
 
     return [
         [label, *(cell([run.damage["schemes"].get(scheme) for run in of]) for of in columns.values())]
@@ -207,26 +189,25 @@ def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
 def parts_table(columns: dict[str, list[Run]]) -> list[list[str]]:
     """Rows: label, then the gap where static W8A8 quantizes one part of the model alone."""
 
-    def cell(gaps: list[dict]) -> str:
-        return gap_cell(gaps[0]) if len(gaps) == 1 else mean_gap(gaps)
-
     def gaps(of_column: list[Run], part: str) -> list[dict]:
         damage = [run.damage for run in of_column]
         return [{"gap": of_run["parts"].get(part), "floor": of_run["part_floors"].get(part)} for of_run in damage]
 
     parts = dict.fromkeys(part for of_column in columns.values() for run in of_column for part in run.damage["parts"])
-    return [[f"W8A8 static in {part} alone", *(cell(gaps(of, part)) for of in columns.values())] for part in parts]
+    return [[f"W8A8 static in {part} alone", *(gap_over(gaps(of, part)) for of in columns.values())] for part in parts]
 
 
-def mean_gap(gaps: list[dict]) -> str:
-    """Mean ± deviation over runs of a gap, or that the mean is below its noise; `gaps` is of {"gap", "floor"}."""
+def gap_over(gaps: list[dict]) -> str:
+    """The gap of a run with its standard error, or of several the mean ± deviation over them, unless below its noise.
+
+    `gaps` is of {"gap", "floor"} and, where it is known, "error".
+    """
     values = [of_run["gap"] for of_run in gaps]
+    if len(gaps) == 1:
+        return gap_cell(gaps[0])
     if None in values or not any(values):
         return "–"
-    below = np.isfinite(values).all() and below_noise(
-        float(np.mean(values)), noise_of_mean([of["floor"] for of in gaps])
-    )
-    return below or over_runs(values)
+    return over_runs(values, floor=noise_of_mean([of_run["floor"] for of_run in gaps]))
 
 
 def damage_section(runs: list[Run]) -> list[str]:
@@ -280,45 +261,35 @@ def executed_runs(runs: list[Run]) -> list[Run]:
 def executed_table(columns: dict[str, list[Run]]) -> str:
     """A row for each column of the other tables and format."""
     header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
-    rows = []
-    for heading, of_column in columns.items():
-        results = [run.damage["executed"] for run in of_column]
-        for scheme, label in EXECUTED.items():
-            cells = executed_cells(results[0], scheme) if len(results) == 1 else executed_means(results, scheme)
-            rows.append([f"{label}, {heading}", *cells])
+    rows = [
+        [f"{label}, {heading}", *executed_cells([run.damage["executed"] for run in of_column], scheme)]
+        for heading, of_column in columns.items()
+        for scheme, label in EXECUTED.items()
+    ]
     return table(header, rows)
 
 
-def executed_cells(result: dict, scheme: str) -> list[str]:
-    """A row's cells: what executed.execute returned of one scheme."""
-    executed, speed = result["schemes"][scheme], result["latency"]["formats"][scheme]
-    agreement = ["–"] * 3  # of float32 there is nothing simulated
-    if twin := result["agreement"].get(scheme):
-        difference = f"{signed(twin['difference'])} ± {twin['error']:.4f}"
-        agreement = [difference, figure(twin["correlation"]), signed(twin["arithmetic"])]
-    return [
-        f"{executed['loss']:.4f}",
-        gap_cell(executed),
-        *agreement,
-        f"{executed['bytes'] / 1e6:.1f}",
-        f"{figure(speed['median'])} ({figure(speed['q25'])} to {figure(speed['q75'])})",
-        figure(speed["speedup"]),
-    ]
-
-
-def executed_means(results: list[dict], scheme: str) -> list[str]:
-    """The same of several runs: means and deviations over them."""
+def executed_cells(results: list[dict], scheme: str) -> list[str]:
+    """A row's cells: what executed.execute returned of one scheme; of several runs, means and deviations over them."""
     executed = [result["schemes"][scheme] for result in results]
-    speed = [result["latency"]["formats"][scheme] for result in results]
+    speeds = [result["latency"]["formats"][scheme] for result in results]
     twins = [result["agreement"].get(scheme) for result in results]
-    keys = ("difference", "correlation", "arithmetic")
+    latency = over_runs([speed["median"] for speed in speeds])
+    agreement = ["–"] * 3  # of float32 there is nothing simulated
+    if len(results) == 1:
+        latency += f" ({ends(speeds[0]['q25'], speeds[0]['q75'])})"
+        if twin := twins[0]:
+            difference = f"{signed(twin['difference'])} ± {twin['error']:.4f}"
+            agreement = [difference, figure(twin["correlation"]), signed(twin["arithmetic"])]
+    elif None not in twins:
+        agreement = [over_runs([twin[key] for twin in twins]) for key in ("difference", "correlation", "arithmetic")]
     return [
         over_runs([of_run["loss"] for of_run in executed], "{:.4f}".format),
-        mean_gap(executed),
-        *("–" if None in twins else over_runs([twin[key] for twin in twins]) for key in keys),
+        gap_over(executed),
+        *agreement,
         over_runs([of_run["bytes"] / 1e6 for of_run in executed], "{:.1f}".format),
-        over_runs([of_run["median"] for of_run in speed]),
-        over_runs([of_run["speedup"] for of_run in speed]),
+        latency,
+        over_runs([speed["speedup"] for speed in speeds]),
     ]
 
 
@@ -339,7 +310,7 @@ def latency_said(result: dict) -> str:
 
 def executed_said(columns: dict[str, list[Run]]) -> str:
     results = [run.damage["executed"] for of_column in columns.values() for run in of_column]
-    latency, kernels = (" / ".join(dict.fromkeys(map(said, results))) for said in (latency_said, kernels_said))
+    latency, kernels = (each_once(map(said, results)) for said in (latency_said, kernels_said))
     over = "with its standard error over texts"
     if averaged(columns):
         over = "± of every column is the sample standard deviation over the runs of an arm"
@@ -360,12 +331,10 @@ def watched_in_training(runs: list[Run]) -> str:
     """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
     said = []
     for settings in (run.results["settings"] for run in runs if run.results):
-        steps = settings.get("statistics_steps", 1)
-        said.append(
-            ("padding counted" if settings.get("padded", True) else "packed batches, so no padding counted")
-            + (", every step" if steps == 1 else f", every {steps}th step")
-        )
-    return " / ".join(dict.fromkeys(said)) or "no results file"
+        batches = "padding counted" if settings["padded"] else "packed batches, so no padding counted"
+        steps = settings["statistics_steps"]
+        said.append(f"{batches}, every step" if steps == 1 else f"{batches}, every {steps}th step")
+    return each_once(said) or "no results file"
 
 
 def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
@@ -391,29 +360,27 @@ def spread_said(runs: list[Run], columns: dict[str, list[Run]]) -> str:
     return f"{over}one seed a column, so ± is no interval over seeds."
 
 
-def weights_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """Rows: label, published softmax0, published softmax1, ours."""
+def kurtosis_rows(columns: dict[str, list[Run]], of: str, modules: list[tuple], when: str = "") -> list[list[str]]:
+    """Rows: label, published softmax0, published softmax1, ours; `of` is the attribute of a run with the kurtoses."""
     return [
         [
-            label,
+            label + when,
             *published,
-            *(plus_minus(*(by_layer(run.weight_kurtosis, suffix) for run in of)) for of in columns.values()),
+            *(plus_minus(*(by_layer(getattr(run, of), name) for run in runs)) for runs in columns.values()),
         ]
-        for label, suffix, *published in WEIGHTS
+        for label, name, *published in modules
     ]
+
+
+def weights_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
+    return kurtosis_rows(columns, "weight_kurtosis", WEIGHTS)
 
 
 def activations_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """The same for activations during training, then for held-out text, of which nothing was published."""
-
-    def ours(when: str, suffix: str) -> list[str]:
-        return [plus_minus(*(by_layer(getattr(run, when), suffix) for run in of)) for of in columns.values()]
-
-    training = [
-        [f"{label}, training", *published, *ours("training", suffix)] for label, suffix, *published in ACTIVATIONS
-    ]
-    held_out = [[f"{label}, held-out", "–", "–", *ours("held_out", suffix)] for label, suffix, *_ in ACTIVATIONS]
-    return training + held_out
+    """Activations during training, then of held-out text, of which nothing was published."""
+    unpublished = [(label, name, "–", "–") for label, name, *_ in ACTIVATIONS]
+    training = kurtosis_rows(columns, "training", ACTIVATIONS, ", training")
+    return training + kurtosis_rows(columns, "held_out", unpublished, ", held-out")
 
 
 def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:

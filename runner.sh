@@ -59,7 +59,7 @@ while [ $# -gt 0 ]; do
         --no_venv) venv= ;;
         --test_pipeline | --recipe)
             if [ "$1" = --recipe ]; then shift; wanted=${1:-}; else wanted=test_pipeline; fi
-            case "$wanted" in "" | *[!a-z_]*) usage "--recipe needs the name of a file in recipes/" ;; esac
+            case "$wanted" in "" | *[!a-z0-9_]*) usage "--recipe needs the name of a file in recipes/" ;; esac
             [ -f "recipes/$wanted.sh" ] || usage "no recipe $wanted"
             [ -z "$recipe" ] || usage "two recipes: $recipe and $wanted"
             recipe=$wanted

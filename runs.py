@@ -7,8 +7,10 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,46 +19,68 @@ from outliers import PLACES
 from record import look_up
 from softmax1 import LEARNED
 
-COUNT, AMOUNT, NUMBER = "a whole number from 0 on", "a number from 0 on", "a number or null"
-ARM = f"a number from 0 on, or {LEARNED!r}"
-RESULTS = {  # what we read of a results file: dotted key -> kind
-    "softmax_n": ARM,
-    "seed": COUNT,
-    "effective_batch_size": COUNT,
-    "hardware.count": COUNT,
-    "dataset.train_samples": COUNT,
-    "training.steps": COUNT,
-    "training.samples": COUNT,
-    "training.wall_seconds": AMOUNT,
-    "training.cost_usd": NUMBER,
-    "training.loss_mean": NUMBER,
-    "validation.loss": NUMBER,
-    "validation.perplexity": NUMBER,
-    "hardware.device": str,
-    "hardware.name": str,
-    "dataset.sha256": str,
-    "tokenizer.sha256": str,
-    "dataset.sources": list,
-    "loss_history": list,
-    "validation_loss_history": list,
-    "weight_excess_kurtosis": dict,
-    "activation_excess_kurtosis": dict,
-    "emergence": list,
-    "emergence_texts": COUNT,
-    "settings": dict,
-    "test_pipeline": bool,
+
+class Kind(NamedTuple):
+    """A kind of value in a results file."""
+
+    words: str  # completes "train_model.py writes ... there"
+    holds: Callable  # whether a value is of this kind
+
+
+def _is_number(value, types: tuple[type, ...] = (int, float)) -> bool:
+    """Whether a value is a finite number. A bool is an int in Python, but not a number here."""
+    try:
+        return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False
+
+
+def _each(value, type_: type, holds: Callable) -> bool:
+    """Whether a value is a list or a dict, and all that it contains is of a kind."""
+    return isinstance(value, type_) and all(map(holds, value.values() if type_ is dict else value))
+
+
+COUNT = Kind("a whole number from 0 on", lambda value: _is_number(value, (int,)) and value >= 0)
+AMOUNT = Kind("a number from 0 on", lambda value: _is_number(value) and value >= 0)
+NUMBER = Kind("a number or null", lambda value: value is None or _is_number(value))
+ARM = Kind(f"a number from 0 on, or {LEARNED!r},", lambda value: value == LEARNED or AMOUNT.holds(value))
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+STATUS = Kind("'complete' or 'diverged'", lambda value: value in ("complete", "diverged"))
+NUMBERS = Kind("an object of numbers", lambda value: _each(value, dict, NUMBER.holds))
+HEADS = Kind("lists of numbers", lambda value: _each(value, dict, lambda heads: _each(heads, list, NUMBER.holds)))
+PAIR = Kind("two numbers", lambda value: _each(value, list, NUMBER.holds) and len(value) == 2)
+HISTORY = Kind("pairs of numbers", lambda value: _each(value, list, PAIR.holds))
+WATCHED = Kind("numbers and a step", lambda value: NUMBERS.holds(value) and COUNT.holds(value.get("step")))
+EMERGENCE = Kind("objects of numbers with a step", lambda value: _each(value, list, WATCHED.holds))
+_KEYS = {  # what we read of every results file: kind -> dotted keys
+    ARM: "softmax_n",
+    COUNT: "seed effective_batch_size emergence_texts hardware.count dataset.train_samples training.steps"
+    " training.samples",
+    AMOUNT: "training.wall_seconds",
+    NUMBER: "training.cost_usd training.loss_mean validation.loss validation.perplexity",
+    TEXT: "hardware.device hardware.name dataset.sha256 tokenizer.sha256",
+    YES_NO: "test_pipeline",
+    LIST: "dataset.sources",
+    OBJECT: "settings",
+    NUMBERS: "weight_excess_kurtosis activation_excess_kurtosis",
+    HISTORY: "loss_history validation_loss_history",
+    EMERGENCE: "emergence",
 }
-# Keys that a results file may lack.
+RESULTS = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
+# Keys that a results file may lack, or that hold null.
 OPTIONAL = {
     "validation.unigram_loss": NUMBER,
     "validation.context_free_loss": NUMBER,
-    "status": str,
-    "diverged": dict,
+    "status": STATUS,
+    "diverged": OBJECT,
     "diverged.step": COUNT,
-    "log_n": dict,
+    "log_n": HEADS,
 }
-STATUS = ("complete", "diverged")
 BINS = np.linspace(-20, 20, 161)  # of the histograms, in standard deviations; what lies beyond is in the outermost ones
+FEW_RUNS = 6  # so many can be named in a sentence, and their columns can be read side by side
 MEASURED_DIR = "measured"  # in the folder of the results: what was measured of each run, for the next analysis
 
 
@@ -103,6 +127,13 @@ class Run:
         return bool(self.results) and self.results.get("status") == "diverged"
 
     @property
+    def ending(self) -> str:
+        """How training ended, as far as it is known."""
+        if self.diverged:
+            return f"diverged at step {self.results['diverged']['step']:,}"
+        return "complete" if self.results else "–"
+
+    @property
     def title(self) -> str:
         """The name, with "(diverged)" behind it where the run diverged."""
         return f"{self.name} (diverged)" if self.diverged else self.name
@@ -137,6 +168,25 @@ def arms(runs: list[Run]) -> dict[str, list[Run]]:
     return by_arm
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in ascending order: 43 to 47, 49, 50."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{of[0]} to {of[-1]}" if len(of) > 2 else ", ".join(map(str, of)) for of in parts)
+
+
+def named(runs: list[Run]) -> str:
+    """The names of a few runs; of more, every arm with its seeds."""
+    if len(runs) <= FEW_RUNS:
+        return ", ".join(run.name for run in runs)
+    seeds = {arm: [run.results["seed"] for run in of_arm if run.results] for arm, of_arm in arms(runs).items()}
+    return ", ".join(f"{arm} (seed{'s' * (len(of) > 1)} {ranges(of)})" if of else arm for arm, of in seeds.items())
+
+
 # ------------------------------------------------------------------------------------------------ what training wrote
 
 
@@ -146,65 +196,24 @@ def read_results(path: Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         sys.exit(f"error: {path} is not valid JSON ({error}); train that run again or move the file away")
-    expected = dict(RESULTS)
-    for key, kind in OPTIONAL.items():
-        if has(results, key):
-            expected[key] = kind
-    for key, kind in expected.items():
+    optional = {key: kind for key, kind in OPTIONAL.items() if look_up(results, key, None) is not None}
+    for key, kind in (RESULTS | optional).items():
         try:
             value = look_up(results, key)
         except KeyError:
             sys.exit(f"error: {path} has no {key!r}: not a results file of train_model.py; train again or move it away")
-        if not (isinstance(value, kind) if isinstance(kind, type) else _is(kind, value)):
-            wanted = "" if isinstance(kind, type) else f" (it is {kind})"
+        if not kind.holds(value):
             sys.exit(
-                f"error: {path}: {key!r} holds {str(value)[:60]!r}, which train_model.py never writes there{wanted}"
+                f"error: {path}: {key!r} holds {str(value)[:60]!r}, but train_model.py writes {kind.words} there: "
+                "train again or move the file away"
             )
-        if isinstance(value, (list, dict)) and not _numbers(key, value):
-            sys.exit(f"error: {path}: {key!r} holds something other than numbers and null")
-    status = results.get("status", "complete")
-    if status not in STATUS or (status == "diverged" and not has(results, "diverged.step")):
-        sys.exit(f"error: {path}: the status {str(status)[:60]!r} is none, or has no 'diverged.step'")
+    if results.get("status") == "diverged" and "diverged.step" not in optional:
+        sys.exit(f"error: {path}: the status is 'diverged', but it has no 'diverged.step': move the file away")
     return results
 
 
 def _refuse(constant: str):
     raise ValueError(f"{constant} is no JSON")
-
-
-def has(results, key: str) -> bool:
-    """Whether the results hold a value at a dotted key; null counts as none."""
-    return look_up(results, key, None) is not None
-
-
-def _is(kind: str, value) -> bool:
-    """Whether a value of a results file is of a kind. A bool is an int in Python, but not a number here."""
-    if kind == ARM and value == LEARNED:
-        return True
-    if value is None:
-        return kind == NUMBER
-    if isinstance(value, bool) or not isinstance(value, int if kind == COUNT else (int, float)):
-        return False
-    try:
-        return math.isfinite(value) and (kind == NUMBER or value >= 0)
-    except OverflowError:  # a whole number beyond float64
-        return False
-
-
-def _numbers(key: str, value: list | dict) -> bool:
-    """Whether the lists and tables at the keys that hold numbers contain numbers only; True for other keys."""
-    if key.endswith("_history"):
-        return all(isinstance(pair, list) and len(pair) == 2 and all(_is(NUMBER, x) for x in pair) for pair in value)
-    if key.endswith("_kurtosis"):
-        return all(_is(NUMBER, number) for number in value.values())
-    if key == "log_n":
-        return all(isinstance(heads, list) and all(_is(NUMBER, x) for x in heads) for heads in value.values())
-    if key == "emergence":
-        return all(
-            isinstance(entry, dict) and _is(COUNT, entry.get("step")) and all(_is(NUMBER, x) for x in entry.values())
-            for entry in value
-        )
-    return True
 
 
 def refuse_missing(model: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiment import BASELINE
 from record import look_up
-from runs import Run, arms
+from runs import FEW_RUNS, Run, arms, named, ranges
 
 # What determines the weights, besides n and the seed: {key in the results file: its name in a note}.
 SHAPING = {
@@ -181,16 +181,13 @@ def refuse_duplicates(runs: list[Run]) -> None:
     It is not known which of them belongs in the pair.
     """
     for group in comparison_sets(runs):
-        for arm, of_arm in arms(group.runs).items():
-            seen: dict[int, Run] = {}
-            for run in of_arm:
-                seed = run.results["seed"]
-                if seed in seen:
-                    files = " and ".join(
-                        str(twin.file or twin.name) + f" (model {twin.model})" for twin in (seen[seed], run)
-                    )
-                    sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
-                seen[seed] = run
+        seen: dict[tuple, Run] = {}
+        for run in group.runs:
+            arm, seed = run.arm, run.results["seed"]
+            twin = seen.setdefault((arm, seed), run)
+            if twin is not run:
+                files = " and ".join(f"{of.file or of.name} (model {of.model})" for of in (twin, run))
+                sys.exit(f"error: {files} are both {arm} with seed {seed}, trained alike: move one of them away")
 
 
 def refuse_copies(runs: list[Run]) -> None:
@@ -220,43 +217,56 @@ def notes(runs: list[Run], data_dir: Path) -> list[str]:
     return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
+def _difference(what: str, values: dict[Run, str], then: str) -> list[str]:
+    """A sentence if the runs differ in `what`. It lists a few runs with their values, but of more the runs by value."""
+    if len(set(values.values())) < 2:
+        return []
+    if len(values) <= FEW_RUNS:
+        listed = ", ".join(f"{run.name}: {shortened(value)}" for run, value in values.items())
+    else:
+        listed = "; ".join(f"{shortened(value)}: {named(alike)}" for value, alike in _by_value(values).items())
+    return [f"The runs differ in {what} ({listed}): {then}."]
+
+
+def _by_value(values: dict[Run, str]) -> dict[str, list[Run]]:
+    """{value: the runs that have it}"""
+    return {value: [run for run in values if values[run] == value] for value in dict.fromkeys(values.values())}
+
+
 def _notes_on_sets(runs: list[Run]) -> list[str]:
     lines = []
     trained = [run for run in runs if run.results]
     sets = comparison_sets(runs)
-    if smoke := [run.name for run in trained if run.results["test_pipeline"]]:
-        real = len(smoke) < len(trained)
+    if smoke := [run for run in trained if run.results["test_pipeline"]]:
         lines.append(
-            f"--test_pipeline made {', '.join(smoke)}: left out of every comparison."
-            if real
-            else f"These tables show only that the pipeline works: --test_pipeline made {', '.join(smoke)}."
+            f"--test_pipeline made {named(smoke)}: left out of every comparison."
+            if len(smoke) < len(trained)
+            else f"These tables show only that the pipeline works: --test_pipeline made {named(smoke)}."
         )
-    shaped = {run.name: shaping(run) for run in trained}
+    shaped = {run: shaping(run) for run in trained}
     for label in dict.fromkeys(label for values in shaped.values() for label in values):
-        told = {name: values[label] for name, values in shaped.items() if label in values}
-        if len(set(told.values())) > 1:
-            listed = ", ".join(f"{name}: {shortened(value)}" for name, value in told.items())
-            lines.append(f"The runs differ in {label} ({listed}): only those that agree are compared.")
+        told = {run: values[label] for run, values in shaped.items() if label in values}
+        lines += _difference(label, told, "only those that agree are compared")
     lines += [line for group in sets for line in group.refused]
-    for run in trained:
-        if run.diverged:
-            lines.append(f"{run.name} diverged at step {run.results['diverged']['step']:,}: it left no model.")
+    lines += [f"{run.name} {run.ending}: it left no model." for run in trained if run.diverged]
     pairs = sets[0].pairs if sets else {}
     by_arm = arms(sets[0].runs) if sets else {}
     seeds = [{run.results["seed"] for run in of_arm} for of_arm in by_arm.values()]
     if len(seeds) > 1 and (alone := set.union(*seeds) - set.intersection(*seeds)):
-        listed = ", ".join(map(str, sorted(alone)))
-        lines.append(f"Not every arm has seed {listed}: only seeds that two arms share are compared.")
+        lines.append(
+            f"Not every arm has seed {ranges(alone)}: an arm is compared with the {BASELINE} runs of its own seeds, "
+            "while tables of arms and pictures show all runs that are in a pair."
+        )
     in_pair = [run for group in sets for run in in_a_pair(group)]
-    lonely = [run.name for run in trained if run not in in_pair and not run.results["test_pipeline"]]
+    lonely = [run for run in trained if run not in in_pair and not run.results["test_pipeline"]]
     if pairs and lonely:
-        lines.append(f"Without a pair, so in no comparison and in no table of arms: {', '.join(lonely)}.")
+        lines.append(f"Without a pair, so in no comparison and in no table of arms: {named(lonely)}.")
     return lines
 
 
 def shortened(value: str) -> str:
-    """The first 12 digits of a SHA-256; every other value whole, because its end may be what differs."""
-    return value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value
+    """The first 12 digits of a commit or SHA-256; every other value whole, because its end may be what differs."""
+    return value[:12] if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", value) else value
 
 
 def _notes_on_circumstances(runs: list[Run]) -> list[str]:
@@ -266,22 +276,17 @@ def _notes_on_circumstances(runs: list[Run]) -> list[str]:
         packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}
         keys = CIRCUMSTANCES | {f"versions.{package}": package for package in sorted(packages)}
         for key, label in keys.items():
-            values = {run.name: recorded(run, key) for run in group.runs}
-            if len(set(values.values())) > 1:
-                listed = ", ".join(f"{name}: {shortened(value)}" for name, value in values.items())
-                lines.append(f"The runs differ in {label} ({listed}): compared nevertheless.")
+            lines += _difference(label, {run: recorded(run, key) for run in group.runs}, "compared nevertheless")
     for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():
-        values = {run.name: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with}
-        if len(set(values.values())) > 1:
-            groups = [
-                ", ".join(name for name in values if values[name] == value) for value in dict.fromkeys(values.values())
-            ]
-            lines.append(f"Measured with different {label} ({' | '.join(groups)}): compared nevertheless.")
-    if dirty := [run.name for run in runs if run.results and from_modified_tree(run)]:
-        lines.append(f"Trained from a modified tree, so no record: {', '.join(dirty)}.")
-    if dirty := [run.name for run in runs if run.measured_at.get("dirty")]:
-        lines.append(f"Measured from a modified tree, so no record: {', '.join(dirty)}.")
-    return lines
+        alike = _by_value({run: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with})
+        if len(alike) > 1:
+            groups = " | ".join(map(named, alike.values()))
+            lines.append(f"Measured with different {label} ({groups}): compared nevertheless.")
+    modified = {
+        "Trained": [run for run in runs if from_modified_tree(run)],
+        "Measured": [run for run in runs if run.measured_at.get("dirty")],
+    }
+    return lines + [f"{done} from a modified tree, so no record: {named(of)}." for done, of in modified.items() if of]
 
 
 def _dict(value) -> dict:

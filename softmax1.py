@@ -33,7 +33,6 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -362,6 +361,27 @@ _OPERATORS = {
     },
 }
 
+# What a backend cannot do: {need, as `_choose` names it: why}.
+_NO_MASK = {
+    "masked": "it takes no mask",
+    "rectangular": "it aligns the causal mask differently when query and key lengths differ",
+}
+_LIMITS = {
+    "cudnn": {
+        **_NO_MASK,
+        "packed": "it is called for dense attention only",
+        "single": "it takes more than one query and key",
+        "wide": "it takes head sizes up to 128",
+    },
+    "flash": {
+        **_NO_MASK,
+        "very wide": "it takes head sizes up to 192 (some GPUs have no backward kernel for larger ones)",
+    },
+    # PyTorch's issue 115590: docs/softmax_n.md
+    "efficient": {"packed dropout": "packed, its backward pass draws another dropout mask than its forward pass"},
+    "cpu": {"dropout": "it has no dropout"},
+}
+
 
 @contextlib.contextmanager
 def attention_backend(name: str):
@@ -398,8 +418,10 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_
         "packed": packed,
         "masked": call.attn_mask is not None,
         "dropout": call.dropout_p > 0,
+        "packed dropout": packed and call.dropout_p > 0,
         "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
         "single": query.shape[-2] == 1 or key.shape[-2] == 1,
+        "short": key.shape[-2] < 2048,
         "wide": size > 128,
         "very wide": size > 192,
     }
@@ -419,7 +441,9 @@ def _chosen(forced: str, device: torch.device, dtype: torch.dtype, unsupported_i
     if forced == "auto":
         # For dropout without a kernel PyTorch computes the weights too: on a CPU the plain formula is faster.
         last = "eager" if device.type == "cpu" and "dropout" in needs else "zero_key"
-        backend = next((name for name in _OPERATORS if not obstacles[name]), last)
+        # On an H200 the flash kernel, which starts faster than cuDNN's, took less time below 2,048 keys.
+        slower = "cudnn" if "short" in needs else None
+        backend = next((name for name in _OPERATORS if name != slower and not obstacles[name]), last)
     elif obstacles.get(forced):
         raise ValueError(f"attention backend {forced!r} cannot do this: {obstacles[forced]}")
     else:
@@ -434,38 +458,19 @@ def _obstacle(
     backend: str, device: torch.device, dtype: torch.dtype, unsupported_inputs: str | None, needs: tuple[str, ...]
 ) -> str | None:
     """Why this kernel cannot be used; None if it can."""
-    half = dtype in (torch.float16, torch.bfloat16)
     if device.type != ("cpu" if backend == "cpu" else "cuda") or torch.version.hip:
         return f"it does not run on {'ROCm' if torch.version.hip else device.type}"
-    if unsupported_inputs:
-        return unsupported_inputs
-    if backend == "cpu" and "dropout" in needs:
-        return "it has no dropout"
-    if backend == "efficient" and not (half or dtype == torch.float32):
+    limits = (reason for need, reason in _LIMITS[backend].items() if need in needs)
+    if limit := unsupported_inputs or next(limits, None):
+        return limit
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not half and backend != "cpu" and (backend, dtype) != ("efficient", torch.float32):
         return f"it does not take {dtype}"
-    if backend == "efficient" and "packed" in needs and "dropout" in needs:  # PyTorch's issue 115590: docs/softmax_n.md
-        return "packed, its backward pass draws another dropout mask than its forward pass"
-    if backend in ("cudnn", "flash"):
-        if not half:
-            return f"it takes half precision, not {dtype}"
-        if "masked" in needs:
-            return "it takes no mask"
-        if "rectangular" in needs:
-            return "it aligns the causal mask differently when query and key lengths differ"
     if backend == "flash":
-        if "very wide" in needs:
-            return "it takes head sizes up to 192 (some GPUs have no backward kernel for larger ones)"
         ampere = torch.backends.cuda.is_flash_attention_available()
         if not ampere or torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an Ampere GPU or a newer one, and a PyTorch built with it"
-    if backend == "cudnn":
-        if "packed" in needs:
-            return "it is called for dense attention only"
-        if "single" in needs:
-            return "it takes more than one query and key"
-        if "wide" in needs:
-            return "it takes head sizes up to 128"
-        # Where PyTorch's own attention prefers it; before Hopper, flash is as fast.
+    if backend == "cudnn":  # where PyTorch's own attention prefers it; before Hopper, flash is as fast
         if not torch.backends.cudnn.is_available() or torch.cuda.get_device_capability(device)[0] not in (9, 10):
             return "it needs a Hopper GPU or a Blackwell GPU of a data center, and a PyTorch built with cuDNN"
     return _changed_operator(backend)
@@ -492,6 +497,15 @@ def _attend(backend: str, query: Tensor, key: Tensor, value: Tensor, call: _Call
     if backend == "eager":
         return _eager_attention(query, *_shared_heads(query, key, value, dim=-3), call)[0]
     return _stock_attention(backend, query, key, value, call)
+
+
+def _bias(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor | None:
+    """The mask as it is added to the scores; None without one."""
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return attn_mask
+    return torch.where(attn_mask, 0.0, -math.inf)
 
 
 def _shared_heads(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -576,6 +590,7 @@ class _StockKernel(torch.autograd.Function):
     def backward(ctx, grad, *_):
         query, key, value, bias, cu_seqlens, log_n, output, lse, *random = ctx.saved_tensors
         aten, seqlens = torch.ops.aten, (cu_seqlens, cu_seqlens, ctx.max_seqlen, ctx.max_seqlen)
+        lengths = (None, None, query.shape[2], key.shape[2])  # of dense attention
         if grad is None:
             return (None,) * 11
         grad_log_n = None
@@ -593,14 +608,12 @@ class _StockKernel(torch.autograd.Function):
                 grad, *qkv, *result, *options, attn_mask=bias, scale=ctx.scale
             )
         elif ctx.backend == "cudnn":
-            lengths = (None, None, query.shape[2], key.shape[2])
             if grad.stride() != output.stride():  # another layout gives wrong gradients: docs/softmax_n.md
                 grad = torch.empty_like(output).copy_(grad)
             grads = aten._scaled_dot_product_cudnn_attention_backward(
                 grad, *qkv, output, lse[..., None], *random, None, *lengths, *options, scale=ctx.scale
             )
         elif ctx.backend == "flash" and cu_seqlens is None:
-            lengths = (None, None, query.shape[2], key.shape[2])
             grads = aten._scaled_dot_product_flash_attention_backward(
                 grad, *qkv, *result, *lengths, *options, *random, scale=ctx.scale
             )
@@ -618,14 +631,6 @@ class _StockKernel(torch.autograd.Function):
             )
             grads = [x[0] for x in grads[:3]]
         return None, *grads[:3], None, None, grad_log_n, *(None,) * 4
-
-
-def _apply_stock_kernel() -> Callable:
-    """How to call the kernel so that autograd records it: `_StockKernel.apply`, or its C++ part without torch.func."""
-    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-    if torch.compiler.is_compiling() or transforms_active():
-        return _StockKernel.apply
-    return super(torch.autograd.Function, _StockKernel).apply  # 50 us faster: it does not bind the arguments
 
 
 def _null_logit(backend: str, lse: Tensor, log_n: float | Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -665,20 +670,20 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
         F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x if _is_aligned(x, multiple) else x.contiguous()
         for x in (query, key, value)
     )
-    bias = None
-    if attn_mask is not None:
-        bias = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
+    bias = _bias(query, key, attn_mask)
+    if bias is not None:
         bias = bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])
         if not _is_aligned(bias, multiple):
             bias = F.pad(bias, (0, multiple - bias.shape[-1] % multiple))[..., : bias.shape[-1]]
         bias = bias.expand(*query.shape[:3], key.shape[2])
     if isinstance(log_n, Tensor):
         log_n = log_n.to(torch.promote_types(query.dtype, torch.float32))
-    with_gradient = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():  # torch.compile cannot trace `apply` if no input requires a gradient
-        inputs = (query, key, value, log_n)
-        with_gradient = with_gradient and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    run = _apply_stock_kernel() if with_gradient else _StockKernel.forward
+    run = _StockKernel.apply if torch.is_grad_enabled() else _StockKernel.forward
+    if torch.compiler.is_compiling():  # which cannot trace `apply` if no input requires a gradient
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in (query, key, value, log_n)):
+            run = _StockKernel.forward
+    elif run is not _StockKernel.forward and not torch._C._are_functorch_transforms_active():
+        run = super(torch.autograd.Function, _StockKernel).apply  # 50 us faster: it does not bind the arguments
     output = run(backend, query, key, value, bias, cu_seqlens, log_n, max_seqlen, dropout_p, is_causal, scale)[0]
     return output[..., : sizes[1]] if sizes[1] < size else output
 
@@ -686,7 +691,7 @@ def _stock_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, ca
 def _is_aligned(x: Tensor, multiple: int) -> bool:
     """Whether the last dimension has stride 1 and the other strides are multiples of `multiple`."""
     *strides, last = x.stride()
-    return last == 1 and all(stride % multiple == 0 for stride in strides)
+    return last == 1 and (multiple == 1 or all(stride % multiple == 0 for stride in strides))
 
 
 # -------------------------------------------------------------------------------------------- through public PyTorch
@@ -702,54 +707,36 @@ def _zero_key_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) 
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if _is_softmax(log_n):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    length, keys = query.shape[-2], key.shape[-2]
-    null_logits = _null_logits(log_n, query.dtype)
-    key = F.pad(key, (0, 0, 0, len(null_logits)))
-    value = F.pad(value, (0, 0, 0, len(null_logits)))
-    by_head, plain = isinstance(log_n, Tensor), not isinstance(log_n, Tensor) and log_n == 0
-    if is_causal:
-        attn_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is None and not plain:  # log 1 = 0 needs no mask
-        attn_mask = query.new_zeros(1, keys)
-    if attn_mask is not None:
-        if not plain and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
-        if attn_mask.dtype != torch.bool:
-            attn_mask = attn_mask.to(query.dtype)
+    null_logits = _null_logits(log_n, query)
+    bias = _bias(query, key, attn_mask, is_causal)
+    if bias is None and (isinstance(log_n, Tensor) or log_n != 0):  # a score of log 1 = 0 needs no mask
+        bias = query.new_zeros(1, key.shape[-2])
+    if bias is not None:
         # Expanded first, because a mask that broadcasts over the keys must not mask the null keys.
-        rows = torch.broadcast_shapes(attn_mask.shape[:-1], (query.shape[-3], 1)) if by_head else attn_mask.shape[:-1]
-        attn_mask = attn_mask.expand(*rows, keys)
-        for logit in null_logits:
-            if by_head:
-                null = logit.to(query.dtype)[:, None, None].expand(*rows, 1)
-                attn_mask = torch.cat([attn_mask, null], -1)
-            else:
-                attn_mask = F.pad(attn_mask, (0, 1), value=True if attn_mask.dtype == torch.bool else logit)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
+        rows = torch.broadcast_shapes(bias.shape[:-1], null_logits[0].shape[:-1])
+        bias = bias.to(query.dtype).expand(*rows, key.shape[-2])
+        bias = torch.cat([bias, *(logit.expand(*rows, 1) for logit in null_logits)], -1)
+    key, value = (F.pad(x, (0, 0, 0, len(null_logits))) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout_p, **options)
 
 
-def _null_logits(log_n: float | Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
-    """Logits, exact in `dtype`, whose exponentials add up to n.
+def _null_logits(log_n: float | Tensor, query: Tensor) -> list[Tensor]:
+    """Logits, (1, 1) or for sinks (H, 1, 1), exact in the dtype of query, whose exponentials add up to n.
 
-    In half precision there can be two: log n rounded down, and one for the rest of n. Rounding log n to bfloat16 alone
-    would change n by up to 0.8 %.
+    In half precision there are two, unless n = 1: log n rounded down, and one for the rest of n. Rounding log n to
+    bfloat16 alone would change n by up to 0.8 %. Both have the gradient of log n.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    if isinstance(log_n, Tensor):
-        log_n = log_n.to(torch.promote_types(dtype, torch.float32))
-        log_n = log_n.clamp_min(torch.finfo(dtype).min)  # finite, so that the output of a row without keys is 0
-        if not half:
-            return [log_n]
-        lower = (log_n - log_n.abs() * torch.finfo(dtype).eps).to(dtype)
-        rest = log_n + torch.expm1(lower - log_n).neg().clamp_min(0).log()
-        return [log_n + (logit - log_n).detach() for logit in (lower, rest)]  # both have the gradient of log n
-    if not half:
+    if not isinstance(log_n, Tensor) and log_n == 0:
+        return [query.new_zeros(1, 1)]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    log_n = log_n[:, None, None] if isinstance(log_n, Tensor) else query.new_full((1, 1), log_n, dtype=dtype)
+    # Finite, so that the output of a row without keys is 0.
+    log_n = log_n.to(dtype).clamp_min(torch.finfo(query.dtype).min)
+    if query.dtype == dtype:
         return [log_n]
-    bits = 1 - round(math.log2(torch.finfo(dtype).eps))  # of the significand: 11 or 8
-    significand, exponent = math.frexp(log_n)
-    rounded = math.ldexp(math.floor(math.ldexp(significand, bits)), exponent - bits)
-    rest = math.exp(log_n) - math.exp(rounded)
-    return [rounded] if rest <= 0 else [rounded, math.log(rest)]
+    lower = (log_n - log_n.abs() * torch.finfo(query.dtype).eps).to(query.dtype)
+    rest = log_n + torch.expm1(lower - log_n).neg().clamp_min(0).log()
+    return [(log_n + (logit - log_n).detach()).to(query.dtype) for logit in (lower, rest)]
 
 
 def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
@@ -763,13 +750,9 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> 
         scores = query * scale @ key.transpose(-2, -1)
     else:
         scores = query @ key.transpose(-2, -1) * scale
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask
+    bias = _bias(query, key, attn_mask, is_causal)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if _is_softmax(log_n):
         weights = torch.softmax(scores, -1)
@@ -928,7 +911,7 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     if not roots:
         raise ValueError(f"apply_softmax_n needs a transformers model, got {type(model).__name__}")
     # Configs are copied first: another model may share them, and after a failure this model gets its old ones back.
-    before = [(module, name, config) for module in model.modules() for name, config in _configs(module)]
+    before = _configs(model)
     copies: dict = {}
     try:
         for module, name, config in before:
@@ -947,19 +930,19 @@ def apply_softmax_n(model: nn.Module, n: float | str | None = None) -> nn.Module
     return model
 
 
-def _configs(module: nn.Module) -> list[tuple[str, PretrainedConfig]]:
-    """The configs that the module itself holds, each with the name of its attribute."""
-    return [(name, value) for name, value in vars(module).items() if isinstance(value, PretrainedConfig)]
+def _configs(model: nn.Module) -> list[tuple[nn.Module, str, PretrainedConfig]]:
+    """The configs of all modules, each with the module that holds it and the name of its attribute."""
+    attributes = ((module, *attribute) for module in model.modules() for attribute in vars(module).items())
+    return [attribute for attribute in attributes if isinstance(attribute[2], PretrainedConfig)]
 
 
 def _set_configs(model: nn.Module, attention: str, n: float | str, heads: dict[str, int] | None = None) -> None:
     """Set what the configs say of the attention; `heads`, for learned sinks: {class of attention module: heads}."""
-    for module in model.modules():
-        for _, config in _configs(module):
-            config.softmax_n, config._attn_implementation_internal = n, attention
-            vars(config).pop("softmax_n_heads", None)
-            if heads:
-                config.softmax_n_heads = heads
+    for _, _, config in _configs(model):
+        config.softmax_n, config._attn_implementation_internal = n, attention
+        vars(config).pop("softmax_n_heads", None)
+        if heads:
+            config.softmax_n_heads = heads
 
 
 def _choose_attention(model: PreTrainedModel, n: float | str | None) -> None:

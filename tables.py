@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -29,12 +29,38 @@ def spread(mean: float, std: float | None) -> str:
     return figure(mean) if std is None else f"{figure(mean)} ± {figure(std)}"
 
 
-def over_runs(values: list[float], show: Callable = figure) -> str:
-    """Mean ± sample standard deviation over runs; the value of a single run; how many are not finite, if any is."""
-    if lost := int((~np.isfinite(values)).sum()):
-        return f"not finite in {lost} of {len(values)}"
-    mean = show(float(np.mean(values)))
-    return mean if len(values) == 1 else f"{mean} ± {show(float(np.std(values, ddof=1)))}"
+def ends(low: float | None, high: float | None) -> str:
+    """The two ends of an interval, and a dash for none."""
+    return "–" if low is None else f"{figure(low)} to {figure(high)}"
+
+
+def each_once(texts: Iterable[str]) -> str:
+    """Different texts, separated by strokes; a text that is there several times stands once."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def below_noise(mean: float | None, floor: float | None) -> str:
+    """The words for a mean gap that is below its noise; empty where it is not, or where one of the two is unknown."""
+    if mean is None or floor is None or abs(mean) >= floor:
+        return ""
+    return f"below its noise of {figure(floor)}"
+
+
+def over_runs(values: list[float | None], show: Callable = figure, floor: float | None = None) -> str:
+    """Mean ± sample standard deviation over runs; the value of a single run; how many are not finite, if any is.
+
+    Args:
+        values: of the runs; None where it was not measured, and a dash where none was.
+        floor: noise of the mean, for gaps: a mean below it is not shown.
+    """
+    known = np.array([value for value in values if value is not None], dtype=float)
+    if not len(known):
+        return "–"
+    if lost := int((~np.isfinite(known)).sum()):
+        return f"not finite in {lost} of {len(known)}"
+    mean = float(known.mean())
+    deviation = f" ± {show(float(known.std(ddof=1)))}" if len(known) > 1 else ""
+    return below_noise(mean, floor) or show(mean) + deviation
 
 
 def number(value: float | None, decimals: int = 2) -> str:

@@ -2,14 +2,14 @@
 
     python train_runs.py --softmax_n 0 1 --seeds 42 43 44 --parallel 2 -- --max_steps 4000 --bf16
 
-What stands behind -- goes to every train_model.py. A run that has its results file is not trained again (one of other
-settings is an error), and one that was interrupted goes on from its last checkpoint, so the same command finishes what
-is unfinished.
+The flags after -- are passed to every train_model.py. A run that has a results file is not trained again (if it had
+other settings, that is an error), and an interrupted run continues from its last checkpoint. So the same command
+completes what is missing.
 
-Writes what train_model.py writes, and with --parallel <results_dir>/logs/<run>.log. One run at a time shows its own
-progress, several one line for all of them with the time that is left. Ends with 1 when a run fails, after the others
-have ended; a run that diverges has a result and does not fail. With --push every run goes to the Hub as soon as it is
-complete; ends with 4 when one of them did not arrive.
+Writes the files of train_model.py, and with --parallel <results_dir>/logs/<run>.log. A single run at a time shows its
+own progress; several show one line for all, with the time left. If a run fails, the script ends with status 1 after the
+other runs; a run that diverges has a result, and does not count as failed. With --push every model is pushed to the Hub
+as soon as it is complete; if a push fails, the script ends with status 4.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from tables import duration
 
 TRAIN = Path(__file__).parent / "train_model.py"
 HUB = Path(__file__).parent / "hub.py"
-UNPUSHED = 4  # exit status, which runner.sh reads
-LOOK_SECONDS = 1.0  # between looks at the logs
-TELL_SECONDS = 60.0  # between two lines where there is no terminal to redraw one in
-STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # as train_model.py writes it where there is no terminal
-ERROR = re.compile(rb"^error: (.+)$", re.MULTILINE)  # the one line that a training ends with
+UNPUSHED = 4  # exit status if a push failed, for runner.sh
+LOOK_SECONDS = 1.0  # between two readings of the logs
+TELL_SECONDS = 60.0  # between two lines of progress outside a terminal, where a line cannot be redrawn
+STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # in the log lines of train_model.py
+ERROR = re.compile(rb"^error: (.+)$", re.MULTILINE)  # the last line of a training that failed
 TAIL_BYTES = 4096
 
 
 @dataclass
 class Job:
-    """One run: its command, its log, and how far it has come."""
+    """A run: its command, its files, and its progress."""
 
     name: str
     command: list[str]
@@ -58,14 +58,14 @@ class Job:
     model: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0
-    first_step: int | None = None  # at which this session began; above 0 after an interruption
+    first_step: int | None = None  # the first one that was logged in this session; it follows an earlier checkpoint
     step: int = 0
     steps: int | None = None
     log_start: int = 0
 
     def start(self, threads: int) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log_start = self.log.stat().st_size if self.log.exists() else 0  # what an earlier session wrote
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0  # the part that an earlier session wrote
         self.started = time.monotonic()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -74,26 +74,26 @@ class Job:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=command.child_environment(OMP_NUM_THREADS=str(threads)),
-                start_new_session=True,  # Ctrl-C then reaches it through this script alone, and once
+                start_new_session=True,  # Ctrl-C then reaches it only once, from this script
             )
 
     def tail(self) -> bytes:
-        """The end of what this session has logged."""
+        """The end of what this session has logged so far."""
         with open(self.log, "rb") as log:
             log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - TAIL_BYTES))
             return log.read()
 
     def look(self) -> None:
-        """Read from the end of the log how far the run has come."""
-        if found := STEP.findall(self.tail()):
-            self.step, self.steps = (int(number.replace(b",", b"")) for number in found[-1])
+        """Read the progress of the run from the end of its log."""
+        if logged := STEP.findall(self.tail()):
+            self.step, self.steps = (int(number.replace(b",", b"")) for number in logged[-1])
             if self.first_step is None:
                 self.first_step, self.started = self.step, time.monotonic()
 
     def failure(self) -> str:
-        """The line that the training ended with, and where the rest is."""
-        found = ERROR.findall(self.tail())
-        return f"{found[-1].decode(errors='replace')} (see {self.log})" if found else f"see {self.log}"
+        """The last line of a training that failed, and the path of its log."""
+        errors = ERROR.findall(self.tail())
+        return f"{errors[-1].decode(errors='replace')} (see {self.log})" if errors else f"see {self.log}"
 
     @property
     def seconds_a_step(self) -> float | None:
@@ -102,9 +102,9 @@ class Job:
 
 
 def seconds_left(waiting: list[Job], running: list[Job], parallel: int) -> float | None:
-    """Estimated seconds until all runs have ended: the steps that are left, at the mean pace of the runs in progress.
+    """Estimated seconds until all runs have ended, from the steps left and the mean seconds a step of the current runs.
 
-    None as long as no pace is known.
+    None while the time of a step is unknown.
     """
     paces = [job.seconds_a_step for job in running if job.seconds_a_step]
     steps = [job.steps for job in running if job.steps]
@@ -112,22 +112,22 @@ def seconds_left(waiting: list[Job], running: list[Job], parallel: int) -> float
         return None
     left = [job.steps - job.step for job in running if job.steps] + [max(steps)] * len(waiting)
     pace = sum(paces) / len(paces)
-    # It takes at least as long as the longest run, and at least as long as the work divided evenly.
+    # The time is at least that of the longest run, and at least that of all steps divided evenly.
     return pace * max(max(left), sum(left) / parallel)
 
 
-def line(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int) -> str:
+def progress(jobs: list[Job], waiting: list[Job], running: list[Job], parallel: int) -> str:
+    """One line: how many runs are complete, the time left, and the steps of the current runs."""
     done = len(jobs) - len(waiting) - len(running)
     left = seconds_left(waiting, running, parallel)
     now = ", ".join(f"{job.name} {job.step:,}/{job.steps:,}" if job.steps else f"{job.name} starts" for job in running)
-    return (
-        f"{done} of {len(jobs)} runs done, {'time left unknown' if left is None else duration(left) + ' left'}: {now}"
-    )
+    left = "time left unknown" if left is None else f"{duration(left)} left"
+    return f"{done} of {len(jobs)} runs done, {left}: {now}"
 
 
 def train_alone(job: Job) -> bool:
-    """Run one job in this terminal. Returns whether it has left its results file. An interruption ends the job too."""
-    # In a session of its own, so that Ctrl-C reaches it through this script alone, and once.
+    """Run one job in this terminal. Returns whether it wrote its results file. An interruption ends the job too."""
+    # In a session of its own, so that Ctrl-C reaches it only once, from this script.
     process = subprocess.Popen(job.command, env=command.child_environment(), start_new_session=True)
     try:
         process.wait()
@@ -139,7 +139,7 @@ def train_alone(job: Job) -> bool:
 
 
 def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[Job]:
-    """Run the jobs, `parallel` at a time; returns those that failed. Ends all of them when it is interrupted."""
+    """Run the jobs, `parallel` at a time; returns those that failed. An interruption ends all of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
     threads = max(1, cores // parallel)
     waiting, running, failed = list(jobs), [], []
@@ -161,10 +161,10 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
                         failed.append(job)
                         print(f"\n{job.name} failed: {job.failure()}", file=sys.stderr)
             if terminal:
-                print(f"\r\033[K{line(jobs, waiting, running, parallel)}", end="", file=sys.stderr, flush=True)
+                print(f"\r\033[K{progress(jobs, waiting, running, parallel)}", end="", file=sys.stderr, flush=True)
             elif time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
-                print(line(jobs, waiting, running, parallel), file=sys.stderr, flush=True)
+                print(progress(jobs, waiting, running, parallel), file=sys.stderr, flush=True)
     finally:
         for job in running:
             os.killpg(job.process.pid, signal.SIGTERM)
@@ -176,7 +176,7 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
 
 
 class Push:
-    """Pushes the models of complete runs; a failure costs no work, the next call of the same command pushes again."""
+    """Pushes the models of complete runs. After a failure, the next call of the same command pushes again."""
 
     def __init__(self, wanted: bool):
         self.wanted = wanted
@@ -201,14 +201,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--controls", nargs="+", default=[], choices=list(REMEDIES), help="controls to train too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="seeds (42)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (1)")
+    parser.add_argument("--parallel", type=command.positive, default=1, metavar="K", help="runs at a time (1)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="where <run>.json goes (results)")
     parser.add_argument("--output_dir", default="models/<run>", help="where a model goes (models/<run>)")
     parser.add_argument("--push", action="store_true", help="push every model as soon as it is complete (see hub.py)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_model.py")
     args = parser.parse_args(argv)
-    if args.parallel < 1:
-        parser.error("--parallel must be at least 1")
     if any(flag.startswith("--control") for flag in args.flags):
         parser.error("give controls by --controls, before the --")
     for name in ("softmax_n", "controls", "seeds"):
@@ -220,7 +218,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """All arms of a seed before those of the next, so that pairs come first."""
+    """The jobs in order: all arms of the first seed, then those of the next, so that pairs are complete early."""
     places = ["--results_dir", str(args.results_dir), "--output_dir", args.output_dir]
     jobs = []
     for seed in args.seeds:
@@ -245,19 +243,19 @@ def main(argv: list[str] | None = None) -> None:
     push = Push(args.push)
     missing = []
     for job in jobs:
-        # A wrong flag ends the script here, not every training in its log.
+        # A wrong flag ends this script now, not each training later.
         settings = train_model.parse(job.command[2:])
         if job.results.is_file():
             train_model.refuse_other_settings(job.results, *settings)
             print(f"{job.results}: found and kept, not trained again", flush=True)
-            if checkpoints(job.model) and not diverged(job.results):  # left by a kill behind the results file
+            if checkpoints(job.model) and not diverged(job.results):  # the run was killed after it wrote the results
                 with locked(job.model):
                     delete_checkpoints(job.model)
             push(job)
         else:
             missing.append(job)
     if missing:
-        refuse_unwritable(args.results_dir)  # once, and not by every training
+        refuse_unwritable(args.results_dir)  # now, not in each training
     if args.parallel > 1:
         failed = train(missing, args.parallel, push)
     else:
@@ -280,6 +278,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # their default would leave the trainings running
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would end this script but not the trainings
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     command.run(main)

@@ -3,7 +3,7 @@
     python train_tokenizer.py
 
 Reads data/ (build_dataset.py). Writes tokenizer/, which AutoTokenizer and RobertaTokenizerFast load, and
-tokenizer/manifest.json. The same text gives the same bytes, whatever the number of threads.
+tokenizer/manifest.json. The same text gives the same bytes with any number of threads.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from corpus import load_data
 from experiment import MAX_LENGTH, VOCAB_SIZE
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4: RoBERTa expects <pad> to be 1
-SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that no text is unknown
-LARGEST = 1 << 24  # of both numbers: more is a typing error, and would fill the memory
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte has an entry, so that every text can be encoded
+LARGEST = 1 << 24  # a larger --vocab_size or --min_frequency is a typing error, and would fill the memory
 BATCH_TEXTS = 1_000
 
-# Texts that must come back exactly. (The special tokens' own names in a text cannot: they are read as such.)
+# Texts that decoding must restore exactly. (A text that contains the name of a special token cannot be restored.)
 HARD_TEXTS = [
     "Eĥoŝanĝo ĉiuĵaŭde: ĈĜĤĴŜŬ ĉĝĥĵŝŭ!",
     unicodedata.normalize("NFD", "Eĥoŝanĝo ĉiuĵaŭde, naïve café"),  # letters followed by combining accents
@@ -53,7 +53,7 @@ HARD_TEXTS = [
     "",
 ]
 
-# What a finished tokenizer/ holds.
+# The files in a complete tokenizer/.
 OURS = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -62,37 +62,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", default="data", help="dataset of build_dataset.py (%(default)s)")
     parser.add_argument("--output_dir", default="tokenizer", help="tokenizer to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer that is there")
-    parser.add_argument("--keep", action="store_true", help="be content with a tokenizer made with the same flags")
-    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="entries at most (%(default)s)")
-    parser.add_argument("--min_frequency", type=int, default=2, help="of a pair that is merged (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.vocab_size < SMALLEST_VOCAB:
-        parser.error(f"--vocab_size must be at least {SMALLEST_VOCAB}: the special tokens and every byte")
-    if args.min_frequency < 1:
-        parser.error("--min_frequency must be at least 1")
-    for name in ("vocab_size", "min_frequency"):
-        if getattr(args, name) > LARGEST:
-            parser.error(f"--{name} must be at most {LARGEST:,}")
-    return args
+    parser.add_argument("--keep", action="store_true", help="keep a tokenizer that was made with the same flags")
+    entries, pairs = command.whole_number(SMALLEST_VOCAB, LARGEST), command.whole_number(1, LARGEST)
+    parser.add_argument("--vocab_size", type=entries, default=VOCAB_SIZE, help="entries at most (%(default)s)")
+    parser.add_argument("--min_frequency", type=pairs, default=2, help="how often a merged pair occurs (%(default)s)")
+    return parser.parse_args(argv)
 
 
 def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaTokenizer:
-    """Byte-level BPE with the entries in order: special tokens, bytes, merges."""
+    """Byte-level BPE. The order of its entries: special tokens, bytes, merges."""
     bpe = ByteLevelBPETokenizer()
     interruptible(
         lambda: bpe.train_from_iterator(
             (batch["text"] for batch in dataset.iter(BATCH_TEXTS)),
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            show_progress=sys.stderr.isatty(),  # elsewhere these bars print empty lines
+            show_progress=sys.stderr.isatty(),  # in a log file these bars are empty lines
             special_tokens=SPECIAL_TOKENS,
             length=len(dataset),
         )
     )
     model = json.loads(bpe.to_str())["model"]
-    # RobertaTokenizerFast is this class under its older name (in transformers 5.0 to 5.2 a broken leftover has it).
-    # The class sets RoBERTa's templates, <s> A </s> and <s> A </s></s> B </s>. It no longer makes <mask> take the
-    # space before it, as RoBERTa's does ("saluton <mask>" and "saluton mondo" then have equally many tokens).
+    # RobertaTokenizerFast is the older name of this class (in transformers 5.0 to 5.2 the name is a broken leftover).
+    # The class sets RoBERTa's templates, <s> A </s> and <s> A </s></s> B </s>. Only RoBERTa's <mask> has to be defined
+    # here: it includes the space before it, so "saluton <mask>" and "saluton mondo" have equally many tokens.
     return RobertaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
@@ -105,10 +98,9 @@ def train(dataset: Dataset, vocab_size: int, min_frequency: int) -> RobertaToken
 
 
 def interruptible(work: Callable[[], None]) -> None:
-    """Do the work in a thread of its own, so that Ctrl-C ends the script at once.
+    """Call work() in a daemon thread, so that Ctrl-C ends the script immediately, and raise what it raises.
 
-    The tokenizers library would notice Ctrl-C only when the work is done; a daemon thread does not keep Python from
-    ending. Raises what the work raises.
+    In the main thread the tokenizers library would not react to Ctrl-C before it has finished.
     """
     ended: queue.Queue[BaseException | None] = queue.Queue()
 
@@ -126,7 +118,7 @@ def interruptible(work: Callable[[], None]) -> None:
 
 
 def check(tokenizer: RobertaTokenizer) -> None:
-    """Exit unless the special tokens have their ids and every hard text comes back as it was."""
+    """Exit unless the special tokens have their ids and decoding restores every text of HARD_TEXTS."""
     ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     if ids != list(range(len(SPECIAL_TOKENS))):
         sys.exit(f"error: the special tokens {' '.join(SPECIAL_TOKENS)} have the ids {ids}: nothing is saved")
@@ -137,7 +129,7 @@ def check(tokenizer: RobertaTokenizer) -> None:
 
 
 def measure(tokenizer: RobertaTokenizer, dataset: Dataset) -> tuple[float, float]:
-    """(tokens per word, tokens per text); a word ends at white space, <s> and </s> do not count."""
+    """(tokens per word, tokens per text), without <s> and </s>. Words are separated by white space."""
     words = tokens = 0
     total = math.ceil(len(dataset) / BATCH_TEXTS)
     for batch in tqdm(dataset.iter(BATCH_TEXTS), desc="measuring", unit=" batches", total=total):
@@ -165,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         check(tokenizer)
         try:
             tokenizer.save_pretrained(output)
-        except Exception as error:  # the tokenizers library has nothing narrower, not even for a full disk
+        except Exception as error:  # the tokenizers library raises a bare Exception even for a full disk
             sys.exit(f"error: the tokenizer cannot be written to {args.output_dir} ({error})")
         check(RobertaTokenizer.from_pretrained(output))
         tokens_per_word, tokens_per_text = measure(tokenizer, data["validation"])
@@ -181,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         record.write_json(output / "manifest.json", manifest)
     if len(tokenizer) < args.vocab_size:
         print(
-            f"note: {len(tokenizer):,} entries instead of {args.vocab_size:,}: in this text no other pair occurs "
-            f"{args.min_frequency} times"
+            f"note: {len(tokenizer):,} entries instead of {args.vocab_size:,}: no other pair occurs at least "
+            f"{args.min_frequency} times in this text"
         )
     print(
         f"{args.output_dir}: {len(tokenizer):,} entries, {tokens_per_word:.2f} tokens per word and "

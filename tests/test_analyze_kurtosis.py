@@ -763,11 +763,11 @@ DAMAGE = {
     ),
     "ragged history": (
         lambda root: edit_results(root, lambda results: results["loss_history"].append([5])),
-        "esperberto-softmax1.json: 'loss_history' holds something other than numbers",
+        "esperberto-softmax1.json: 'loss_history' holds '[[",
     ),
     "words for numbers": (
         lambda root: edit_results(root, lambda results: results["activation_excess_kurtosis"].update(module="high")),
-        "esperberto-softmax1.json: 'activation_excess_kurtosis' holds something other than numbers",
+        "esperberto-softmax1.json: 'activation_excess_kurtosis' holds",
     ),
     "damaged model": (lambda root: truncate(model_folder(root) / "model.safetensors"), "is a damaged model folder"),
     "damaged config": (lambda root: truncate(model_folder(root) / "config.json"), "is a damaged model folder"),
@@ -822,7 +822,7 @@ DAMAGE = {
     "no data": (lambda root: shutil.rmtree(root / "data"), "no texts in the validation split of"),
     "no emergence step": (
         lambda root: edit_results(root, lambda results: results["emergence"][0].pop("step")),
-        "'emergence' holds something other than numbers",
+        "'emergence' holds",
     ),
     "no mask token": (without_mask_token, "has no mask or no padding token"),
     "no validation split": (only_train, "no texts in the validation split of"),

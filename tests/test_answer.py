@@ -16,7 +16,7 @@ from tables import figure
 
 
 def said(runs):
-    return answer(runs, findings(runs))
+    return " ".join(answer(runs, findings(runs)))
 
 
 LESS = ([2.0, 2.1, 2.2], [1.0, 1.2, 1.1])
@@ -261,7 +261,9 @@ def test_an_arm_that_only_diverged_corrects_nothing():
     found = findings([*pairs(*LESS), *halves, *twos])[0]
     assert list(found.compared) == ["softmax1", "softmax2"]
     assert found.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
-    assert "None about softmax0.5: both arms were trained in 0 of 3 pairs" in answer(found.group.runs, [found])
+    assert "None about softmax0.5: both arms were trained in 0 of 3 pairs" in " ".join(
+        answer(found.group.runs, [found])
+    )
 
 
 # ----------------------------------------------------------------------------------------- the instrument and its noise
@@ -371,6 +373,8 @@ def test_other_arms_are_exploratory_and_share_the_error():
     text = said(runs + halves + twos)
     assert text.count("Exploratory: ") == 2 and text.count("corrected for 2 exploratory arms, Bonferroni") == 2
     assert text.count("97.5% interval from") == 4  # of the gap and of the loss, in either arm
+    paragraphs = answer(runs + halves + twos, findings(runs + halves + twos))
+    assert [text.startswith("Exploratory: ") for text in paragraphs] == [False, True, True]
     alone = said([run for run in runs if run.arm == "softmax0"] + halves)
     assert alone.startswith("None about softmax1, the arm named beforehand: it has no pair here. Exploratory: ")
 

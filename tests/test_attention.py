@@ -667,8 +667,11 @@ def test_says_once_what_it_chose(fresh_choice, caplog):
         (F16, {"packed": True, "dropout": True}, "flash"),
         (BF16, {"masked": True}, "efficient"),
         (BF16, {"rectangular": True}, "efficient"),
-        (BF16, {"single": True}, "flash"),
-        (BF16, {"wide": 160}, "flash"),
+        (BF16, {"long": 2048}, "flash"),
+        (BF16, {"long": 2048, "dropout": True}, "flash"),
+        (BF16, {"long": 2048, "packed": True}, "flash"),
+        (BF16, {"long": 2048, "single": True}, "flash"),
+        (BF16, {"long": 2048, "wide": 160}, "flash"),
         (BF16, {"wide": 256}, "efficient"),
         (F32, {"dropout": True}, "efficient"),
         (F32, {"packed": True}, "efficient"),
@@ -685,8 +688,9 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
         "_constant_choice",
         lambda forced, device, *need: softmax1._chosen(forced, torch.device("cuda"), *need),
     )
-    query = torch.empty(2, 4, 1 if options.get("single") else 6, options.get("wide", 64), dtype=dtype, device="meta")
-    key = torch.empty(2, 4, 9, query.shape[-1], dtype=dtype, device="meta") if options.get("rectangular") else query
+    length, size = options.get("long", 6), options.get("wide", 64)
+    query = torch.empty(2, 4, 1 if options.get("single") else length, size, dtype=dtype, device="meta")
+    key = torch.empty(2, 4, 9 if options.get("rectangular") else length, size, dtype=dtype, device="meta")
 
     def choice(log_n=0.5, card=(8, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
@@ -702,10 +706,10 @@ def test_choice_on_a_gpu(fresh_choice, monkeypatch, dtype, options, expected):
         return softmax1._choose(query, key, key, call, options.get("unsupported_inputs"))
 
     assert choice() == choice(log_n=0.0) == expected
-    hopper = "cudnn" if expected == "flash" and not options.keys() & {"packed", "single", "wide"} else expected
+    hopper = "cudnn" if "long" in options and not options.keys() & {"packed", "single", "wide"} else expected
     assert choice(card=(9, 0)) == choice(card=(10, 0)) == hopper
     if expected == "flash":  # a Turing card
-        assert choice(card=(7, 5)) == ("zero_key" if options.get("dropout") else "efficient")
+        assert choice(card=(7, 5)) == ("zero_key" if options.keys() >= {"packed", "dropout"} else "efficient")
 
 
 def test_forced_backend_says_why_it_cannot():

@@ -2,17 +2,17 @@
 
 import json
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import experiment
-from corpus import load_tokenizer
-from packing import MaskedLMCollator, summed_loss
+import train_model
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -25,10 +25,14 @@ SMALL = {
 
 
 @pytest.fixture
-def run(sample, tmp_path, monkeypatch):
-    """run("step", "--flag", ...) measures a small model below tmp_path and returns what was written."""
+def small_model(monkeypatch):
     monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
     monkeypatch.setattr(benchmark, "VOCAB_SIZE", 1024)
+
+
+@pytest.fixture
+def run(sample, tmp_path, monkeypatch, small_model):
+    """run("step", "--flag", ...) measures a small model below tmp_path and returns what was written."""
     monkeypatch.chdir(tmp_path)
     places = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer")]
 
@@ -50,8 +54,77 @@ def test_ladder(run, capsys):
         assert row["samples_per_second"] == pytest.approx(32 / sum(row["seconds"]))
     assert 0 < result["text"]["masked_tokens_a_step"] < result["text"]["tokens_a_step"]
     assert result["text"]["tokens_a_step"] < result["text"]["padded_tokens_a_step"]
+    at_16, at_128, longest = result["memory"]
+    assert (at_16["batch"], at_128["batch"], longest["tokens"]) == (16, 128, 16 * 512)
+    assert at_16["activation_bytes"] < at_128["activation_bytes"] < longest["activation_bytes"]
     assert Path("benchmark/step.png").stat().st_size > 10_000
     assert "softmax1 for softmax" in capsys.readouterr().out
+
+
+@pytest.fixture
+def inputs(sample, tmp_path, small_model):
+    places = {"data_dir": str(sample / "data"), "tokenizer_dir": str(sample / "tokenizer")}
+    return benchmark.step_inputs(Namespace(**places, rounds=2), tmp_path)
+
+
+def our_step(inputs, folder, *flags, **kwargs):
+    """OurStep on this CPU without dropout, which differs with the random numbers before it."""
+    no_dropout = "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
+    return benchmark.OurStep(inputs, str(folder), "--use_cpu", "--config_overrides", no_dropout, *flags, **kwargs)
+
+
+def test_our_step_is_that_of_the_training(inputs, tmp_path):
+    """Given the same samples, it leaves bit for bit the weights that Trainer's own loop leaves."""
+    flags = ("--use_softmax1", "--lr_scheduler_type", "constant", "--max_steps", "3", "--statistics_steps", "2")
+    inputs = replace(inputs, watched=train_model.emergence_texts(inputs.validation))
+    trained, step = (our_step(inputs, tmp_path, *flags) for _ in range(2))
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    collate, seen = trained.trainer.data_collator, []
+    trained.trainer.data_collator = lambda samples: seen.append(samples) or collate(samples)
+    trained.trainer.train()
+    for number, samples in enumerate(seen):
+        step(samples, measure=number % 2 == 0)
+    assert len(seen) == 3
+    for old, expected, computed in zip(before, trained.model.parameters(), step.model.parameters(), strict=True):
+        assert torch.equal(expected, computed) and not torch.equal(old, computed)
+    assert step.trainer.statistics.state() == trained.trainer.statistics.state()
+
+
+def test_rungs_keep_their_precision(inputs, tmp_path, monkeypatch):
+    """All Trainers of a process share accelerate's state, which says bfloat16 when that rung has been made, and
+    PyTorch's, which transformers sets to TF32 where a model is compiled for a GPU that has it."""
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    samples = inputs.train.to_list()[:16]
+    unchanged = ("--learning_rate", "0")
+    float32 = our_step(inputs, tmp_path, *unchanged)
+    losses = [float32(samples, False).item()]
+    bfloat16 = our_step(inputs, tmp_path, *unchanged, "--bf16")
+    for _ in range(2):
+        our_step(inputs, tmp_path, "--bf16", "--torch_compile")
+        assert torch.backends.fp32_precision == "none"
+    losses.append(float32(samples, False).item())
+    assert losses[0] == losses[1] != bfloat16(samples, False).item()
+    later = our_step(inputs, tmp_path, *unchanged)
+    assert later(samples, False).item() == losses[0]
+    assert bfloat16(samples, False).item() == pytest.approx(losses[0], rel=1e-3)
+    whole_head = our_step(inputs, tmp_path, *unchanged, all_positions=True)
+    assert whole_head(samples, False).item() == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_floor_counts_every_matrix_product(inputs, tmp_path):
+    step = benchmark.OurStep(inputs, str(tmp_path), "--use_cpu", "--use_softmax1")
+    samples = inputs.train.to_list()
+    batches = [samples[:16], samples[16:32]]
+    found = benchmark.floor(step, batches, ours=1.0, device=torch.device("cpu"))
+    text = benchmark.lengths_of(step, batches)
+    layers, hidden, inner = (SMALL[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    encoder = text["tokens_a_step"] * layers * (4 * hidden**2 + 2 * hidden * inner)
+    head = text["masked_tokens_a_step"] * (hidden**2 + hidden * 1024)
+    pairs = sum(len(sample["input_ids"]) ** 2 for sample in samples[:32]) / 2
+    # A weight is used once forward and twice backward, and so are the two products of attention for a pair of tokens.
+    products = encoder + head + 2 * pairs * layers * hidden
+    assert found["flops_a_step"] == 3 * 2 * products
+    assert found["times_the_floor"] == pytest.approx(1 / found["seconds"])
 
 
 def test_attention(run, capsys):
@@ -141,23 +214,6 @@ def test_tokenize(run, sample):
     assert result["lines"] == 1300 and result["lines_per_second"] > 0
     assert result["peak_bytes"] >= result["start_bytes"] > 0 and result["file_bytes"] > 1300 * 8
     assert [path.name for path in Path("benchmark").iterdir()] == ["tokenize.json"]
-
-
-def test_counted_flops_are_torch_s(sample):
-    """The full model's step: torch's own counter, which knows matrix products and attention kernels."""
-    tokenizer = load_tokenizer(sample / "tokenizer", 52_032)
-    model = experiment.accept_packed_batches(
-        experiment.build_model(0, benchmark.VOCAB_SIZE, tokenizer, 0)
-    ).eval()  # no dropout: a counted kernel
-    samples = [{"input_ids": [0, *range(5, 5 + length), 2]} for length in (30, 6, 2)]
-    batch = MaskedLMCollator(tokenizer, mlm_probability=0.5, seed=1, packed=True)(samples)
-    with FlopCounterMode(display=False) as counter:
-        summed_loss(model, batch)[0].backward()
-    tokens = batch["tokens"]
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    flops, _ = benchmark.step_work(tokens, batch["masked_tokens"].item(), sum(n * n for n in lengths) / tokens)
-    # Attention's backward pass rebuilds the scores: 5 products where a pass over stored ones has 4.
-    assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
 
 
 def test_bad_input_ends_in_one_line(run, capsys):

@@ -10,19 +10,16 @@ import math
 import datasets
 import pytest
 import torch
-from conftest import TEXTS, save_tokenizer
-from test_tag_words import ARCHITECTURE, tagged_lines
-from test_train_model import train  # noqa: F401  (a fixture)
+from conftest import SMALL, TEXTS, save_tokenizer
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 import analyze_kurtosis
-import tag_words
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ZERO = 1e-30  # as n: exp(0) + ZERO is exp(0) in every format
 
 
-def test_training_and_all_that_it_records(train):  # noqa: F811
+def test_training_and_all_that_it_records(train):
     """Dropout included: both classes draw the same."""
     stock = train("--softmax_n", "0")
     swapped = train("--softmax_n", str(ZERO))
@@ -47,7 +44,8 @@ def both_classes(folder, scale=1.0):
     tokenizer = save_tokenizer(folder / "stock")
     save_tokenizer(folder / "swapped")
     save_tokenizer(folder / "learned")
-    settings = {**ARCHITECTURE, "vocab_size": len(tokenizer), "num_hidden_layers": 2}
+    settings = {**SMALL, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 130}
+    settings["vocab_size"] = len(tokenizer)
     torch.manual_seed(0)
     stock = RobertaForMaskedLM(RobertaConfig(**settings, softmax_n=0.0))
     with torch.no_grad():
@@ -123,23 +121,3 @@ def test_learned_sinks_of_one_value_are_measured_as_that_number(tmp_path):
     assert [layer.pop("log_n") for layer in learned["attention"].values()] == [[pytest.approx(math.log(2))] * 2] * 2
     assert number["attention"]["layer.0"]["null_mass"][0] > 0.01
     assert differences(number, learned) == []
-
-
-def test_fine_tuning_on_tagged_words(tmp_path, monkeypatch):
-    both_classes(tmp_path)
-    path = tmp_path / "tagged.conllu"
-    path.write_text("\n".join(tagged_lines(30)), encoding="utf-8")
-    parts = tag_words.split(tag_words.read_conllu(path))
-    monkeypatch.setattr(tag_words, "LEARNING_RATE", 1e-2)
-    losses, cross_entropy = {}, torch.nn.functional.cross_entropy
-    for name in ("stock", "swapped"):
-        losses[name] = []
-
-        def spy(*args, kept=losses[name], **kwargs):
-            loss = cross_entropy(*args, **kwargs)
-            kept.append(loss.item())
-            return loss
-
-        monkeypatch.setattr(tag_words.F, "cross_entropy", spy)
-        tag_words.fine_tune(str(tmp_path / name), parts, ["ADV", "NOUN", "VERB"], 0, 3, tag_words.tqdm(disable=True))
-    assert losses["stock"][0] > 0.9 and losses["stock"] == pytest.approx(losses["swapped"], rel=1e-4)

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from test_bad_input import RUN, TRAINING, listing
 
 import analyze_kurtosis
+import arguments
 import build_dataset
 import checkpoints
 import command
 import hub
 import measurement
-import tag_words
 import train_model
 import train_runs
 import train_tokenizer
@@ -38,7 +38,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))  # for each reader
 MEMORY_BYTES = 4 << 30  # what a reader may take beyond what the tests have taken already
 NAME = "epo_web_2012_1M"
-NEW = ("new", "downloads", "copy", "changed.json", "words.conllu", ".env", "text.")  # what readers may write
+NEW = ("new", "downloads", "copy", "changed.json", ".env", "text.")  # what readers may write
 SENTENCES = b"".join(b"%d\tJen la frazo numero %d.\n" % (i, i) for i in range(60))
 
 
@@ -91,7 +91,6 @@ def project(sample, tmp_path_factory):
         patch.setattr(train_model, "delete_checkpoints", lambda *_, **__: None)
         train_model.main([*shlex.split(TRAINING), "--max_steps", "1"])
     shutil.move(root / "models" / RUN / "checkpoint-1", root / "checkpoints" / "checkpoint-1")
-    (root / "words.conllu").write_text("\t".join(["1", "vorto", "_", "NOUN", *["_"] * 6]) + "\n\n")
     return root
 
 
@@ -297,13 +296,8 @@ def model(file: str, data: bytes):
 
 def checkpoint(file: str, data: bytes):
     copy = in_a_copy(Path("checkpoints/checkpoint-1"), file, data)
-    Path(copy, checkpoints.SUMS).unlink(missing_ok=True)  # as the files of an earlier version
+    checkpoints.seal(copy)  # checksums that fit, so that the file itself is read
     return lambda: checkpoints.checkpoint_to_go_on_from(str(copy), ".")
-
-
-def tagged(data: bytes):
-    Path("words.conllu").write_bytes(data)
-    return lambda: tag_words.read_conllu(Path("words.conllu"))
 
 
 def env_file(data: bytes):
@@ -324,10 +318,9 @@ PARSERS = {
     "train_model": train_model.parse,
     "train_runs": train_runs.parse_arguments,
     "analyze_kurtosis": analyze_kurtosis.parse_arguments,
-    "tag_words": tag_words.parse_arguments,
     "hub": hub.parse_arguments,
 }
-FLAGS = [f"--{name}" for flags in train_model.HELP.values() for name in flags] + [
+FLAGS = [f"--{name}" for flags in arguments.HELP.values() for name in flags] + [
     "--sample", "--from_files", "--sources", "--vocab_size", "--seeds", "--parallel", "--", "--text", "--help", "push",
 ]  # fmt: skip
 WORDS = st.sampled_from(FLAGS) | st.sampled_from(["0", "1", "-1", "nan", "1e999", "9" * 30, "{", "", "x", "true", "\0"])
@@ -382,13 +375,6 @@ def test_headers_of_safetensors(place, capfd, reader):
 def test_checkpoints(place, capfd, file):
     source = changed(Path("checkpoints/checkpoint-1", file))
     fuzz(place, capfd, lambda data: checkpoint(file, data), source)
-
-
-@pytest.mark.slow
-def test_tagged_words(place, capfd):
-    word = "\t".join(["{}", "vorto", "_", "NOUN", *["_"] * 6]) + "\n"
-    data = (word.format(1) + word.format("1-2") + word.format(2) + "\n# x\n").encode() * 3
-    fuzz(place, capfd, tagged, changed_bytes(data) | st.binary())
 
 
 @pytest.mark.slow

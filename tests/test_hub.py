@@ -605,29 +605,17 @@ def test_dataset_card(sample):
 
 # ----------------------------------------------------------------------------------------------------- train, build
 
-SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
-SMALL |= {"max_position_embeddings": 514, "type_vocab_size": 1}
-
 
 @pytest.fixture
-def train(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags):
-        places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer"}
-        numbers = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 32, "vocab_size": 1024}
-        numbers |= {"eval_steps": 1, "save_steps": 1, "max_eval_samples": 4}
-        argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
-        train_model.main([*argv, "--disable_tqdm", "true", *flags])
-
-    return run
+def train_briefly(train):
+    """train_briefly("--flag", ...) trains for two updates, into models/ and results/."""
+    return lambda *flags: train("--max_length", "32", "--output_dir", "models/<run>", *flags, steps=2)
 
 
-def test_train_model_pushes_in_the_end(server, train, tmp_path, monkeypatch, capfd):
+def test_train_model_pushes_in_the_end(server, train_briefly, tmp_path, monkeypatch, capfd):
     saved = []
     monkeypatch.setattr(train_model, "delete_checkpoints", lambda *_, **__: saved.extend(Path("models").rglob("*")))
-    train("--use_softmax1", "--push_to_hub", "--hub_private_repo", "true")
+    train_briefly("--use_softmax1", "--push_to_hub", "--hub_private_repo", "true")
     assert {"optimizer.pt", "rng_state.pth", "progress.json"} <= {path.name for path in saved}
     assert_no_token(server, tmp_path, *capfd.readouterr())
     files = server.files("model", "zamenhof/esperberto-softmax1")
@@ -639,15 +627,15 @@ def test_train_model_pushes_in_the_end(server, train, tmp_path, monkeypatch, cap
     assert results["settings"]["push_to_hub"] is True
 
 
-def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fails(server, train, monkeypatch):
+def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fails(server, train_briefly, monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_wrongwrongwrong")
-    assert "does not accept HUGGINGFACE_TOKEN" in fails(lambda: train("--push_to_hub"))
+    assert "does not accept HUGGINGFACE_TOKEN" in fails(lambda: train_briefly("--push_to_hub"))
     assert not Path("models").exists()
-    assert "--hub_model_id" in fails(lambda: train("--hub_model_id", "x/y"))
+    assert "--hub_model_id" in fails(lambda: train_briefly("--hub_model_id", "x/y"))
 
     monkeypatch.setenv("HUGGINGFACE_TOKEN", TOKEN)
     server.fault("POST .*/commit/", times=99, status=403)
-    message = fails(lambda: train("--push_to_hub", "--output_dir", "elsewhere", "--results_dir", "figures"))
+    message = fails(lambda: train_briefly("--push_to_hub", "--output_dir", "elsewhere", "--results_dir", "figures"))
     assert Path("figures/esperberto-softmax0.json").exists() and not list(Path("elsewhere").glob("checkpoint-*"))
     assert printed_command(message) == ["push", "elsewhere", "--results", "figures/esperberto-softmax0.json"]
     server.faults.clear()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ARCHITECTURE
 from datasets import Dataset
 from scipy import stats
 from torch.testing import assert_close
@@ -16,18 +17,8 @@ from kurtosis import ActivationKurtosis
 from packing import BOOKKEEPING, IGNORED, MaskedLMCollator, keep_masked_positions, pack
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, apply_softmax_n
 
-SMALL = {
-    "vocab_size": 1024,
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "initializer_range": 0.1,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+SMALL = {**ARCHITECTURE, "vocab_size": 1024, "initializer_range": 0.1}
+SMALL |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LENGTHS = [9, 3, 40, 17, 3, 25, 12, 33]
 
 
@@ -121,7 +112,7 @@ def test_loader_workers_change_nothing(sample):
 def test_processes_share_the_batch_that_one_would_have(sample, packed):
     batch = examples(LENGTHS)
     whole = collator(sample)(batch)
-    shares = [collator(sample, packed=packed, process=process, processes=3)(batch) for process in range(3)]
+    shares = [collator(sample, packed=packed, rank=rank, world_size=3)(batch) for rank in range(3)]
     found = []
     for process, share in enumerate(shares):
         assert [share[name] for name in BOOKKEEPING[:3]] == [whole[name] for name in BOOKKEEPING[:3]]
@@ -135,7 +126,7 @@ def test_processes_share_the_batch_that_one_would_have(sample, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_process_without_a_sample_has_a_batch_without_loss(sample, packed):
-    share = collator(sample, packed=packed, process=2, processes=3)(examples([5, 6]))
+    share = collator(sample, packed=packed, rank=2, world_size=3)(examples([5, 6]))
     assert (share["labels"] == IGNORED).all() and share["input_ids"].numel()
     model = keep_masked_positions(small_model(1))
     labels = share["labels"].flatten()

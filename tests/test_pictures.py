@@ -10,7 +10,7 @@ import pictures
 import plots
 from runs import BINS
 
-SIX = ["clipped", "softmax0", "softmax0.5", "softmax1", "softmax4", "gated"]
+EIGHT = ["clipped", "softmax0", "softmax0.1", "softmax0.5", "softmax1", "softmax4", "softmax_learned", "gated"]
 
 
 @pytest.fixture
@@ -82,20 +82,22 @@ def test_pictures_are_png_whatever_an_arm_is_called():
 
 
 def test_an_arm_looks_the_same_in_every_picture_and_the_two_in_question_lead():
-    looks = plots.looks(SIX, pictures.LEADING)
-    assert list(looks)[:2] == ["softmax0", "softmax1"] and len({look.colour for look in looks.values()}) == 6
+    looks = plots.looks(EIGHT, pictures.LEADING)
+    assert list(looks)[:2] == ["softmax0", "softmax1"]
+    for what in ("colour", "marker"):
+        assert len({getattr(look, what) for look in looks.values()}) == 8
     assert [arm for arm, look in looks.items() if look.leading] == ["softmax0", "softmax1"]
     two = plots.looks(["softmax1", "softmax0"], pictures.LEADING)
     assert two == {arm: looks[arm] for arm in ("softmax0", "softmax1")}
     assert all(look.leading for look in plots.looks(["a", "b"], pictures.LEADING).values())
-    assert all(look.leading for look in plots.looks(list("abcdefg"), pictures.LEADING).values())  # more than colours
+    assert all(look.leading for look in plots.looks(list("abcdefghi"), pictures.LEADING).values())  # more than colours
 
 
 def test_the_median_of_an_arm_and_its_runs_are_drawn(figures):
     """A step that a run did not reach, or where it is no number, does not count for that run."""
     curves = [("softmax0", values, [0, 1, 2][: len(values)]) for values in ([1, 5, 9], [2, 6, 7], [6, math.nan])]
     curves += [("gated", [3, 9], [0, 1]), ("gated", [5], [0])]  # half of the runs is not enough
-    looks = plots.looks(SIX, pictures.LEADING)
+    looks = plots.looks(EIGHT, pictures.LEADING)
     plots.panels({"place": curves}, looks, "title", "step", {"place": ("label", "linear")})
     axes = figures[0].axes[0]
     drawn = lines(axes)

@@ -19,6 +19,7 @@ import train_runs
 import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
+RECIPES = [path.stem for path in sorted((ROOT / "recipes").glob("*.sh"))]
 
 # Notes each call and leaves what the stage would leave. HUB, TRAINING and PUSH are the exit status of these.
 STAGES = r"""#!/usr/bin/env bash
@@ -161,10 +162,11 @@ def test_a_recipe_names_the_arms_the_seeds_and_the_flags_of_every_stage(runner, 
     assert "--seeds 43 --parallel" in runner("--recipe", "mine", "--seeds", "1")[2][2]
 
 
-@pytest.mark.parametrize("recipe", [path.stem for path in sorted((ROOT / "recipes").glob("*.sh"))])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_flags_that_the_scripts_know(recipe, runner, tmp_path):
     """The stages are called by the recipe, then each script's own parser reads what it would have got."""
-    _, _, calls = runner("--recipe", recipe, "--seeds", "1")
+    status, error, calls = runner("--recipe", recipe, "--seeds", "1")
+    assert status == 0, error
     parsers = {
         "build_dataset.py": build_dataset.parse_arguments,
         "train_tokenizer.py": train_tokenizer.parse_arguments,
@@ -248,7 +250,7 @@ def test_flags_that_make_no_sense_get_one_line(flags, said, runner):
     status, error, calls = runner(*flags)
     assert status == 2 and calls == []
     assert error.startswith(f"error: {said}") and len(error.splitlines()) == 1
-    assert "(recipes: published replication small test_pipeline; all flags: bash runner.sh --help)" in error
+    assert f"(recipes: {' '.join(RECIPES)}; all flags: bash runner.sh --help)" in error
 
 
 @pytest.mark.parametrize("flags", [["--parallel"], ["--parallel", "0"], ["--parallel", "x"], ["--seeds", "--parallel"]])

@@ -6,7 +6,7 @@ import pytest
 from made_runs import RESULTS, changed, diverged
 
 from experiment import arm_name, run_name
-from runs import find_runs, read_results
+from runs import find_runs, labelled, ranges, read_results
 from sets import refuse_duplicates
 
 GOOD = changed({**RESULTS, "softmax_n": 1.0, "seed": 42}, {})
@@ -43,11 +43,11 @@ def test_a_good_file_is_read(tmp_path):
         ("validation.loss", True, "'validation.loss' holds 'True'"),
         ("test_pipeline", 1, "'test_pipeline' holds '1'"),
         ("settings", [], "'settings' holds '[]'"),
-        ("loss_history", [[1, True]], "'loss_history' holds something other than numbers"),
-        ("weight_excess_kurtosis", {"a": True}, "'weight_excess_kurtosis' holds something other than numbers"),
-        ("emergence", [{"step": True}], "'emergence' holds something other than numbers"),
-        ("status", "lost", "the status 'lost'"),
-        ("status", "diverged", "the status 'diverged' is none, or has no 'diverged.step'"),
+        ("loss_history", [[1, True]], "'loss_history' holds '[[1, True]]', but train_model.py writes pairs of numbers"),
+        ("weight_excess_kurtosis", {"a": True}, "'weight_excess_kurtosis' holds \"{'a': True}\""),
+        ("emergence", [{"step": True}], "'emergence' holds \"[{'step': True}]\""),
+        ("status", "lost", "'status' holds 'lost', but train_model.py writes 'complete' or 'diverged' there"),
+        ("status", "diverged", "the status is 'diverged', but it has no 'diverged.step'"),
         ("diverged", {"step": "late"}, "'diverged.step' holds 'late'"),
     ],
 )
@@ -82,3 +82,19 @@ def test_a_diverged_run_needs_no_model_and_a_duplicate_is_named(tmp_path):
 def test_different_n_never_share_a_name(n, name):
     assert arm_name(n) == name
     assert run_name(n, 42) == f"esperberto-{name}" and run_name(n, 43) == f"esperberto-{name}-seed43"
+
+
+def test_models_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    for name in ("a/final", "b/final"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert labelled(["a/final", "./b/final/"]) == ["a--final", "b--final"]
+    assert labelled(["a/final", "you/final", "you/other"]) == ["a--final", "you--final", "other"]
+    with pytest.raises(SystemExit, match=r"a/final and \./a/final have the same name"):
+        labelled(["a/final", "./a/final"])
+    monkeypatch.chdir("a/final")
+    assert labelled([".", "../../b", "you/bert"]) == ["final", "b", "bert"]
+
+
+def test_ranges_of_seeds():
+    assert ranges([48, 43, 44, 45, 50, 51, 45]) == "43 to 45, 48, 50, 51" and ranges([]) == ""

@@ -94,6 +94,21 @@ def test_circumstances_are_named_and_compared(key, value, said, tmp_path):
     assert said in line and line.endswith("compared nevertheless.")
 
 
+def test_many_runs_are_listed_by_value_and_arm(tmp_path):
+    runs = [made(n, seed, git__commit="ab"[n] * 40) for n in (0, 1) for seed in (42, 43, 44, 46)]
+    names = {arm: ", ".join(run.name for run in runs if run.arm == arm) for arm in ("softmax0", "softmax1")}
+    assert notes(runs, tmp_path) == [
+        f"The runs differ in commit (aaaaaaaaaaaa: {names['softmax0']}; bbbbbbbbbbbb: {names['softmax1']}): compared "
+        "nevertheless."
+    ]
+    more = [*runs, *(made(0, seed, git__commit="a" * 40) for seed in (50, 51, 52, 53))]
+    assert "(aaaaaaaaaaaa: softmax0 (seeds 42 to 44, 46, 50 to 53); b" in notes(more, tmp_path)[2]
+    assert notes(more, tmp_path)[0] == (
+        "Not every arm has seed 50 to 53: an arm is compared with the softmax0 runs of its own seeds, while tables of "
+        "arms and pictures show all runs that are in a pair."
+    )
+
+
 def test_results_of_a_modified_tree_are_named(tmp_path):
     lines = notes([made(0, 42), made(1, 42, git__dirty=True)], tmp_path)
     assert lines == ["Trained from a modified tree, so no record: esperberto-softmax1-seed42."]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ARCHITECTURE, as_flags
 from datasets import Dataset, load_from_disk
 from scipy import stats
 from transformers import (
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
+import arguments
 import checkpoints
 import command
 import experiment
@@ -39,6 +41,7 @@ import folder
 import measurement
 import record
 import train_model
+import trainer as trainer_module
 from controls import CONTROLS
 from experiment import accept_packed_batches
 from held_out import held_out_batches, held_out_loss, losses_without_context, padded_batches
@@ -49,32 +52,6 @@ from sets import comparison_sets
 from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_sinks
 
 ROOT = Path(__file__).parent.parent
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-}
-
-
-@pytest.fixture
-def train(sample, tmp_path, monkeypatch):
-    """train("--flag", ...) trains a small model below tmp_path and returns its results."""
-    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags, steps=6, results="results"):
-        places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
-        numbers = {"max_steps": steps, "per_device_train_batch_size": 4, "max_length": 64, "vocab_size": 1024}
-        numbers |= {"logging_steps": 1, "eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
-        argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
-        train_model.main([*argv, "--disable_tqdm", "true", "--output_dir", f"{results}-models/<run>", *flags])
-        newest = max(Path(results).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return json.loads(newest.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-    return run
 
 
 def exits_with(capsys, text: str, call) -> None:
@@ -136,8 +113,9 @@ def interrupted(monkeypatch, call) -> None:
     """`call` trains, and is interrupted in its fourth step."""
     init = train_model.ExperimentTrainer.__init__
 
-    def stopping(self, *args, callbacks, **kwargs):
-        init(self, *args, callbacks=[*callbacks, StopAfter()], **kwargs)
+    def stopping(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(StopAfter())
 
     with monkeypatch.context() as patch:
         patch.setattr(train_model.ExperimentTrainer, "__init__", stopping)
@@ -286,7 +264,7 @@ def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeyp
             assert "is damaged (" in (why := checkpoints.damage(checkpoint)) and path.name in why, (path, where)
             path.write_bytes(content)
         path.unlink()
-        assert path.name == "SHA256SUMS" or checkpoints.damage(checkpoint), path  # those of earlier versions have none
+        assert checkpoints.damage(checkpoint), path
         path.write_bytes(content)
     (checkpoint / ".DS_Store").write_bytes(b"of a Mac that showed the folder")
     assert checkpoints.damage(checkpoint) is None
@@ -337,7 +315,7 @@ def test_code_in_a_checkpoint_is_not_run(train, monkeypatch, capsys):
 
 
 def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
-    with folder.sole("results-models/esperberto-softmax0"):
+    with folder.locked("results-models/esperberto-softmax0"):
         exits_with(capsys, f"process {os.getpid()} is at work on results-models/esperberto-softmax0: wait", train)
         train("--use_softmax1")  # another run is nobody's concern
     train()
@@ -391,7 +369,7 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
     ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
     data = {"input_ids": ids}
     torch.manual_seed(0)
-    config = RobertaConfig(**SMALL, vocab_size=1024)
+    config = RobertaConfig(**ARCHITECTURE, vocab_size=1024)
     model = accept_packed_batches(RobertaForMaskedLM(config)).train()
     by_size = [held_out_batches(data, masks, size) for size in (1, 4, 23)]
     losses = [held_out_loss(model, batches) for batches in by_size]
@@ -476,7 +454,7 @@ def test_config_overrides_make_another_size_and_stand_in_the_record(train):
     result = train("--config_overrides", overrides, "--softmax_n", "1")
     config = AutoModelForMaskedLM.from_pretrained("results-models/esperberto-softmax1").config
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (16, 2, 24)
-    assert config.num_hidden_layers == SMALL["num_hidden_layers"]
+    assert config.num_hidden_layers == ARCHITECTURE["num_hidden_layers"]
     # Written in one way, whatever the order and the spaces, so that pairs compare.
     assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
 
@@ -549,7 +527,7 @@ def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(tra
 
 def test_sinks_are_not_decayed():
     """Trainer itself would, not knowing the name: every n would be pulled to 1."""
-    config = RobertaSoftmaxNConfig(**SMALL, vocab_size=99, softmax_n="learned")
+    config = RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=99, softmax_n="learned")
     model, trainer = RobertaSoftmaxNForMaskedLM(config), train_model.ExperimentTrainer
     decayed = trainer.get_decay_parameter_names(trainer.__new__(trainer), model)
     others = super(trainer, trainer).get_decay_parameter_names(trainer.__new__(trainer), model)
@@ -577,7 +555,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
         assert result["activation_excess_kurtosis"][name] == pytest.approx(expected, rel=1e-4)
 
 
-WITHOUT_DROPOUT = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+WITHOUT_DROPOUT = {**ARCHITECTURE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few roundings of float32
 
 
@@ -678,10 +656,9 @@ train_model.main(sys.argv[1:])
 def by_two_processes(sample, results: str, driver: str, *flags, status: int = 0) -> dict | None:
     """The results of a softmax1 run in batches of 2 x 32, in the working directory; None where it is to fail."""
     Path("driver.py").write_text(driver)
-    places = {"data_dir": sample / "data", "tokenizer_dir": sample / "tokenizer", "results_dir": results}
-    numbers = {"per_device_train_batch_size": 32, "max_length": 64, "vocab_size": 1024, "logging_steps": 1}
-    numbers |= {"eval_steps": 3, "save_steps": 3, "max_eval_samples": 20}
-    argv = [text for name, value in (places | numbers).items() for text in (f"--{name}", str(value))]
+    argv = as_flags(data_dir=sample / "data", tokenizer_dir=sample / "tokenizer", results_dir=results)
+    argv += as_flags(per_device_train_batch_size=32, max_length=64, vocab_size=1024, logging_steps=1)
+    argv += as_flags(eval_steps=3, save_steps=3, max_eval_samples=20)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
     command += [*argv, *flags, "--output_dir", f"{results}-models", "--use_cpu", "--ddp_backend", "gloo"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -705,7 +682,7 @@ train_model.ExperimentTrainer.training_step = killed
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sample, workers):
     flags = ["--use_softmax1", "--max_steps", "8", "--dataloader_num_workers", workers]
-    driver = DRIVER.format(architecture=SMALL)
+    driver = DRIVER.format(architecture=ARCHITECTURE)
     expected = by_two_processes(sample, "whole", driver, *flags)
     by_two_processes(sample, "killed", KILLED + driver, *flags, status=1)
     assert {path.name for path in Path("killed-models").glob("checkpoint-*")} == {"checkpoint-3"}
@@ -747,7 +724,7 @@ def test_data_is_tokenized_once_for_all_runs(train, sample):
 def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tmp_path):
     shutil.copytree(sample / "data", tmp_path / "data", ignore=shutil.ignore_patterns("tokenized-*"))
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(architecture=SMALL))
+    driver.write_text(DRIVER.format(architecture=ARCHITECTURE))
     flags = ["--data_dir", "data", "--tokenizer_dir", str(sample / "tokenizer"), "--max_steps", "2"]
     flags += ["--vocab_size", "1024", "--max_length", "32", "--max_eval_samples", "4"]
     running = [
@@ -795,7 +772,7 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, 
         def on_log(self, args, state, control, logs=None, **kwargs):
             drawn.append((state.global_step, dict(logs)))
 
-    monkeypatch.setattr(train_model, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    monkeypatch.setattr(arguments, "get_reporting_integration_callbacks", lambda names: [Tracker])
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
     result = train("--report_to", "tensorboard", "--use_softmax1", "--disable_tqdm", lines)
     for entry in result["emergence"]:  # step 0 included
@@ -829,15 +806,15 @@ def test_help_shows_ours_first_each_once_and_the_rest_is_behind_help_all(capsys)
         assert end.value.code == 0
         told[flag] = capsys.readouterr().out
         assert train_model.__doc__ in told[flag]  # examples, reads and writes
-    shown = [name for flags in train_model.HELP.values() for name in flags]
-    ours = [field.name for field in dataclasses.fields(train_model.ExperimentArguments)]
+    shown = [name for flags in arguments.HELP.values() for name in flags]
+    ours = [field.name for field in dataclasses.fields(arguments.ExperimentArguments)]
     assert set(ours) <= set(shown) and shown[0] == "softmax_n"
     for text in told.values():
         flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
         assert len(flags) == len(set(flags)) and [f"--{name}" for name in shown] == flags[: len(shown)]
         assert not re.search(r"--\w+-\w", text)  # by one of its spellings
     assert "--adam_epsilon" not in told["--help"] and "--adam_epsilon X" in told["--help_all"]
-    assert "where it is highest (5e-05)" in told["--help"] and "(52032)" in told["--help"]
+    assert "highest learning rate (5e-05)" in told["--help"] and "(52032)" in told["--help"]
     assert "--label_smoothing_factor: the loss is the published cross-entropy" in told["--help_all"]
 
 
@@ -892,12 +869,12 @@ def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatc
     assert capsys.readouterr().out.startswith("esperberto-softmax0 trains on ")  # the device is said first of all
     for hidden in ("", "-1"):  # on purpose
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert train_model.visible_gpu() is None
+        assert arguments.visible_gpu() is None
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     exits_with(capsys, "CUDA_VISIBLE_DEVICES=1 names a GPU, which PyTorch", train)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert train_model.visible_gpu() is None
+    assert arguments.visible_gpu() is None
 
 
 def test_a_gpu_without_float64_is_not_taken(monkeypatch):
@@ -937,7 +914,7 @@ def written_with(limit: int, call) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (train_model, "seal")]
+WRITES = [(record, "write_json"), (torch, "save"), (TrainerState, "save_to_json"), (trainer_module, "seal")]
 WRITES += [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerBase, "save_pretrained")]
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import OVERRIDES
 
 import folder
 import train_model
@@ -44,9 +45,6 @@ if mode == "hang":
 pathlib.Path(args.output_dir.replace("<run>", run)).mkdir(parents=True)
 """
 )
-
-
-SMALL = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=34"
 
 
 @pytest.fixture
@@ -135,7 +133,16 @@ def test_a_push_that_is_interrupted_ends_the_script(stand_in, monkeypatch):
 def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
-    flags += ["--config_overrides", SMALL, "--max_length", "32", "--max_eval_samples", "4", "--disable_tqdm", "true"]
+    flags += [
+        "--config_overrides",
+        OVERRIDES,
+        "--max_length",
+        "32",
+        "--max_eval_samples",
+        "4",
+        "--disable_tqdm",
+        "true",
+    ]
     train_model.main([*flags, "--max_steps", "2"])
     monkeypatch.setattr(train_runs, "train_alone", lambda job: job.results.touch() or True)
     left = Path("models/esperberto-softmax0/checkpoint-2")  # as a kill right behind the results file leaves it
@@ -152,8 +159,8 @@ def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sampl
 def test_a_run_that_another_process_still_trains_is_told_in_the_terminal(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
-    flags += ["--config_overrides", SMALL, "--max_length", "32"]
-    with folder.sole("models/esperberto-softmax0"), pytest.raises(SystemExit, match="esperberto-softmax0 failed"):
+    flags += ["--config_overrides", OVERRIDES, "--max_length", "32"]
+    with folder.locked("models/esperberto-softmax0"), pytest.raises(SystemExit, match="esperberto-softmax0 failed"):
         train_runs.main(["--softmax_n", "0", "--parallel", "2", "--", *flags])
     at_work = f"process {os.getpid()} is at work on models/esperberto-softmax0: wait until it has ended, or end it"
     assert f"esperberto-softmax0 failed: {at_work} (see results/logs/" in capsys.readouterr().err

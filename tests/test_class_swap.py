@@ -29,11 +29,11 @@ def test_training_and_all_that_it_records(train):
         for ours, theirs in zip(stock[history], swapped[history], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
     for kind in ("weight_excess_kurtosis", "activation_excess_kurtosis"):
-        for found in (
+        for results in (
             stock,
             swapped,
         ):  # a key's bias moves no softmax: its gradient is rounding, of which Adam makes steps
-            found[kind] = {name: value for name, value in found[kind].items() if not name.endswith("key.bias")}
+            results[kind] = {name: value for name, value in results[kind].items() if not name.endswith("key.bias")}
         assert stock[kind] == pytest.approx(swapped[kind], rel=1e-3, abs=1e-3, nan_ok=True)
     for ours, theirs in zip(stock["emergence"], swapped["emergence"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
@@ -89,14 +89,14 @@ def analysed(folder, *names):
 def test_everything_that_an_analysis_writes(tmp_path):
     """Every figure of analysis.json, in models whose attention is far from uniform."""
     both_classes(tmp_path, scale=20.0)
-    found = analysed(tmp_path, "stock", "swapped", "learned")
-    stock, swapped, learned = found["stock"], found["swapped"], found["learned"]
-    check = [run["quantization"].pop("self_check") for run in found.values()]  # says which class it is
-    assert all(one["class_swap"]["passed"] for one in check)
+    runs = analysed(tmp_path, "stock", "swapped", "learned")
+    stock, swapped, learned = runs["stock"], runs["swapped"], runs["learned"]
+    checks = [run["quantization"].pop("self_check") for run in runs.values()]  # says which class it is
+    assert all(check["class_swap"]["passed"] for check in checks)
     sinks = [layer.pop("log_n") for layer in learned["attention"].values()]
     assert sinks == [[pytest.approx(math.log(ZERO))] * 2, [None] * 2]  # JSON has no infinity
     assert learned.pop("weights_sha256") != stock["weights_sha256"]
-    for run in found.values():
+    for run in runs.values():
         assert run.pop("model") and run.pop("arm")
     assert len(stock["quantization"]["ranges"]) == len(swapped["quantization"]["ranges"]) > 40
     assert differences(stock, swapped) == []

@@ -78,7 +78,7 @@ def test_weights_are_all_entries_of_every_parameter():
     assert np.isnan(result["roberta.encoder.layer.0.attention.output.LayerNorm.weight"])  # all ones at the start
 
 
-def test_hooks_equal_hooks_by_hand():
+def test_activation_kurtosis_equals_hooks_by_hand():
     model = small_roberta()
     batches = [batch_of([12, 5], 12), batch_of([7, 7, 3], 9)]
     names = ["roberta.encoder.layer.0.attention.output.dense", "roberta.encoder.layer.1.output", "lm_head.decoder"]
@@ -92,7 +92,7 @@ def test_hooks_equal_hooks_by_hand():
         with torch.no_grad():
             model(**batch)
         for name in names:
-            by_hand[name] += [scipy.stats.kurtosis(one.double().numpy().ravel()) for one in outputs[name]]
+            by_hand[name] += [scipy.stats.kurtosis(output.double().numpy().ravel()) for output in outputs[name]]
     for handle in handles:
         handle.remove()
 
@@ -106,7 +106,7 @@ def test_hooks_equal_hooks_by_hand():
     assert result["roberta.encoder.layer.1.output"] == result["roberta.encoder.layer.1.output.LayerNorm"]
 
 
-def test_removed_hooks_count_nothing_more():
+def test_removed_hooks_count_nothing():
     model = small_roberta()
     batch = batch_of([6], 6)
     with torch.no_grad(), ActivationKurtosis(model) as kurtosis:
@@ -118,7 +118,7 @@ def test_removed_hooks_count_nothing_more():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_restored_state_goes_on_to_the_same_mean():
+def test_a_restored_state_leads_to_the_same_mean():
     model = small_roberta()
     first, second = batch_of([6, 4], 6), batch_of([3, 9], 9)
     with torch.no_grad():

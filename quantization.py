@@ -1,18 +1,11 @@
-"""Post-training quantization of a masked-LM, and what it costs in held-out loss.
-
-    bfloat16          weights and arithmetic in bfloat16
-    w8a8_static       8-bit weights and activations, one fixed range a tensor: the setting that outliers break
-    w8a8_percentile   the same with activations clipped at their 99.99 % percentiles
-    w8a8_mse          the same with the ranges, of weights too, that make the mean squared rounding error smallest
-    w8a8_published    the setting of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023)
-    w8a8_dynamic      8-bit weights (one scale a row) and inputs (one scale a token, at run time) of every nn.Linear
-    w4_weight_only    4-bit weights (one scale for 128 inputs of a row) of every nn.Linear, float32 activations
+"""Post-training quantization of a masked-LM, and what it costs in held-out loss. DEFINITIONS.md defines the SCHEMES.
 
 In the four static schemes, weights are symmetric and activations asymmetric (0 is exact), with one range a tensor, and
-arithmetic is simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al.
-published (validate_mlm.py and what it calls): the same tensors are quantized, and their ranges are estimated in the
-same way and on the same kind of text. The three other static schemes are ours. DEFINITIONS.md compares both: which
-tensors are quantized, where their ranges come from, and on which text they are calibrated.
+arithmetic is simulated in float32 ("fake quantization"). This is the setting that outliers break. `w8a8_published`
+follows the code that Bondarenko et al. published for "Quantizable Transformers" (NeurIPS 2023; validate_mlm.py and what
+it calls): the same tensors are quantized, and their ranges are estimated in the same way and on the same kind of text.
+The three other static schemes are ours. DEFINITIONS.md compares both: which tensors are quantized, where their ranges
+come from, and on which text they are calibrated.
 
 Every scheme computes through the one attention function of this file, whatever the class of the model: two models that
 compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
@@ -403,10 +396,8 @@ class StaticW8A8:
         self._round_weights(published_weight if self.published else int8_weight)
         self._activate(self.parts if self.published else ())
         self.observing = True
-        try:
-            per_text_loss(self.model, calibration)
-        finally:
-            self.observing, self.observed = False, None
+        per_text_loss(self.model, calibration)
+        self.observing, self.observed = False, None
         unset = [name for name, activation in self.ranges.items() if activation.low is None]
         if unset:
             raise UnsetRange(
@@ -437,11 +428,9 @@ class StaticW8A8:
     def distinct_values(self, batches: list[dict]) -> dict[str, int]:
         """{activation: number of distinct values in the last batch after rounding; 0 if it is not rounded}."""
         self.levels = {}
-        try:
-            per_text_loss(self.model, batches)
-            return {name: self.levels.get(name, 0) for name in self.ranges}
-        finally:
-            self.levels = None
+        per_text_loss(self.model, batches)
+        levels, self.levels = self.levels, None
+        return {name: levels.get(name, 0) for name in self.ranges}
 
     def real_tokens(self, values: Tensor) -> Tensor | None:
         """The (batch, tokens) mask of real tokens; None without padding, or where `values` has other dimensions."""

@@ -1,4 +1,4 @@
-"""analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
+"""analyze_kurtosis.py end to end on small random models, its figures by hand, and bad input."""
 
 import base64
 import gzip
@@ -53,7 +53,7 @@ ARCHITECTURE = {**SMALL, "max_position_embeddings": 130}
 
 
 def results_of(model, name, softmax_n):
-    """What train_model.py writes, with figures that are easy to follow."""
+    """The results file that train_model.py writes, with simple figures."""
     layers = {
         "attention.output.dense": (1.0, 4.0),
         "attention.output.dropout": (2.0, 2.5),
@@ -99,7 +99,7 @@ def results_of(model, name, softmax_n):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """data/, models/ and results/ as the scripts before this one leave them: two runs."""
+    """data/, models/ and results/ of two runs, as the scripts that run before this one write them."""
     root = tmp_path_factory.mktemp("finished")
     texts = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(root / "data"))
@@ -130,13 +130,13 @@ def workplace(finished, tmp_path):
 
 @pytest.fixture(autouse=True)
 def clean_checkout(monkeypatch):
-    """What is measured in a modified tree has a note of its own in the report."""
+    """Otherwise the report has a note that it was measured with uncommitted code."""
     monkeypatch.setattr(measurement, "git_state", lambda: {"commit": "c", "dirty": False})
 
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    """Drawing takes longer than all that is measured here."""
+    """Drawing takes longer than measuring these models."""
     monkeypatch.setattr(analyze_kurtosis, "pictures", lambda *_: {})
 
 
@@ -178,7 +178,9 @@ def test_report_of_two_runs(workplace, capsys):
         assert picture.startswith(b"\x89PNG") and b"IHDR" in picture[:64]
         assert f"]({name}.png)" in text and base64.b64encode(picture).decode() in page
     assert "Note" not in text  # these two runs belong together
-    assert 'name="viewport"' in page and not re.search(r'(src|href)="(?!data:|#)', page)  # nothing from elsewhere
+    assert 'name="viewport"' in page and not re.search(
+        r'(src|href)="(?!data:|#)', page
+    )  # the page loads nothing from other files
     rules = [line for line in text.splitlines() if line.startswith("| ---")]
     assert page.count("<table>") == len(rules) > 8
     for markdown_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -186,7 +188,7 @@ def test_report_of_two_runs(workplace, capsys):
 
     summary = rows(text, "Summary of the runs")
     published = ["published softmax0", "published softmax1"]
-    ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, whatever the file order
+    ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, not by file name
     assert summary[""] == [*published, *ours]
     assert summary["training loss, mean of the whole run"] == ["4.46", "4.44", "4.46", "4.46"]
     assert summary["training loss, last logged"] == ["3.79", "3.78", "3.22", "3.22"]
@@ -287,7 +289,7 @@ def test_tables_of_sinks_heads_and_interventions_show_the_figures_of_the_json_fi
 
 
 def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch):
-    """Only where its weights are those that training wrote down."""
+    """It is returned only if its weights have the digest that training recorded."""
     monkeypatch.setattr(experiment, "ARCHITECTURE", ARCHITECTURE)
     for n in (0.0, 1.0):
         tokenizer = save_tokenizer(tmp_path / "model")
@@ -349,7 +351,7 @@ def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
     batches = padded_batches(tokenizer, tokenizer(TEXTS)["input_ids"], 2)
     histograms = [measurement.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
     assert histograms[0].keys() == histograms[1].keys() == {"layer 0", "layer 1"}
-    for name, counts in histograms[0].items():  # a rounding error may move an entry over a border
+    for name, counts in histograms[0].items():  # a rounding error may move an entry to the next bin
         assert np.abs(counts - histograms[1][name]).sum() <= 4 < counts.sum()
 
 
@@ -395,7 +397,7 @@ def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workp
 
 
 def test_diverged_runs_and_losses_that_are_not_finite_are_reported(workplace, monkeypatch):
-    """Neither ends the analysis, neither is dropped: a picture, a table and a sentence for each."""
+    """The analysis goes on, and the report has both in a picture, a table and a sentence."""
     results = json.loads(results_file(workplace).read_text())
     del results["activation_excess_kurtosis"], results["weight_excess_kurtosis"]
     results |= {
@@ -460,7 +462,7 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     for name, run in runs.items():
         folder = workplace / "models" / name
         for parameter, values in load_file(folder / "model.safetensors").items():
-            if parameter == "softmax_n":  # the empty mark of a softmax_n model
+            if parameter == "softmax_n":  # the empty tensor that marks a softmax_n model
                 continue
             expected = scipy.stats.kurtosis(values.double().numpy().ravel())
             assert run["parameters"][parameter]["kurtosis"] == pytest.approx(expected, rel=1e-9)
@@ -519,7 +521,7 @@ def test_a_model_folder_without_results_file(workplace, capsys):
     assert headline["sink rate of any token, %"] == [figure(100 * np.mean(sinks))]
     gap = gap_cell(run["quantization"]["schemes"]["w8a8_static"])
     assert headline["W8A8, static per tensor: loss over that"] == [gap]
-    # Nothing of an experiment that this model is not part of.
+    # The report does not mention the experiment, which this model is not part of.
     for word in ("softmax0", "softmax1", "Answer", "Question", "pair", "seed", "published softmax"):
         assert word not in text.partition("Written to")[0], word
     assert not (report / "loss.png").exists() and not (workplace / "results" / "report.md").exists()
@@ -533,7 +535,7 @@ def test_a_named_folder_uses_its_results_file_and_equal_names_get_separate_files
     analyse(workplace, f"{here}/")
     table_rows = rows(capsys.readouterr().out, "Summary of the runs")
     assert table_rows[""][2:] == ["esperberto-softmax0"] and table_rows["held-out loss"][2:] == ["3.30"]
-    with pytest.raises(SystemExit, match="both softmax0 with seed 42"):  # one results file cannot be that of both
+    with pytest.raises(SystemExit, match="both softmax0 with seed 42"):  # one results file cannot belong to both
         analyse(workplace, str(here), str(there))
     (workplace / "results" / "esperberto-softmax0.json").unlink()
     analyse(workplace, str(here), str(there))
@@ -542,7 +544,7 @@ def test_a_named_folder_uses_its_results_file_and_equal_names_get_separate_files
     (folder,) = (workplace / "results").glob("*+*")
     assert folder.name == "+".join(both)
     kept = sorted(path.stem for path in (folder / "measured").iterdir())
-    assert kept == sorted(both)  # inside, whatever the names are
+    assert kept == sorted(both)  # both files are inside this folder
     with pytest.raises(SystemExit, match="have the same name: name each model once"):
         analyse(workplace, str(here), f"{here}/")
 
@@ -551,7 +553,7 @@ def test_a_named_folder_uses_its_results_file_and_equal_names_get_separate_files
 def test_an_earlier_report_survives_a_failed_write(workplace):
     report = workplace / "results" / "report.md"
     report.write_text("earlier")
-    (workplace / "results" / "report.md.partial").mkdir()  # the place to write beside is taken
+    (workplace / "results" / "report.md.partial").mkdir()  # its temporary name is taken
     with pytest.raises(OSError):
         analyse(workplace)
     assert report.read_text() == "earlier"
@@ -921,7 +923,7 @@ def test_a_run_is_measured_again_after_a_change(workplace, monkeypatch, what):
 
 
 def test_a_report_needs_no_models_once_they_are_measured(workplace, monkeypatch, capsys):
-    """Results files and measured files are enough, for --report_only without any data, and for an analysis of more."""
+    """Results files and measured files are enough for --report_only, without data, and for an analysis of more runs."""
     analyse(workplace)
     results = workplace / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
@@ -957,7 +959,9 @@ def test_a_report_needs_no_models_once_they_are_measured(workplace, monkeypatch,
         analyse(workplace, "--report_only")
     for damage in (kept.read_text()[:1000], "[]", "{}"):
         kept.write_text(damage)
-        with pytest.raises(SystemExit, match="missing, damaged or of another training: leave out --report_only"):
+        with pytest.raises(
+            SystemExit, match="missing, damaged or of another training: measure it, without --report_only"
+        ):
             analyse(workplace, "--report_only")
     for flags in (["--onnxruntime"], ["SOME/MODEL"]):
         with pytest.raises(SystemExit):
@@ -978,7 +982,7 @@ def test_an_unwritable_folder_is_refused_before_measuring(workplace, monkeypatch
 
 
 def own_text(root, name="own.txt", lines=TEXTS * 2):
-    """A text file of different lines, with a blank one and one that comes twice."""
+    """A text file of different lines, a blank line, and a line that occurs twice."""
     file = root / name
     text = "\n".join([*(f"{line} {i}" for i, line in enumerate(lines)), "", "Pluvas. 3", ""])
     (gzip.open if name.endswith(".gz") else open)(file, "wt", encoding="utf-8").write(text)

@@ -1,4 +1,4 @@
-"""Controls: the instrument recognises what is known, fails when it is broken, and takes the published remedies."""
+"""Controls: known damage is recognised, a broken instrument fails the self-check, published remedies are measured."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_self_check_is_undecided_for_an_untrained_model():
 
 
 def test_a_pre_layernorm_model_gets_the_checks_that_apply_to_it():
-    """It has no LayerNorm behind the attention that could make up for an outlier, and no residual place."""
+    """It has no LayerNorm after the attention that could compensate an outlier, and no place of the residual stream."""
     torch.manual_seed(0)
     model = RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**SMALL)).eval()
     checks = checked(model)
@@ -108,7 +108,7 @@ def test_the_other_class_has_the_same_learned_sinks():
 
 
 def no_scores(monkeypatch):
-    """The attention's quantizers pass everything through."""
+    """The quantizers of the attention do not round."""
     attach = StaticW8A8._attach
 
     def broken(self):
@@ -132,12 +132,12 @@ def unset_range(monkeypatch):
 
 
 def blind_to_outliers(monkeypatch):
-    """Every range is that of the bulk, and nothing is cut off: outliers cost nothing."""
+    """Activations are not rounded, so outliers cost nothing."""
     monkeypatch.setattr(quantization._Range, "_round", lambda self, values: values)
 
 
 def class_matters(monkeypatch):
-    """The range of one class is another than that of the other class."""
+    """The two classes get different ranges."""
     calibrate = StaticW8A8.calibrate
 
     def broken(self, *args):
@@ -191,7 +191,7 @@ def test_a_control_is_not_softmax_and_takes_packed_batches(control):
     stock = RobertaForMaskedLM(RobertaConfig(**SMALL)).eval()
     stock.load_state_dict(control.state_dict(), strict=False)
     assert held_out_loss(stock, [batch])[0] != pytest.approx(held_out_loss(control, [batch])[0], rel=1e-3)
-    prepared = keep_masked_positions(apply_softmax_n(control, 0.0))  # as training prepares every model
+    prepared = keep_masked_positions(apply_softmax_n(control, 0.0))  # as training does with every model
     with torch.no_grad():
         padded = prepared(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         padded = padded[batch["labels"] != -100]
@@ -236,7 +236,7 @@ def test_the_published_remedies_can_be_measured(control):
     gated = control.config.model_type == "roberta-gated-attention"
     assert ("roberta.encoder.layer.0.attention.self.gate.input" in static.ranges) == gated
     published = StaticW8A8(control, batches(3, seed=3), published=True)
-    assert not any("gate" in name for name in published.ranges)  # as there
+    assert not any("gate" in name for name in published.ranges)  # as in the published code
     checks = checked(control)
     assert checks["passed"] is True and checks["class_swap"]["passed"] is None
     texts = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in scored]
@@ -247,7 +247,7 @@ def test_the_published_remedies_can_be_measured(control):
 
 
 def test_clipped_softmax_has_no_as_softmax_intervention_and_its_own_uniform_attention():
-    """clip(1.025 / T - 0.025, 0, 1): nothing is left of a weight from 41 tokens on."""
+    """Uniform weights are clip(1.025 / T - 0.025, 0, 1): zero from 41 tokens on."""
     clipped = build_control("clipped", SMALL).eval()
     results = interventions.interventions(clipped, batches(2, seed=2), Tokenizer())
     assert not {"as_softmax0", "as_softmax1"} & results.keys() and "as_trained" in results

@@ -1,4 +1,4 @@
-"""executed.py on small models: the exported function, known damage, blindness to the class, failures in one line."""
+"""executed.py on small models: the exported function, known damage, equal figures for both classes, failures."""
 
 import json
 import math
@@ -27,7 +27,7 @@ FORMATS = ("int8_minmax", "int8_percentile")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Latency is not looked at closely here."""
+    """Few repetitions, because the tests do not check how long a call takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executed, "REPETITIONS", 3)
         yield
@@ -75,10 +75,10 @@ def test_texts_are_run_unpadded_in_groups_of_equal_length():
     groups = executed.groups_of(padded)
     assert [group.input_ids.shape for group in groups] == [(3, 6), (21, 12)]
     assert sorted(number for group in groups for number in group.texts) == list(range(24))
-    assert groups[0].texts == [0, 8, 16]  # the short one of every batch
+    assert groups[0].texts == [0, 8, 16]  # the short text of every batch
     for group in groups:
         flat = group.input_ids.reshape(-1)
-        assert 1 not in flat and (flat[group.positions] == 4).all()  # no padding; what is predicted is masked
+        assert 1 not in flat and (flat[group.positions] == 4).all()  # no padding; predicted tokens are masked
         for number, row in zip(group.texts, range(len(group.texts)), strict=True):
             batch = padded[number // 8]
             labels = batch["labels"][number % 8]
@@ -90,14 +90,14 @@ def test_long_texts_run_in_smaller_groups(monkeypatch):
     assert {len(group.texts) for group in executed.groups_of(batches(3, seed=2))} == {3, 2, 1}
 
 
-# An export takes seconds; softmax1's is looked at closely further down.
+# An export takes seconds. Other tests below export softmax1 too.
 SLOW = ("softmax1", "learned", "bert", "gated")
 KINDS = ["softmax0", "clipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exported_model_is_the_model(kind, tmp_path):
-    """Text by text, and the reference computes through the model's own attention."""
+    """The losses of all texts equal those that PyTorch computes with the model's own attention."""
     torch.manual_seed(0)
     model = build_control(kind, SMALL) if kind in ("clipped", "gated") else model_of(kind)
     model.eval()
@@ -137,14 +137,14 @@ def test_sizes_latency_and_operators(plain):
     assert results["latency"]["formats"]["float32"]["speedup"] == 1
     operators, layers = results["operators"], SMALL["num_hidden_layers"]
     linear = 6 * layers + 2
-    assert operators["qdq"]["8 bits in and out"]["Gemm"] == linear - 1  # all but that of the logits
+    assert operators["qdq"]["8 bits in and out"]["Gemm"] == linear - 1  # all but the Gemm of the logits
     assert operators["qdq"]["float32"] == {"Gemm": 1}
     assert operators["kernels"]["int8"]["QGemm"] == linear
     assert operators["kernels"]["int8"]["QLinearMatMul"] == 2 * layers
     norms = 2 * layers + 2
     assert operators["kernels"]["float32"] == {"Gelu": layers + 1, "LayerNormalization": norms, "Softmax": layers}
     assert operators["biases"] == linear + norms
-    # Weights: of every Gemm but the tied decoder, of every LayerNorm, three embeddings; and the factor of the scores.
+    # Weights of every Gemm but the tied decoder, of every LayerNorm and three embeddings; and the scale of the scores.
     assert operators["weights"] == linear - 1 + norms + 3 + 1
     assert operators["simulated_activations"] == len(plain["ranges"])
 
@@ -158,14 +158,14 @@ def test_the_logits_and_the_softmax_are_not_rounded(quantized):
     softmaxes = 0
     for node in graph.node:
         if node.op_type == "Softmax":
-            pad = producer[node.input[0]]  # the null slot, whose value says which class the model is of
+            pad = producer[node.input[0]]  # adds the null logit, which depends on n and must not be rounded
             assert pad.op_type == "Pad" and producer[pad.input[0]].op_type == "DequantizeLinear"
             softmaxes += 1
     assert softmaxes == SMALL["num_hidden_layers"]
 
 
 def test_an_outlier_damages_the_executed_model_too(learnt, plain):
-    """Positive control: the function stays, the range of one tensor grows a thousandfold."""
+    """A positive control computes the same function, but the range of one tensor is a thousand times as large."""
     control = compensated_outlier(learnt, 1, 5, 1000.0)
     damage = damage_of(control)
     results = execute(control, damage)
@@ -177,13 +177,13 @@ def test_an_outlier_damages_the_executed_model_too(learnt, plain):
 
 
 def test_calibrated_ranges_cover_the_calibration_texts(quantized):
-    """The MinMax range of every rounded tensor holds all that the calibration texts make of it, and little more."""
+    """The MinMax range of every rounded tensor is the range of its values on the calibration texts."""
     folder, groups = quantized
     graph, stored = graph_of(folder / "int8_minmax.onnx")
     model = onnx.load(folder / "prepared.onnx")
     made = {name for node in model.graph.node for name in node.output}
     rounded = {
-        node.input[0]: (stored[node.input[1]].item(), stored[node.input[2]].item())  # one number a tensor
+        node.input[0]: (stored[node.input[1]].item(), stored[node.input[2]].item())  # one number for each tensor
         for node in graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] in made
     }
@@ -195,17 +195,17 @@ def test_calibrated_ranges_cover_the_calibration_texts(quantized):
     seen = [session.run(list(rounded), group.feed) for group in groups]
     for (name, (scale, zero)), values in zip(rounded.items(), zip(*seen, strict=True), strict=True):
         low, high = min(0, *(array.min() for array in values)), max(0, *(array.max() for array in values))
-        if name not in made_from_table(graph):  # what is gathered has the range of its table
+        if name not in made_from_table(graph):  # rows of a table have the range of the whole table
             assert [low, high] == pytest.approx([-zero * scale, (255 - zero) * scale], abs=scale), name
 
 
 def made_from_table(graph):
-    """Names of what Gather takes out of an embedding table."""
+    """Names of the tensors that Gather reads from an embedding table."""
     return {node.output[0] for node in graph.node if node.op_type == "Gather"}
 
 
 def test_the_group_with_most_tokens_is_calibrated_first(monkeypatch, tmp_path):
-    """Histograms keep the bins of the first group: one text in which a head attends to nothing would make them tiny."""
+    """Histograms keep the bin width of the first group, which would be tiny if a head attended to nothing there."""
     seen = []
     monkeypatch.setattr(executed, "quantize_static", lambda path, output, reader, **_: seen.extend(reader.feeds))
     monkeypatch.setattr(executed, "behind_softmax", lambda model: [])
@@ -279,10 +279,10 @@ def test_missing_packages_end_in_one_line(monkeypatch):
 
 
 def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
-    """The same function in the other class has the same figures, and both reach the JSON file and the report."""
+    """The same function in the other class has the same figures; the JSON file and the report have both."""
     both_classes(tmp_path, scale=20.0)
     names = ("stock", "swapped", "learned")
-    for name in names:  # ONNX Runtime takes no two LayerNorms with the same bias, as before training
+    for name in names:  # ONNX Runtime refuses equal biases of two LayerNorms, as before training
         weights = load_file(tmp_path / name / "model.safetensors")
         generator = torch.Generator().manual_seed(0)
         for key in sorted(weights):
@@ -300,7 +300,7 @@ def test_the_analysis_treats_both_classes_alike(tmp_path, capsys):
         assert of_run.pop("latency")
     assert differences(*results[:2]) == []
     for of_run in results:
-        assert all(scheme.pop("bytes") for scheme in of_run["schemes"].values())  # the sinks are in the file
+        assert all(scheme.pop("bytes") for scheme in of_run["schemes"].values())  # learned sinks make the file larger
     assert differences(results[0], results[2]) == []
     text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert "## INT8 that is executed" in text and "INT8, executed, MinMax ranges, swapped" in text

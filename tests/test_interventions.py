@@ -1,4 +1,4 @@
-"""Interventions against the same changes made by hand, and blind to the class of the model."""
+"""Interventions give the same figures as the same changes made by hand, whatever the class of the model."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def masked_batches():
 
 
 def sinking(n):
-    """A model whose second layer has one head that sends everything to <s>, or nowhere where it may."""
+    """A model with one head, in its second layer, whose attention goes to <s>, or to the null slot if it has one."""
     model = model_with(n)
     attention = model.roberta.encoder.layer[1].attention.self
     with torch.no_grad():
@@ -35,9 +35,9 @@ def sinking(n):
         attention.query.weight[:8] = 0
         attention.query.bias[:8] = 0
         attention.query.bias[0] = 60.0
-        if n:  # every logit far below 0: nowhere gets everything
+        if n:  # every logit is far below 0: the null slot gets all attention
             attention.key.bias[0] = -5.0
-        else:  # a key is larger the more it is <s>
+        else:  # the logit of a key grows with its similarity to <s>
             with torch.no_grad():
                 states = model.roberta(**{k: v for k, v in masked_batches()[0].items() if k != "labels"},
                                        output_hidden_states=True).hidden_states[1]  # fmt: skip
@@ -88,7 +88,7 @@ def test_every_intervention_against_the_same_change_by_hand(n):
         expected = np.mean([heads[f"layer.{i}"][key] for i in range(2)])
         assert results["as_trained"][key] == pytest.approx(expected, abs=1e-6)
 
-    # The one sink head, by taking its columns out of the layer behind it.
+    # The only sink head is removed by hand: its columns of the next linear layer are set to zero.
     assert [heads[f"layer.{i}"]["sink_rate_any_or_null"] for i in range(2)] == [[0, 0], [1, 0]]
     assert results["without_sink_heads"]["heads"] == results["without_random_heads"]["heads"] == 1
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_every_intervention_against_the_same_change_by_hand(n):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_the_null_slot_is_added_and_removed(n):
-    """Back at the trained n everything is as trained, exactly; the other n is a model of the other class."""
+    """With the trained n, all figures are as trained; with the other n, they are those of the other class."""
     model, batches = model_with(n), masked_batches()
     results = interventions(model, batches, Tokenizer())
     back = module._measure(module.apply_softmax_n(module.copy.deepcopy(model), n), batches, Tokenizer())[0]
@@ -107,7 +107,7 @@ def test_the_null_slot_is_added_and_removed(n):
     if n:
         assert results["as_softmax1"] == results["as_trained"]
     other = model_with(1 - n)
-    other.load_state_dict(model.state_dict(), strict=False)  # of the other function, so refused otherwise
+    other.load_state_dict(model.state_dict(), strict=False)  # weights of another function are refused if strict
     expected = interventions(other, batches, Tokenizer())["as_trained"]
     assert results[f"as_softmax{1 - n}"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert results["as_softmax0"]["null_mass"] < 1e-6 < 0.001 < results["as_softmax1"]["null_mass"]
@@ -125,7 +125,7 @@ def test_the_class_of_the_model_makes_no_difference(build):
 
 
 def test_as_many_other_heads_are_drawn_or_none(monkeypatch):
-    """Three draws of as many heads, none of them a sink; none where too few are left."""
+    """There are three draws of as many heads that are not sinks, and no draw if too few such heads are left."""
     model = model_with(0)
     drawn = []
     monkeypatch.setattr(module, "_without", lambda _, heads, *rest: drawn.append(heads) or {"loss": float(len(drawn))})
@@ -135,12 +135,12 @@ def test_as_many_other_heads_are_drawn_or_none(monkeypatch):
         monkeypatch.setattr(module, "_measure", lambda *rest: ({}, layers))
         return interventions(model, masked_batches(), Tokenizer())
 
-    results = attention([[0.31, 0.3], [0.0, 1.0]])  # more than 0.3, not as much
+    results = attention([[0.31, 0.3], [0.0, 1.0]])  # a sink rate has to be above 0.3; 0.3 itself is not
     assert drawn[0] == {("layer.0", 0), ("layer.1", 1)} and len(drawn) == 4
     assert all(heads == {("layer.0", 1), ("layer.1", 0)} for heads in drawn[1:])
     assert results["without_random_heads"]["loss"] == 3  # the mean of draws 2 to 4
     assert "without_random_heads" not in attention([[1.0, 1.0], [0.0, 1.0]])
-    results = attention([[0.0, 0.1], [float("nan")] * 2])  # NaN: no text is long enough to say
+    results = attention([[0.0, 0.1], [float("nan")] * 2])  # NaN: no text is long enough
     assert "without_sink_heads" not in results and "without_random_heads" not in results
 
 

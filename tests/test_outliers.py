@@ -68,7 +68,7 @@ def model_with(n):
 
 
 class Tokenizer:
-    """Ids are what they decode to; 0 and 2 are <s> and </s>."""
+    """Decodes a few ids to punctuation, the others to a word; 0 and 2 are <s> and </s>."""
 
     bos_token_id = cls_token_id = 0
     eos_token_id = sep_token_id = 2
@@ -140,7 +140,7 @@ def test_every_statistic_by_hand():
 
 
 def test_the_median_is_of_all_channels():
-    values = random_values(9, 200) * torch.linspace(0.1, 3, 200)  # of more channels than were once looked at
+    values = random_values(9, 200) * torch.linspace(0.1, 3, 200)  # the channels differ in size
     statistics = ActivationOutliers(torch.nn.Identity())
     statistics.add("place", values, torch.tensor([0] * 4 + [1] * 5), torch.zeros(9, dtype=torch.long))
     magnitudes = values.abs().numpy()
@@ -149,7 +149,7 @@ def test_the_median_is_of_all_channels():
 
 
 def test_massive_activations_by_hand():
-    """The largest with their tokens, and how many pass the bounds of Sun et al., over two batches."""
+    """The largest entries with their tokens, and the counts above the bounds of Sun et al., over two batches."""
     statistics = ActivationOutliers(torch.nn.Identity())
     for first, scale in ((1.0, 1.0), (-1500.0, 0.5)):
         values = torch.full((5, 7), scale)  # two sequences, of three and of two tokens
@@ -212,7 +212,7 @@ def test_streaming_equals_all_at_once():
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_every_place_is_the_tensor_that_its_name_says(n):
-    """Each place recomputed from the weights of the model, one unpadded sequence at a time."""
+    """Every place is recomputed from the weights of the model, one unpadded sequence at a time."""
     model = model_with(n)
     lengths = [11, 6]
     padded = batch_of(lengths, 14)
@@ -339,7 +339,7 @@ def test_attention_statistics_by_hand():
     assert figures["idle_mass"] == pytest.approx(0.7 + 0.05 + 0.1 + 0.1)  # of the only ordinary query, the word
     rows = [[0.5, 0.1, 0.1, 0.1, 0.2], [0.7, 0.05, 0.05, 0.1, 0.1], [1], [0.1, 0.1, 0.1, 0.2, 0.5]]
     assert figures["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(row) for row in rows]), rel=1e-6)
-    # Of fewer than 16 tokens. The first token gets 1.3 / 4 = 0.325 of the mean query, the full stop 1.25 / 4 = 0.3125.
+    # A short sequence. The mean query gives 1.3 / 4 = 0.325 to the first token and 1.25 / 4 = 0.3125 to the full stop.
     assert figures["sink_rate_first_short"] == 1 and figures["sink_rate_any_short"] == 1
     assert math.isnan(figures["sink_rate_first"]) and math.isnan(figures["sink_rate_any_renormalised"])
     weights[0, 0, 1, 0] = 0.5  # then 1.1 / 4 = 0.275
@@ -349,7 +349,7 @@ def test_attention_statistics_by_hand():
 
 
 def test_renormalised_sink_rates_by_hand():
-    """Small weights are large shares; who attends to nothing has none."""
+    """Small weights can be large shares of a query's attention; a query that attends to nothing is left out."""
     weights = torch.zeros(2, 1, 17, 17)
     weights[0, :, :16, 0] = 0.1
     weights[0, :, :15, 1] = 0.1  # 16 real tokens: a long sequence; its last real query attends to the first only
@@ -359,17 +359,17 @@ def test_renormalised_sink_rates_by_hand():
     sinks.batch(mask, first_and_others(mask))
     sinks.add("layer.0", weights)
     figures = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
-    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
+    # Mean weights are 0.1, 0.1 * 15 / 16 and 0.01 / 4; mean shares are (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
     assert [figures[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
     assert figures["sink_rate_first_renormalised"] == 1 and figures["sink_rate_any_renormalised"] == 1
     assert figures["sink_rate_first_renormalised_short"] == 0 and figures["sink_rate_any_renormalised_short"] == 1
-    weights[0, :, :16, 2:10] = 0.1  # then a tenth of it for each, or a ninth
+    weights[0, :, :16, 2:10] = 0.1  # then the shares are a tenth, or a ninth
     sinks.add("layer.0", weights)
     assert sinks.result()["layer.0"]["sink_rate_first_renormalised"] == [0.5]
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask, first_and_others(mask))
     sinks.add("layer.0", torch.zeros(2, 1, 17, 17))  # no query attends to anything: no sink, and no NaN
-    for key in SINK_RATES:  # but nowhere gets all of it
+    for key in SINK_RATES:  # but the null slot gets all attention
         assert sinks.result()["layer.0"][key] == [float("or_null" in key)]
 
 
@@ -388,7 +388,7 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
     assert uniform.keys() == {"null_mass", *SINK_RATES}
     for key, value in uniform.items():
         assert attention["layer.1"][key] == pytest.approx([value] * 2, abs=1e-6), key
-    # The issue: three tokens or fewer are sinks under softmax by construction, and with n = 1 two or fewer.
+    # By construction, sequences of at most three tokens have sinks with n = 0, and of at most two tokens with n = 1.
     assert uniform["sink_rate_first_short"] == {0: 0.5, 0.5: 0.25, 1: 0.25}[n]
     assert uniform["sink_rate_first_renormalised_short"] == 0.5
     assert uniform["null_mass"] == pytest.approx(sum(t * n / (n + t) for t in lengths) / 60)
@@ -406,7 +406,7 @@ def test_uniform_attention_with_an_n_for_each_head():
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_vectors_of_heads_by_hand(n):
-    """Each from the weights of the model, one unpadded sequence and one head at a time."""
+    """Every statistic is recomputed from the weights of the model, one unpadded sequence and one head at a time."""
     model = model_with(n)
     lengths = [11, 6]
     padded = batch_of(lengths, 14)
@@ -459,11 +459,11 @@ def masses(idle, null):
 
 
 def test_context_kurtosis_leaves_out_idle_heads():
-    """The heads above the bound are left out of the kurtosis; with none left there is none."""
+    """Heads above the bound are left out of the kurtosis; if no head is left, the kurtosis is NaN."""
     vectors = outliers.HeadVectors(torch.nn.Identity())
     mask = torch.ones(2, 5)
     context = random_values(2, 5, 12) ** 3
-    context[..., 4:8] *= 1e-3  # the second of three heads does nothing
+    context[..., 4:8] *= 1e-3  # the second of three heads is idle
     others = [random_values(2, 5, 12, seed=i) for i in range(3)]
     for i in range(2):
         vectors.batch(mask[i : i + 1], first_and_others(mask[i : i + 1]))
@@ -480,13 +480,13 @@ def test_context_kurtosis_leaves_out_idle_heads():
 
 
 def test_context_kurtosis_of_the_queries_that_attend():
-    """Queries that give the null slot more than half are left out, head by head; so is padding."""
+    """Queries that give the null slot more than half of their attention are left out, and so is padding."""
     vectors = outliers.HeadVectors(torch.nn.Identity())
     mask = torch.ones(2, 5)
     mask[1, 3:] = 0
     context = random_values(2, 5, 8) ** 3
     others = [random_values(2, 5, 8, seed=i) for i in range(3)]
-    weights = torch.full((2, 2, 5, 5), 0.1)  # sums to 0.5: attends just so
+    weights = torch.full((2, 2, 5, 5), 0.1)  # sums to 0.5, the bound: these queries attend
     context[0, 1:, :4] *= 1e-4
     weights[0, 0, 1:] = 0.09
     weights[1] = torch.where(mask[1] > 0, 0.5 / 3, 0.0)
@@ -511,7 +511,7 @@ def test_context_kurtosis_of_the_queries_that_attend():
 
 
 def flat(nested):
-    """{path: number} of nested dictionaries and lists; what is no number stays out."""
+    """{path: number} of all numbers in nested dictionaries and lists."""
     if isinstance(nested, dict):
         return {f"{key}.{path}": value for key, inner in nested.items() for path, value in flat(inner).items()}
     if isinstance(nested, (list, tuple)):
@@ -599,11 +599,11 @@ def test_emergence_gives_the_same_as_the_analysis_and_leaves_the_model_alone(n):
 
 
 class AcceleratorWithoutFloat64(TorchDispatchMode):
-    """As if every tensor lay on a device without float64 but what came through `to_cpu` and what is made of that."""
+    """Treats every tensor as one on a device without float64, except copies made by `to_cpu` and results of these."""
 
     def __init__(self):
         super().__init__()
-        self.on_cpu = {}  # storages by address, which are held so that no other tensor gets their place
+        self.on_cpu = {}  # storages by address; they are kept, so that no other tensor gets the same address
 
     def to_cpu(self, values):
         moved = values.clone()
@@ -648,7 +648,7 @@ def test_no_statistic_needs_float64_where_the_model_lies(monkeypatch):
 
 
 def test_every_statistic_is_defined():
-    """Each key that lands in analysis.json has a row in DEFINITIONS.md."""
+    """Every key that is written to analysis.json has a row in DEFINITIONS.md."""
     places, attention, _ = measure_model(model_with(1), [batch_of([9, 4], 9)], Tokenizer())
     text = (Path(outliers.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rows = {name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"`([\w.<>]+)`", line)}

@@ -135,7 +135,7 @@ def masked_loss(model: PreTrainedModel, batch: dict[str, Tensor], reduction: str
         reduction: "sum" or "none", as in torch.
 
     Returns:
-        (nats: a scalar, or one number for each masked token in the order of masked.nonzero(), masked: (B, T) boolean).
+        (nats: a scalar or (M,), masked: (B, T), boolean), for M masked tokens in the order of masked.nonzero().
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     masked = batch["labels"] != IGNORED

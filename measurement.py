@@ -43,16 +43,7 @@ from interventions import interventions
 from kurtosis import weights_of
 from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import (
-    DRAWS,
-    PUBLISHED_LENGTH,
-    int4_weight,
-    int8_weight,
-    joined,
-    measure_damage,
-    measured_copy,
-    relative_error,
-)
+from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, rounding_errors
 from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
 
@@ -331,25 +322,15 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Excess kurtosis, infinity norm and relative rounding errors of every weight.
-
-    Returns:
-        {weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", "int8_error", and for
-        matrices "int4_error"}}.
-    """
+    """{weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", and its rounding_errors}}."""
     statistics = {}
     for name, parameter in weights_of(model).items():
         values = parameter.detach().numpy().ravel().astype(np.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns about constant parameters
             kurtosis = float(scipy.stats.kurtosis(values))
-        statistics[name] = {
-            "kurtosis": kurtosis,
-            "inf_norm": float(np.abs(values).max()),
-            "int8_error": relative_error(parameter, int8_weight(parameter)),
-        }
-        if parameter.dim() == 2:
-            statistics[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
+        norm = float(np.abs(values).max())
+        statistics[name] = {"kurtosis": kurtosis, "inf_norm": norm, **rounding_errors(parameter)}
     return statistics
 
 

@@ -21,7 +21,7 @@ def load_data(path: str) -> tuple[DatasetDict, dict]:
         data = load_from_disk(path)
         data["train"], data["validation"], manifest["splits"]["train"]["sha256"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        sys.exit(f"error: {path} holds no whole dataset ({record.one_line(error)}): run build_dataset.py first")
+        sys.exit(f"error: {path} holds no complete dataset ({record.one_line(error)}): run build_dataset.py first")
     for name in ("train", "validation"):
         split = data[name]
         if "text" not in split.column_names or split.features["text"].dtype not in ("string", "large_string"):

@@ -128,8 +128,8 @@ class Hub:
                     raise HubError(self.redacted(self.explanation(cause, status))) from None
                 if status is not None:
                     pause = max(pause, retry_after_seconds(cause.response))
-                what = f"HTTP {status}" if status else self.redacted(record.one_line(cause))
-                tqdm.write(f"the Hub: {what}; trying again in {pause:g} s", file=sys.stderr)
+                reason = f"HTTP {status}" if status else self.redacted(record.one_line(cause))
+                tqdm.write(f"the Hub: {reason}; trying again in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
 
     def explanation(self, error: BaseException, status: int | None) -> str:
@@ -166,13 +166,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def retry_after_seconds(response: httpx.Response) -> float:
     """The pause that the Hub asks for in Retry-After, as seconds or as a date; 0 without it."""
     value = response.headers.get("Retry-After", "0")
-    if value.isdecimal():
-        return min(int(value), MAX_RETRY_AFTER_SECONDS)
     try:
-        pause = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        if value.isdecimal():
+            return min(int(value), MAX_RETRY_AFTER_SECONDS)
+        date = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return 0
-    return min(max(pause, 0), MAX_RETRY_AFTER_SECONDS)
+    return min(max(date.timestamp() - time.time(), 0), MAX_RETRY_AFTER_SECONDS)
 
 
 def writable_namespace(me: dict, user: str) -> str:
@@ -278,7 +278,7 @@ def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
             raise ValueError(f"no {(missing or ['model.safetensors'])[0]}")
         model_card(f"user/{folder.name}", config, None)
     except (OSError, *WRONG, SafetensorError) as error:
-        sys.exit(f"error: {folder} holds no whole model ({record.one_line(error)}): train it again")
+        sys.exit(f"error: {folder} holds no complete model ({record.one_line(error)}): train it again")
     if not results_path.is_file():
         print(f"note: there is no {results_path}, so the card of {folder} has no figures", file=sys.stderr)
         return config, None
@@ -287,7 +287,7 @@ def read_model(folder: Path, results_path: Path) -> tuple[dict, dict | None]:
         n, run = results["softmax_n"], results["run"]
         model_card(f"user/{run}", config, results)
     except (OSError, *WRONG) as error:
-        sys.exit(f"error: {results_path} is no results file ({record.one_line(error)}): give the right --results")
+        sys.exit(f"error: {results_path} is not a results file ({record.one_line(error)}): give the right --results")
     if n != config.get("softmax_n", 0.0):
         sys.exit(f"error: {results_path} ({run}, n = {n}) is not about the model in {folder}: give the right --results")
     return config, results
@@ -303,7 +303,7 @@ def read_dataset(folder: Path) -> tuple[dict, dict[str, datasets.Dataset]]:
                 raise ValueError(f"{len(dataset):,} samples in {split}, manifest.json has another number")
         dataset_card(f"user/{DATASET}", manifest, splits)
     except (OSError, *WRONG) as error:
-        sys.exit(f"error: {folder} holds no whole dataset ({record.one_line(error)}): run build_dataset.py")
+        sys.exit(f"error: {folder} holds no complete dataset ({record.one_line(error)}): run build_dataset.py")
     return manifest, splits
 
 

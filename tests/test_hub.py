@@ -522,17 +522,17 @@ def test_incomplete_folders_are_refused(server, folders, sample, tmp_path):
     (folder / "softmax1.py").write_text("")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1000])
-    assert "holds no whole model" in fails(lambda: hub.push(folder))
+    assert "holds no complete model" in fails(lambda: hub.push(folder))
     (folder / "model.safetensors").write_bytes(weights)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(make_results(0.0, "esperberto-softmax0")))
     assert "is not about the model" in fails(lambda: hub.push(folder, other))
     other.write_text("{")
-    assert "is no results file" in fails(lambda: hub.push(folder, other))
+    assert "is not a results file" in fails(lambda: hub.push(folder, other))
     data = tmp_path / "data"
     data.mkdir()
     (data / "dataset_dict.json").write_text("{}")
-    assert "holds no whole dataset" in fails(lambda: hub.push(data))
+    assert "holds no complete dataset" in fails(lambda: hub.push(data))
     assert not server.repos
 
 

@@ -475,13 +475,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         sources = published_sources(args.sources or list(EXPECTED_LINES), args)
 
-    asked = {
+    settings = {
         "validation_fraction": args.validation_fraction,
         "join_words": args.join_words,
         "max_samples": args.max_samples,
     }
     names = ", ".join(source.name for source in sources)
-    if args.keep and folder.kept(args.output_dir, {"sources": names, **asked}, settings_of):
+    if args.keep and folder.kept(args.output_dir, {"sources": names, **settings}, settings_of):
         return
     if args.push_to_hub:
         hub.check()  # before hours of downloading
@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
             "format": 1,
             "argv": record.command_line(),
             "sources": described,
-            **asked,
+            **settings,
             "splits": splits,
         }
         record.write_json(output / "manifest.json", manifest)

@@ -129,8 +129,8 @@ class Hub:
                     raise HubError(self.redacted(self.explanation(cause, status))) from None
                 if status is not None:
                     pause = max(pause, retry_after_seconds(response))
-                what = f"HTTP {status}" if status else self.redacted(record.one_line(cause))
-                tqdm.write(f"the Hub: {what}; trying again in {pause:g} s", file=sys.stderr)
+                reason = f"HTTP {status}" if status else self.redacted(record.one_line(cause))
+                tqdm.write(f"the Hub: {reason}; trying again in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
 
     def explanation(self, error: BaseException, status: int | None) -> str:

@@ -2,23 +2,23 @@
 # The whole experiment, top to bottom, on one machine:
 #
 #     screen -L -dmS run bash runner.sh     the published experiment: data, tokenizer, both models, report
-#     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44: what an interval needs
+#     bash runner.sh --seeds 3              three pairs of models, seeds 42 to 44, so that the report has intervals
 #     bash runner.sh --seeds 3 --parallel 2 two of their trainings at a time, with a log each in results/logs/
 #     bash runner.sh --recipe small --parallel 2 --from_files 'texts/*.gz'
-#                                           another experiment of those in recipes/, on your own text
-#     bash runner.sh -- --bf16              flags behind -- go to every training (python train_model.py --help)
-#     bash runner.sh --test_pipeline        the same lines with tiny numbers on the embedded sample, in scratch/
+#                                           another experiment from recipes/, with your own text
+#     bash runner.sh -- --bf16              flags after -- are passed to every training (python train_model.py --help)
+#     bash runner.sh --test_pipeline        the same stages with tiny numbers, on the embedded sample, in scratch/
 #     bash runner.sh --tests [pytest flags] the tests
-#     bash runner.sh --benchmark            the CUDA tests, where there is a GPU, and every benchmark, into benchmark/
+#     bash runner.sh --benchmark            the CUDA tests if there is a GPU, and all benchmarks, into benchmark/
 #
-# Makes its own virtual environment in .venv; with --no_venv, takes the Python at hand as it is.
-# Run again after an interruption, it finishes what is unfinished: a stage whose result is there is not repeated. Pushes
+# Creates a virtual environment in .venv; with --no_venv it uses the current Python, unchanged.
+# After an interruption the same command continues: a stage that has a complete result is not repeated. Pushes
 # data and models to the Hub when HUGGINGFACE_TOKEN and HUGGINGFACE_USER are set, in the environment or in .env (see
 # .env.example); what the Hub already has is not sent again.
 
 set -euo pipefail
 cd "$(dirname "$0")"
-export ESPERBERTO_ENDS_WITH=$$ # a stage ends when this script is killed (command.py)
+export ESPERBERTO_ENDS_WITH=$$ # a stage ends when this script was killed (command.py)
 
 usage() {
     echo "error: $1 (recipes: $(ls recipes | sed 's/\.sh$//' | paste -sd ' ' -); all flags: bash runner.sh --help)" >&2
@@ -53,7 +53,7 @@ while [ $# -gt 0 ]; do
             [ "$mode$recipe$wanted_seeds$texts" = experiment ] || usage "--tests goes with no other flag before it"
             mode=tests
             shift
-            break # the rest are pytest's
+            break # the other flags are for pytest
             ;;
         --benchmark) mode=benchmark ;;
         --no_venv) venv= ;;
@@ -99,7 +99,7 @@ EOF
     [ -z "$lacking" ] ||
         { echo "error: ${PYTHON:-python3} lacks $lacking: install what is missing, or leave out --no_venv" >&2; exit 1; }
 else
-    if ! cmp -s requirements.txt .venv/requirements.txt; then # absent, half installed, or of other requirements
+    if ! cmp -s requirements.txt .venv/requirements.txt; then # missing, incomplete, or made from other requirements
         base=${PYTHON:-python3}
         command -v "$base" >/dev/null || { echo "error: no $base here: install Python 3.10 to 3.13, or set PYTHON" >&2; exit 1; }
         "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
@@ -114,7 +114,7 @@ else
 fi
 
 if [ "$mode" = tests ]; then
-    python -m pytest tests -n 2 --dist loadfile "$@" # two files at a time; for --pdb, give -n 0 as well
+    python -m pytest tests -n 2 --dist loadfile "$@" # two files at a time; with --pdb, give -n 0 too
     exit
 fi
 
@@ -123,14 +123,14 @@ echo "== Hub"
 pushing=
 unpushed=
 status=0
-python hub.py check --optional || status=$? # now rather than after hours of work
+python hub.py check --optional || status=$? # now, not after hours of work
 case $status in
     0) pushing=yes ;;
     3) ;; # token and user are not both set
     *) exit 1 ;;
 esac
 
-push() { # a failed push costs no work: what follows goes on, and the next run of this script pushes again
+push() { # after a failed push the other stages still run, and the next run of this script pushes again
     if [ "$pushing" ]; then
         echo "== Push of $1"
         status=0
@@ -151,7 +151,7 @@ if [ "$recipe" = test_pipeline ] && [ -f $work/results/report.md ]; then
     rm -rf $work # the last test run is complete: start a new one
 fi
 
-if [ "$mode" = benchmark ]; then # on the experiment's own text where it is there, or else on the sample
+if [ "$mode" = benchmark ]; then # with the text of the experiment if it is there, otherwise with the sample
     mkdir -p benchmark
     python -m pytest tests -m cuda 2>&1 | tee benchmark/cuda_tests.txt
     if [ ! -f data/manifest.json ] || [ ! -f tokenizer/manifest.json ]; then
@@ -168,7 +168,7 @@ if [ "$mode" = benchmark ]; then # on the experiment's own text where it is ther
 fi
 
 # ------------------------------------------------------------------------------------------------- the experiment
-# Every stage is asked for, and each keeps what an earlier call of this script has made with the same flags.
+# Every stage is called each time, and keeps a complete result that was made with the same flags.
 stage() { echo "== $(date +%H:%M) Stage $1 of 4: $2"; }
 
 stage 1 dataset
@@ -193,7 +193,7 @@ esac
 
 stage 4 analysis
 report=$work/results/report.md
-sums=$work/results/analysed.txt # of the results in the report; their times would mislead where the clock was set back
+sums=$work/results/analysed.txt # checksums of the results in the report; file times are wrong if the clock was set back
 results=$(cksum $work/results/esperberto-*.json)
 if [ -f $report ] && [ -f $sums ] && [ "$results" = "$(cat $sums)" ]; then
     echo "$report: found and kept, the results are the same"

@@ -156,7 +156,7 @@ def train_alone(
 ) -> None:
     """Train while no other process trains the same run."""
     inputs = inputs_of(experiment, args)
-    model, described = model_of(experiment, args, inputs.tokenizer)
+    model, description = model_of(experiment, args, inputs.tokenizer)
     refuse_unwritable(experiment.results_dir)
     checkpoint = checkpoint_of(experiment, args)
     trainer = trainer_of(experiment, args, inputs, model)
@@ -167,7 +167,7 @@ def train_alone(
         if checkpoint is not None:
             print(f"Going on from {checkpoint}")
         print(
-            f"{args.run_name}: {described['parameters']:,} parameters, {len(inputs.train):,} samples, "
+            f"{args.run_name}: {description['parameters']:,} parameters, {len(inputs.train):,} samples, "
             f"effective batch {effective_batch_size(args)}, "
             f"{len(inputs.tokenizer):,} of {experiment.vocab_size:,} vocabulary rows in use"
         )
@@ -179,9 +179,9 @@ def train_alone(
     if not is_main:
         sys.exit(0 if outcome.diverged is None else 1)
 
-    asked = {"argv": command, "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub}}
-    made = {"git": record.git_state(), "versions": record.versions(), "hardware": record.hardware(model.device)}
-    result = result_of(experiment, args, asked, made, inputs, described, outcome)
+    invocation = {"argv": command, "settings": {**vars(experiment), **args.to_dict(), "push_to_hub": push_to_hub}}
+    environment = {"git": record.git_state(), "versions": record.versions(), "hardware": record.hardware(model.device)}
+    result = result_of(experiment, args, invocation, environment, inputs, description, outcome)
     record.write_json(results_path, result)
     if outcome.diverged is not None:  # it is a result too: without this run its arm would look better
         why = f"{args.run_name} diverged, {outcome.diverged}"
@@ -264,7 +264,7 @@ def model_of(
         model = build_model(*design)
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"error: no memory for {parameters:,} parameters ({record.one_line(error)}): choose a smaller model")
-    described = {
+    description = {
         "path": args.output_dir,
         "parameters": parameters,
         "gate_parameters": sum(parameter.numel() for name, parameter in model.named_parameters() if GATE in name),
@@ -272,7 +272,7 @@ def model_of(
         # Shows that the arms of a seed started from the same weights. Not all arms have gates or sinks.
         "initial_weights": record.weights_sha256(model, leave_out=OWN_PARAMETERS),
     }
-    return model, described
+    return model, description
 
 
 def checkpoint_of(experiment: ExperimentArguments, args: TrainingArguments) -> str | None:
@@ -344,10 +344,10 @@ def refuse_other_settings(results_path: Path, experiment: ExperimentArguments, a
     results = read_results(results_path)
     _, manifest = load_data(experiment.data_dir)
     tokenizer_sha = record.sha256(Path(experiment.tokenizer_dir) / "tokenizer.json")
-    asked = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
+    wanted = shaping_settings(experiment, args, manifest["splits"]["train"]["sha256"], tokenizer_sha)
     inputs = {"dataset": results["dataset"]["sha256"], "tokenizer": results["tokenizer"]["sha256"]}
     earlier = {**results["settings"], **inputs}  # without the number of processes, which changes no figure
-    for name, value in asked.items():
+    for name, value in wanted.items():
         if name in earlier and earlier[name] != value:
             sys.exit(
                 f"error: {results_path} is there, of a run with {name} = {earlier[name]!r}, not {value!r}: move the "
@@ -374,10 +374,10 @@ def fit(trainer: ExperimentTrainer, checkpoint: str | None) -> Diverged | None:
         diverged = error
     finally:
         stop.restore()
-    if stop.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
         print(f"{trainer.args.run_name} stopped at step {step:,}: the same command goes on from there")
-        sys.exit(128 + stop.asked)
+        sys.exit(128 + stop.received)
     return diverged
 
 
@@ -432,18 +432,18 @@ def saved_loss(trainer: ExperimentTrainer, held_out: list[dict], experiment: Exp
 def result_of(
     experiment: ExperimentArguments,
     args: TrainingArguments,
-    asked: dict,
-    made: dict,
+    invocation: dict,
+    environment: dict,
     inputs: Inputs,
-    described: dict,
+    description: dict,
     outcome: Outcome,
 ) -> dict:
     """The content of results/<run>.json; nothing is measured here.
 
     Args:
-        asked: {"argv", "settings"}.
-        made: {"git", "versions", "hardware"}, see record.py.
-        described: the description of the model from `model_of`.
+        invocation: {"argv", "settings"}.
+        environment: {"git", "versions", "hardware"}, see record.py.
+        description: of the model, from `model_of`.
     """
     step, diverged, seconds = outcome.state.global_step, outcome.diverged, outcome.seconds
     history = outcome.state.log_history
@@ -453,7 +453,7 @@ def result_of(
         validation_history[step] = loss
     usd_per_hour = experiment.usd_per_hour
     if usd_per_hour is None:
-        usd_per_hour = USD_PER_HOUR.get(made["hardware"]["name"])
+        usd_per_hour = USD_PER_HOUR.get(environment["hardware"]["name"])
     return {
         "run": args.run_name,
         "status": "complete" if diverged is None else "diverged",
@@ -461,9 +461,9 @@ def result_of(
         "softmax_n": experiment.softmax_n,
         "seed": args.seed,
         "test_pipeline": experiment.test_pipeline,
-        **asked,
+        **invocation,
         "effective_batch_size": effective_batch_size(args),
-        **made,
+        **environment,
         "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "dataset": {
             "sources": [source["name"] for source in inputs.manifest["sources"]],
@@ -472,7 +472,7 @@ def result_of(
             "sha256": inputs.data_sha,
         },
         "tokenizer": {"entries": len(inputs.tokenizer), "sha256": inputs.tokenizer_sha},
-        "model": described,
+        "model": description,
         "training": {
             "steps": step,
             "planned_steps": outcome.state.max_steps,

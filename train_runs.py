@@ -144,7 +144,7 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
     threads = max(1, cores // parallel)
     waiting, running, failed = list(jobs), [], []
     terminal = sys.stderr.isatty()
-    told = -TELL_SECONDS
+    last_line = -TELL_SECONDS
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -162,8 +162,8 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
                         print(f"\n{job.name} failed: {job.failure()}", file=sys.stderr)
             if terminal:
                 print(f"\r\033[K{progress(jobs, waiting, running, parallel)}", end="", file=sys.stderr, flush=True)
-            elif time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
+            elif time.monotonic() - last_line > TELL_SECONDS:
+                last_line = time.monotonic()
                 print(progress(jobs, waiting, running, parallel), file=sys.stderr, flush=True)
     finally:
         for job in running:

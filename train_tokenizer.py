@@ -143,12 +143,12 @@ def measure(tokenizer: RobertaTokenizer, dataset: Dataset) -> tuple[float, float
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data, data_manifest = load_data(args.data_dir)
-    asked = {
+    settings = {
         "vocab_size": args.vocab_size,
         "min_frequency": args.min_frequency,
         "data_sha256": data_manifest["splits"]["train"]["sha256"],
     }
-    if args.keep and folder.kept(args.output_dir, asked):
+    if args.keep and folder.kept(args.output_dir, settings):
         return
     if not any(text.strip() for batch in data["validation"].iter(BATCH_TEXTS) for text in batch["text"]):
         sys.exit(f"error: the validation split in {args.data_dir} holds nothing but white space: build the data again")
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         manifest = {
             "format": 1,
             "argv": record.command_line(),
-            **asked,
+            **settings,
             "entries": len(tokenizer),
             "tokens_per_word": tokens_per_word,
             "tokens_per_text": tokens_per_text,

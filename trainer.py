@@ -244,7 +244,7 @@ class StopWhenAsked(TrainerCallback):
     """
 
     def __init__(self):
-        self.asked: int | None = None  # the number of the signal
+        self.received: int | None = None  # the number of the signal
         self.handlers: dict = {}  # the earlier ones
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -253,11 +253,11 @@ class StopWhenAsked(TrainerCallback):
 
     def note(self, number, frame) -> None:
         self.restore()
-        self.asked = number
+        self.received = number
         print("Asked to stop: writing a checkpoint after this step (once more ends at once)", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked is not None:
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -291,10 +291,10 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.started = state.global_step, time.monotonic()
-        self.told = self.started
+        self.last_line = self.started
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() - self.told >= self.SECONDS:
+        if time.monotonic() - self.last_line >= self.SECONDS:
             self.tell(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -302,9 +302,9 @@ class LogLines(TrainerCallback):
             self.tell(state, "".join(f", {name} {value:.4g}" for name, value in figures.items()))
 
     def tell(self, state, figures: str = "") -> None:
-        self.told = time.monotonic()
+        self.last_line = time.monotonic()
         if state.is_world_process_zero and state.global_step:
             steps = state.global_step - self.first_step
-            left = (self.told - self.started) / steps * (state.max_steps - state.global_step) if steps else None
+            left = (self.last_line - self.started) / steps * (state.max_steps - state.global_step) if steps else None
             left = "" if left is None else f", {duration(left)} left"
             print(f"step {state.global_step:,} of {state.max_steps:,}{figures}{left}", flush=True)

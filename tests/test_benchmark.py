@@ -215,7 +215,7 @@ def test_tokenize(run, sample):
     assert [path.name for path in Path("benchmark").iterdir()] == ["tokenize.json"]
 
 
-def test_bad_input_ends_in_one_line(run, capsys):
+def test_bad_input_ends_in_one_line(run, monkeypatch):
     for flags, text in (
         (["step", "--data_dir", "nowhere"], "run build_dataset.py first"),
         (["step", "--rounds", "999"], "give fewer --rounds"),
@@ -228,3 +228,6 @@ def test_bad_input_ends_in_one_line(run, capsys):
         with pytest.raises(SystemExit) as caught:
             benchmark.main(flags)
         assert caught.value.code == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="set CUDA_VISIBLE_DEVICES=0"):
+        run("step")

@@ -181,11 +181,11 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
         tests = 1 if arm == PRIMARY_ARM else len(by_arm.keys() - {PRIMARY_ARM})
         before, after = ({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1))
         for metric in METRICS:
-            both = [{seed: values[metric] for seed, values in of_arm.items()} for of_arm in (before, after)]
-            if (comparison := compare(*both, tests=tests)) is None:
+            baseline, own = ({seed: values[metric] for seed, values in of_arm.items()} for of_arm in (before, after))
+            if (comparison := compare(baseline, own, tests=tests)) is None:
                 continue
             if metric in RATIOS:
-                logs = compare_ratio(*both, shift=RATIOS[metric], tests=tests)
+                logs = compare_ratio(baseline, own, shift=RATIOS[metric], tests=tests)
                 comparison.ratio, comparison.ratio_low, comparison.ratio_high = ratio(logs)
             if metric in GAPS:
                 of_pairs = [pairs[seed] for seed in comparison.seeds]
@@ -200,7 +200,8 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
 def ratio(logs: Comparison | None) -> tuple[float | None, float | None, float | None]:
     """The ratio of geometric means (arm / softmax0) and its interval, from a comparison of logarithms."""
     ends = (None, None, None) if logs is None else (logs.difference, logs.low, logs.high)
-    return tuple(None if end is None else float(np.exp(end)) for end in ends)
+    mean, low, high = (None if end is None else float(np.exp(end)) for end in ends)
+    return mean, low, high
 
 
 def ordered(group: ComparisonSet) -> list[str]:
@@ -284,7 +285,8 @@ def within_margin(comparison: Comparison) -> bool:
 def harmless(comparison: Comparison) -> tuple[bool, bool]:
     """(softmax0, the arm): whether the interval of the arm's own mean gap ends below MARGIN."""
     uppers = (comparison.baseline_upper, comparison.upper)
-    return tuple(comparison.finite and upper is not None and upper < MARGIN for upper in uppers)
+    before, after = (comparison.finite and upper is not None and upper < MARGIN for upper in uppers)
+    return before, after
 
 
 def conclusion(comparison: Comparison) -> str:

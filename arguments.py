@@ -295,7 +295,7 @@ def readable(action: argparse.Action) -> argparse.Action:
     shown.option_strings = [text for text in action.option_strings if "-" not in text[2:]]
     if action.nargs == "?":  # "--padded" and "--padded True" mean the same
         shown.nargs = 0
-    elif action.choices is None or len(action.choices) > 6:
+    elif action.choices is None or len(list(action.choices)) > 6:
         shown.metavar = action.metavar or {int: "N", float: "X"}.get(action.type, "TEXT")
     first_sentence = " ".join((action.help or "").split()).partition(". ")[0].rstrip(".")
     default = action.default

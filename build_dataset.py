@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import command
 
@@ -280,7 +281,7 @@ def archived_lines(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
         sys.exit(f"error: {path} has no member {wanted}: it is not a Leipzig corpus, or was renamed")
 
 
-def split_lines(file: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+def split_lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """The lines of a file without its byte order mark. Exits with one line that names `path` if a line is too long."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
         if len(line) == MAX_LINE_BYTES:

@@ -109,7 +109,7 @@ def self_check(model: PreTrainedModel, scored: list[dict], calibration: list[dic
     plain = measured_copy(model)
     exact = held_out_loss(plain, scored)[0]
     context = held_out_loss(plain, moved)[0] - exact
-    checks = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
+    checks: dict = {"passed": None, "texts": sum(len(batch["labels"]) for batch in scored), "context": context}
     outlier_checks = ("large_outlier", "small_outlier")
     changed_by_outliers = ("encoder.layer.0.attention.output.LayerNorm", "encoder.layer.0.intermediate.dense")
     try:
@@ -169,7 +169,7 @@ def check_outliers(
         gap, exact: gap and float32 loss of the model itself.
     """
     depth = len(model.base_model.encoder.layer)
-    by_layer = {}
+    by_layer: dict[str, dict] = {}
     for layer in range(depth) if depth <= 3 else (0, depth // 2, depth - 1):
         control = compensated_outlier(model, layer, 0, LARGE)
         static = StaticW8A8(control, calibration)

@@ -120,14 +120,15 @@ class Hub:
                 cause = next((e for e in causes(error) if isinstance(e, (httpx.HTTPError, OSError))), error)
                 status = None
                 if isinstance(cause, (HfHubHTTPError, httpx.HTTPStatusError)):
-                    status = cause.response.status_code
+                    response = cause.response
+                    status = response.status_code
                     transient = status in (408, 429) or status >= 500
                 else:
                     transient = isinstance(cause, NETWORK_ERRORS) and not isinstance(cause, OfflineModeIsEnabled)
                 if not transient or pause is None:
                     raise HubError(self.redacted(self.explanation(cause, status))) from None
                 if status is not None:
-                    pause = max(pause, retry_after_seconds(cause.response))
+                    pause = max(pause, retry_after_seconds(response))
                 reason = f"HTTP {status}" if status else self.redacted(record.one_line(cause))
                 tqdm.write(f"the Hub: {reason}; trying again in {pause:g} s", file=sys.stderr)
             time.sleep(pause)

@@ -121,7 +121,7 @@ def _measure(
         return [of_place[statistic] for name, of_place in places.items() if name.endswith(f".{place}")] or [math.nan]
 
     def mean_of_heads(statistic: str) -> float:
-        return float(np.mean([of_layer[statistic] for of_layer in attention.values()] or [math.nan]))
+        return float(np.mean([of_layer[statistic] for of_layer in attention.values()] or math.nan))
 
     figures = {
         "loss": loss / masked,

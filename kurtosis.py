@@ -209,7 +209,7 @@ class ActivationKurtosis(Hooks):
         state = {name: [float(total), int(self._counts[name])] for name, total in self._sums.items()}
         if not torch.distributed.is_initialized():
             return state
-        states = [None] * torch.distributed.get_world_size()
+        states: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(states, state)
         return {name: [sum(other.get(name, (0.0, 0))[i] for other in states) for i in (0, 1)] for name in state}
 

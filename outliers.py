@@ -597,8 +597,9 @@ def watched(
     Until the last batch has run, the hooks of the statistics are in the model and its attention is `eager_attention`.
     """
     with ExitStack() as contexts:
-        for context in (eager_attention(model), *statistics):
-            contexts.enter_context(context)
+        contexts.enter_context(eager_attention(model))
+        for statistic in statistics:
+            contexts.enter_context(statistic)
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             mask = batch["attention_mask"].bool()

@@ -126,7 +126,7 @@ def compare_ratio(
         if any(value is not None and value <= 0 for value in shifted.values()):
             return None
         logs.append({seed: None if value is None else float(np.log(value)) for seed, value in shifted.items()})
-    return compare(*logs, tests=tests)
+    return compare(logs[0], logs[1], tests=tests)
 
 
 def _own(seeds: list[int], values: np.ndarray, level: float) -> dict:

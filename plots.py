@@ -18,6 +18,7 @@ from runs import BINS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -212,7 +213,7 @@ def panels(
     `axes_of` is {key: (label of the y axis, its kind as in `_scale`)}.
     """
     figure, axes = _grid(len(curves), 2.3)
-    first: dict[str, object] = {}  # panel of each label
+    first: dict[str, Axes] = {}  # panel of each label
     for i, (place, (name, lines)) in enumerate(zip(axes, curves.items(), strict=True)):
         label, _ = axes_of[name]
         if label in first:

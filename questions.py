@@ -108,10 +108,12 @@ class Pairs:
 
     def compare(self, key: str, tests: int = SECONDARY) -> Comparison | None:
         """Compare a metric; None where it was not measured, or is NaN because no entry belongs to it."""
-        both = [{seed: _known(values[key]) for seed, values in arm.items()} for arm in (self.before, self.after)]
+        before, after = (
+            {seed: _known(values[key]) for seed, values in arm.items()} for arm in (self.before, self.after)
+        )
         if key in RATIOS:
-            return compare_ratio(*both, shift=RATIOS[key], tests=tests)
-        return compare(*both, tests=tests)
+            return compare_ratio(before, after, shift=RATIOS[key], tests=tests)
+        return compare(before, after, tests=tests)
 
     def at_start(self, key: str) -> float | None:
         """Mean of a metric over the runs of both arms at step 0; the geometric mean for the metrics in RATIOS."""
@@ -131,11 +133,8 @@ def questions(all_findings: list[Finding]) -> dict[str, Answered]:
         return {}
     pairs = trained_pairs(all_findings[0].group, PRIMARY_ARM)
     runs = [run for pair in pairs.values() for run in pair]
-    both = Pairs(
-        all_findings[0],
-        *({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1)),
-        [at_step_0(run) for run in runs],
-    )
+    before, after = ({seed: metrics(pair[i]) for seed, pair in pairs.items()} for i in (0, 1))
+    both = Pairs(all_findings[0], before, after, [at_step_0(run) for run in runs])
     asked = (sinks, outliers, held_out_loss, int8, explanation)
     return {key: ask(both) for key, ask in zip(LABELS, asked, strict=True)}
 
@@ -174,7 +173,8 @@ def surely_below(comparison: Comparison, bound: float) -> tuple[bool, bool]:
     if not comparison.finite:
         return False, False
     own = ((comparison.baseline_mean, comparison.baseline_upper), (comparison.mean, comparison.upper))
-    return tuple((mean if upper is None else upper) < bound for mean, upper in own)
+    before, after = ((mean if upper is None else upper) < bound for mean, upper in own)
+    return before, after
 
 
 def keeping(comparison: Comparison | None, diverged: bool) -> str:
@@ -333,11 +333,11 @@ def int8(pairs: Pairs) -> Answered:
 def explanation(pairs: Pairs) -> Answered:
     """Whether the context's kurtosis is higher because its entries are near zero where attention goes nowhere."""
     whole, attending = (pairs.compare(key, EXPLAINING) for key in (CONTEXT, ATTENDS))
-    both = [
+    before, after = (
         {seed: _log_ratio(values[ATTENDS], values[CONTEXT]) for seed, values in arm.items()}
         for arm in (pairs.before, pairs.after)
-    ]
-    rest = compare(*both, tests=EXPLAINING)
+    )
+    rest = compare(before, after, tests=EXPLAINING)
     kind = explained(whole, attending, rest)
     if kind == NOT_MEASURED:
         return Answered("The kurtosis of the attention context was not measured.", {CONTEXT: kind})

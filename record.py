@@ -79,7 +79,7 @@ def _processor(field: str) -> str | None:
         match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return match and match[1]
+    return match[1] if match else None
 
 
 def command_line() -> list[str]:

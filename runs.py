@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     holds: Callable  # whether a value is of this kind
 
 
-def _is_number(value, types: tuple[type, ...] = (int, float)) -> bool:
+def _is_number(value, types: tuple[type[float], ...] = (int, float)) -> bool:
     """Whether a value is a finite number. A bool is an int in Python, but not a number here."""
     try:
         return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
@@ -35,7 +35,7 @@ def _is_number(value, types: tuple[type, ...] = (int, float)) -> bool:
         return False
 
 
-def _each(value, type_: type, holds: Callable) -> bool:
+def _each(value, type_: type[list] | type[dict], holds: Callable) -> bool:
     """Whether a value is a list or a dict, and all that it contains is of a kind."""
     return isinstance(value, type_) and all(map(holds, value.values() if type_ is dict else value))
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import benchmark
 import experiment
-import train_model
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -76,7 +75,7 @@ def our_step(inputs, folder, *flags, **kwargs):
 def test_our_step_is_that_of_the_training(inputs, tmp_path):
     """Given the same samples, it leaves bit for bit the weights that Trainer's own loop leaves."""
     flags = ("--use_softmax1", "--lr_scheduler_type", "constant", "--max_steps", "3", "--statistics_steps", "2")
-    inputs = replace(inputs, watched=train_model.emergence_texts(inputs.validation))
+    inputs = replace(inputs, watched=list(inputs.validation["input_ids"]))  # the training looks at them
     trained, step = (our_step(inputs, tmp_path, *flags) for _ in range(2))
     before = [parameter.clone() for parameter in step.model.parameters()]
     collate, seen = trained.trainer.data_collator, []
@@ -216,7 +215,7 @@ def test_tokenize(run, sample):
     assert [path.name for path in Path("benchmark").iterdir()] == ["tokenize.json"]
 
 
-def test_bad_input_ends_in_one_line(run, capsys):
+def test_bad_input_ends_in_one_line(run, monkeypatch):
     for flags, text in (
         (["step", "--data_dir", "nowhere"], "run build_dataset.py first"),
         (["step", "--rounds", "999"], "give fewer --rounds"),
@@ -229,3 +228,6 @@ def test_bad_input_ends_in_one_line(run, capsys):
         with pytest.raises(SystemExit) as caught:
             benchmark.main(flags)
         assert caught.value.code == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="set CUDA_VISIBLE_DEVICES=0"):
+        run("step")

@@ -74,8 +74,8 @@ def test_several_pairs(before, after, begins):
     assert (effect in text) == (begins.startswith("Undecided") and one.detectable is not None)
 
 
-def test_a_point_is_no_equivalence():
-    """Difference -.0095 with an interval from -.0170 to -.0020: shown, and perhaps beyond the margin."""
+def test_a_small_mean_with_a_wide_interval_is_not_called_equivalent():
+    """A difference of -.0095 with an interval from -.0170 to -.0020 is shown, and may be beyond the margin."""
     differences = np.array([-0.0095 - 0.00302, -0.0095, -0.0095 + 0.00302])
     text = said(pairs([0.5, 0.6, 0.7], list(np.array([0.5, 0.6, 0.7]) + differences)))
     assert "from -0.0170 to -0.0020" in text and text.startswith(
@@ -92,7 +92,7 @@ def test_nothing_to_rescue_needs_an_interval(before, after):
     assert "nothing to rescue" not in said(pairs(before, after))
 
 
-def test_a_smaller_gap_of_a_model_that_is_no_better():
+def test_a_smaller_gap_is_qualified_where_the_quantized_model_is_not_better():
     assert ", but" not in said(pairs(*LESS))
     runs = pairs(*LESS, after_loss=5.0)  # 2 nats worse in float32, 1 nat better in the gap
     text = said(runs)
@@ -112,7 +112,7 @@ def test_a_smaller_gap_of_a_model_that_is_no_better():
 
 
 def with_losses(runs, of_arm):
-    """The quantized losses of the second arm replaced, and the gaps kept."""
+    """Replace the quantized losses of the second arm, and keep the gaps."""
     for run, loss in zip([run for run in runs if run.arm != "softmax0"], of_arm, strict=True):
         run.damage["schemes"]["w8a8_static"]["loss"] = loss
     return runs
@@ -136,12 +136,12 @@ EQUIVALENT = ([0.500, 0.601, 0.700], [0.501, 0.600, 0.700])
         (LESS[::-1], [7.0, 7.3, 7.05], None),
     ],
 )
-def test_the_quantized_loss_takes_back_in_every_direction(gaps, quantized, said_of_it):
+def test_the_quantized_loss_qualifies_every_verdict(gaps, quantized, said_of_it):
     text = said(with_losses(pairs(*gaps), quantized))
     assert said_of_it in text if said_of_it else ", but" not in text
 
 
-def test_two_pairs_say_so():
+def test_two_pairs_are_named_with_their_t():
     text = said(pairs([2.0, 2.1], [1.0, 1.101]))
     assert text.startswith(
         "Softmax1 makes quantization less harmful here, from two pairs only (t = 12.7): over 2 pairs"
@@ -152,7 +152,7 @@ def test_two_pairs_say_so():
 # ----------------------------------------------------------------------------------------------------------- one pair
 
 
-def test_one_pair_is_a_fact_and_no_test():
+def test_one_pair_is_described_without_a_test():
     text = said(pairs([2.0], [1.0]))
     assert text.startswith(
         "Open: one pair of 3,000 steps (seed 42), no test. In it static W8A8 quantization costs softmax1 1.00 nats of "
@@ -162,7 +162,7 @@ def test_one_pair_is_a_fact_and_no_test():
     assert text.endswith("Nothing can be concluded about softmax1 beyond this pair.") and "interval" not in text
 
 
-def test_one_pair_that_is_no_number():
+def test_one_pair_with_a_loss_that_is_not_finite():
     text = said(pairs([NAN], [1.0]))
     assert text.startswith(
         "Open: one pair of 3,000 steps (seed 42), no test. softmax0's loss after quantization is not finite in the one"
@@ -177,7 +177,7 @@ def test_one_pair_that_is_no_number():
 # ------------------------------------------------------------------------------------------- what is no number, or fell
 
 
-def test_losses_that_are_no_number_are_ranked():
+def test_losses_that_are_not_finite_are_ranked():
     text = said(pairs([NAN, math.inf, 1.0], [1.0, 1.0, 2.0]))
     assert text.startswith(
         "Undecided, over 3 pairs of 3,000 steps: softmax0's loss after quantization is not finite in 2 of 3 pairs "
@@ -199,8 +199,8 @@ def test_losses_that_are_no_number_are_ranked():
     assert "in 2 of 3 pairs and more in 0, 1 tied and left out" in text
 
 
-def test_a_divergence_in_training_is_no_damage_by_quantization():
-    """softmax0 diverged in 6 pairs of 8, softmax1 in none: nothing of softmax0 was quantized there."""
+def test_a_divergence_in_training_is_not_damage_by_quantization():
+    """softmax0 diverged in 6 of 8 pairs, softmax1 in none: these runs of softmax0 have no model to quantize."""
     runs = pairs([0.5, 0.6], [0.5, 0.6])
     runs += [run for seed in range(60, 66) for run in (diverged(0, seed), made(1, seed))]
     text = said(runs)
@@ -255,7 +255,7 @@ def test_two_diverged_models():
     assert "nothing to rescue" not in text
 
 
-def test_an_arm_that_only_diverged_corrects_nothing():
+def test_an_arm_whose_runs_all_diverged_does_not_count_for_the_correction():
     halves = [diverged(0.5, seed) for seed in (42, 43, 44)]
     twos = [made(2, seed, gap) for seed, gap in zip((42, 43, 44), (1.0, 1.2, 1.1), strict=True)]
     found = findings([*pairs(*LESS), *halves, *twos])[0]
@@ -276,7 +276,7 @@ def with_floors(runs, floor, arm):
     return runs
 
 
-def test_a_mean_gap_below_its_noise_is_no_number():
+def test_a_mean_gap_below_its_noise_is_not_printed():
     runs = with_floors(pairs([0.010, -0.012, 0.011], [1.0, 1.2, 1.1]), 0.03, "softmax0")
     one = findings(runs)[0].compared["softmax1"]
     assert one[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
@@ -311,7 +311,7 @@ def test_a_failed_self_check_stops_the_answer():
     )
 
 
-def test_an_undecided_control_is_said():
+def test_an_undecided_control_is_reported():
     ends = (
         " The positive control is undecided on these models: they have learnt too little that quantization could "
         "destroy."
@@ -329,14 +329,14 @@ def test_no_pair():
     assert "was not measured" in said([made(0, 42, None), made(1, 42, None)])
 
 
-def test_the_pipeline_test_answers_nothing_and_spoils_nothing():
+def test_test_runs_give_no_answer_and_change_no_other():
     smoke = pairs([1.0], [2.0], test_pipeline=True)
     assert said(smoke).startswith("None: --test_pipeline made these runs")
     real = pairs(*LESS)
     assert said(real + smoke) == said(smoke[:1] + real) == said(real)
 
 
-def test_the_pair_that_is_trained_longest_answers_first():
+def test_the_set_that_is_trained_longest_comes_first():
     full = pairs([2.0], [1.0], training__steps=285_899)
     short = [made(0, 1, training__steps=600), made(1, 2, training__steps=600), made(1, 3, training__steps=600)]
     assert said(full + short) == said(full)
@@ -379,13 +379,13 @@ def test_other_arms_are_exploratory_and_share_the_error():
     assert alone.startswith("None about softmax1, the arm named beforehand: it has no pair here. Exploratory: ")
 
 
-def test_near_arms_have_names_of_their_own():
+def test_arms_with_nearly_equal_n_have_different_names():
     runs = [*pairs(*LESS), *(made(1.0000001, seed) for seed in (42, 43, 44))]
     assert list(findings(runs)[0].compared) == ["softmax1", "softmax1.0000001"]
 
 
-def test_the_class_is_never_looked_at():
-    """n = 1e-30 is softmax in the other class: the same figures give no difference, whatever the class is called."""
+def test_the_class_of_a_model_does_not_matter():
+    """n = 1e-30 is softmax in another class: equal figures give no difference, whatever the name of the class."""
     text = said(pairs([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], n=1e-30))
     assert "no spread over 3 pairs" in text and "Exploratory: Undecided" in text
     one = said(pairs(*LESS, n=1e-30)).replace("oftmax1e-30", "oftmax0.5")
@@ -395,8 +395,8 @@ def test_the_class_is_never_looked_at():
 # -------------------------------------------------------------------------------------------------- interval over texts
 
 
-def test_the_interval_over_texts_stands_beside(monkeypatch):
-    """Of several pairs, the texts' losses are averaged first: all runs score the same texts."""
+def test_the_interval_over_texts_is_printed_too(monkeypatch):
+    """With several pairs, the losses of each text are averaged first: all runs score the same texts."""
 
     def bootstrap(before, after, scheme):
         gap = [np.subtract(one["texts"][scheme], one["texts"]["float32"]) for one in (before, after)]
@@ -428,7 +428,7 @@ def test_the_interval_over_texts_stands_beside(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_comparison_table_drops_nothing():
+def test_the_comparison_table_has_rows_without_an_interval():
     runs = pairs([NAN, 1.0, 2.0], [0.5, 0.5, 0.5])
     (compared,) = (found.compared["softmax1"] for found in findings(runs))
     table = [[cell.strip() for cell in row.strip("|").split("|")] for row in
@@ -445,7 +445,7 @@ def test_the_comparison_table_drops_nothing():
 
 
 def test_every_rule_is_written_down():
-    """The table in DEFINITIONS.md names what the code says."""
+    """The table in DEFINITIONS.md contains the phrases that the code prints."""
     text = (Path(module.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rules = text.partition("## What is concluded")[2].partition("\n## ")[0]
     for phrase in (
@@ -466,7 +466,7 @@ def test_every_rule_is_written_down():
     assert re.search(r"^\| condition", rules, re.MULTILINE)
 
 
-def test_the_headline_of_models_without_results_is_all_of_them():
+def test_models_without_results_are_all_in_the_headline():
     runs = [made(0, 42), made(1, 42)]
     runs[1].results = None
     assert headline(runs) == runs

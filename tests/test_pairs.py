@@ -28,8 +28,8 @@ def test_three_pairs_by_hand():
     assert found.upper == pytest.approx(scipy.stats.ttest_1samp([0, 1.5, 3], 0).confidence_interval(0.95).high)
 
 
-def test_the_pairing_is_what_gives_power():
-    """Seeds that differ much and arms that differ little, always the same way."""
+def test_pairing_gives_power():
+    """Seeds differ much; arms differ little, always in the same direction."""
     found = compare({1: 10.0, 2: 20.0, 3: 30.0}, {1: 9.0, 2: 18.9, 3: 29.1})
     assert found.std > 9 and found.high < 0
 
@@ -42,13 +42,13 @@ def test_one_pair_has_no_interval():
     assert no_interval(found) == "one pair: no interval"
 
 
-def test_no_pair_is_none_and_an_unmeasured_seed_is_no_pair():
+def test_without_a_pair_the_result_is_none_and_an_unmeasured_seed_is_no_pair():
     assert compare({42: 1.0}, {43: 1.0}) is None
     assert compare({42: None}, {42: 1.0}) is None
     assert compare({42: None, 43: 1.0}, {42: 1.0, 43: 2.0}).seeds == [43]
 
 
-def test_what_is_no_number_is_ranked_and_never_dropped():
+def test_values_that_are_not_finite_are_ranked_and_never_dropped():
     found = compare(
         {1: math.nan, 2: math.inf, 3: 1.0, 4: math.nan, 5: 2.0, 6: 2.0}, {1: 1, 2: 9, 3: 2, 4: math.inf, 5: 1, 6: 2}
     )
@@ -82,8 +82,8 @@ def test_bonferroni_widens_every_interval():
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5, 12])
-def test_the_detectable_effect_is_shown_in_four_of_five_experiments(pairs):
-    """Against simulation: the test is run on random differences of that mean."""
+def test_the_detectable_effect_is_shown_in_80_per_cent_of_experiments(pairs):
+    """By simulation: the test is applied to random differences with that mean."""
     effect = detectable_effect(pairs, 0.3)
     draws = np.random.default_rng(0).normal(effect, 0.3, (40_000, pairs))
     shown = scipy.stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
@@ -91,14 +91,14 @@ def test_the_detectable_effect_is_shown_in_four_of_five_experiments(pairs):
 
 
 def test_the_detectable_effect_is_that_of_the_noncentral_t():
-    """Where scipy can compute it."""
+    """For a number of pairs with which scipy's own function works."""
     effect = detectable_effect(20, 1.0)
     critical = scipy.stats.t.ppf(0.975, 19)
     assert scipy.stats.nct.sf(critical, 19, effect * math.sqrt(20)) == pytest.approx(0.8, abs=1e-5)
 
 
 def test_ratios_are_compared_as_logarithms():
-    """A factor of a third in every pair: the difference of means is the work of the largest seed, the ratio is not."""
+    """A factor of a third in every pair: the largest seed dominates the difference of means, but not the ratio."""
     before, after = {1: 10.0, 2: 40.0, 3: 300.0}, {1: 3.3, 2: 13.5, 3: 99.0}
     found = compare_ratio(before, after)
     logs = np.log([3.3 / 10, 13.5 / 40, 99 / 300])

@@ -15,7 +15,7 @@ EIGHT = ["clipped", "softmax0", "softmax0.1", "softmax0.5", "softmax1", "softmax
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, in order; the bytes of a picture are its number."""
+    """The figures that were drawn, in order; the bytes of each picture are its index in this list."""
     drawn = []
 
     def keep(figure):
@@ -28,7 +28,7 @@ def figures(monkeypatch):
 
 
 def watched(n, seed, **changes):
-    """A run with what is watched during training: step / 1000 in layer 0 and one more in layer 1."""
+    """A run with statistics from training: step / 1000 in layer 0, and step / 1000 + 1 in layer 1."""
     emergence = [
         {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in keys}}
         for keys in [pictures.EMERGING | pictures.SEEDS]
@@ -73,7 +73,7 @@ def test_every_picture_has_a_short_title_and_a_caption(figures, arms):
         assert name == "attention_map.png" or figure.axes[0].get_ylabel() + figure.axes[0].get_xlabel(), name
 
 
-def test_pictures_are_png_whatever_an_arm_is_called():
+def test_pictures_are_png_with_any_name_of_an_arm():
     run = watched(0, 42)
     run.name, run.results = r"a-model-of-somebody-else-$\frac$-with-a-long-name", None  # an arm by itself
     run.maps[0][1][1] = "$$"
@@ -81,7 +81,7 @@ def test_pictures_are_png_whatever_an_arm_is_called():
     assert len(found) == 8 and all(picture.png.startswith(b"\x89PNG") for picture in found.values())
 
 
-def test_an_arm_looks_the_same_in_every_picture_and_the_two_in_question_lead():
+def test_an_arm_looks_the_same_in_every_picture_and_the_two_main_arms_lead():
     looks = plots.looks(EIGHT, pictures.LEADING)
     assert list(looks)[:2] == ["softmax0", "softmax1"]
     for what in ("colour", "marker"):
@@ -94,7 +94,7 @@ def test_an_arm_looks_the_same_in_every_picture_and_the_two_in_question_lead():
 
 
 def test_the_median_of_an_arm_and_its_runs_are_drawn(figures):
-    """A step that a run did not reach, or where it is no number, does not count for that run."""
+    """A step counts for a run only if the run reached it with a finite value."""
     curves = [("softmax0", values, [0, 1, 2][: len(values)]) for values in ([1, 5, 9], [2, 6, 7], [6, math.nan])]
     curves += [("gated", [3, 9], [0, 1]), ("gated", [5], [0])]  # half of the runs is not enough
     looks = plots.looks(EIGHT, pictures.LEADING)
@@ -111,7 +111,7 @@ def test_the_median_of_an_arm_and_its_runs_are_drawn(figures):
 # --------------------------------------------------------------------------------------------------------- in training
 
 
-def test_emergence_starts_before_the_first_update_and_says_of_which_texts(figures):
+def test_emergence_starts_before_the_first_update_and_names_its_texts(figures):
     found = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
     figure = named(found, figures)["emergence.png"]
     panels = {axes.get_title(): axes for axes in figure.axes}
@@ -126,7 +126,7 @@ def test_emergence_starts_before_the_first_update_and_says_of_which_texts(figure
 
 
 def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(figures):
-    """Step 0 first, and a run that diverged does not cut the others' median."""
+    """Curves start at step 0, and the median continues where one of the runs diverged."""
     steps = [0, 100, 200]
     seeds = {"softmax0": ([0, 1, 9], [0, 2, 8], [0, 3]), "softmax1": ([0, 1, 1], [0, 1, 3])}
     seeds |= {arm: ([0, 5, 5], [0, 7, 7]) for arm in ("softmax4", "gated")}
@@ -148,7 +148,7 @@ def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(figures):
     assert min(widths[:2]) > 2 * max(widths[2:])
 
 
-def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(figures):
+def test_the_first_picture_shows_sinks_in_percent_and_the_largest_layer(figures):
     found = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
     assert next(iter(found)) == "emergence_seeds.png" and "64 held-out texts" in found["emergence_seeds.png"].caption
     assert "Thin line" not in found["emergence_seeds.png"].caption  # every arm has one run
@@ -202,7 +202,7 @@ def test_damage_is_in_millinats_with_the_interval_over_texts_of_the_mean_of_an_a
     assert pictures.over_texts([made(0, 42)], "w8a8_static") is None  # losses of texts are not known
 
 
-def test_a_run_whose_damage_is_no_number_leaves_its_arm_without_a_mean(figures):
+def test_an_arm_with_a_gap_that_is_not_finite_has_no_mean(figures):
     runs = [watched(0, 42, gap=math.nan), watched(0, 43, gap=0.2), watched(1, 42), diverged(1, 43)]
     runs[0].damage["texts"]["w8a8_static"] = [math.nan] * 4
     picture = pictures.damage(runs, plots.looks(["softmax0", "softmax1"], pictures.LEADING))
@@ -214,7 +214,7 @@ def test_a_run_whose_damage_is_no_number_leaves_its_arm_without_a_mean(figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["softmax0", "softmax1"]
 
 
-def test_the_damage_picture_takes_gaps_of_any_size():
+def test_the_damage_picture_accepts_gaps_of_any_size():
     gaps = {
         "a": {"softmax0": ([1.5, 1.2], (1.1, 1.6)), "softmax1": ([0.001], None)},
         "b": {"softmax0": ([math.nan], None), "softmax1": ([-0.002], (-0.004, 0.0))},

@@ -80,8 +80,8 @@ def test_sinks(before, after, kind, begins):
     assert f"over {'one pair' if len(before) == 1 else '3 pairs'} of 3,000 steps" in found.said
 
 
-def test_step_0_is_taken_away():
-    """20 % of which 19.9 were there before training are no sinks that training made."""
+def test_the_rate_at_step_0_is_subtracted():
+    """A rate of 20 % of which 19.9 % existed before training is not a sign of sinks that training made."""
     runs = with_values({"sinks": [20.0, 20.1, 20.2]}, {"sinks": [19.9, 20.0, 20.1]}, start=19.9)
     found = ask(runs, "sinks")
     assert (
@@ -128,7 +128,7 @@ LARGE, SMALLER, SMALL = [30.0, 90.0, 300.0], [9.0, 28.0, 88.0], [4.0, 4.1, 4.2]
     ],
 )
 def test_outliers(key, shift, before, after, kind):
-    """Both by ratios; full kurtosis is 3 more than the excess that is measured, and the bound is 6 for both."""
+    """Both are compared by ratios. Full kurtosis is excess kurtosis plus 3; the bound is 6 for both metrics."""
     metric = {"norm": "residual_inf_norm", "kurtosis": "ffn_output_kurtosis"}[key]
     runs = with_values({key: np.subtract(before, shift)}, {key: np.subtract(after, shift)})
     found = ask(runs, "outliers")
@@ -148,7 +148,7 @@ def test_outliers(key, shift, before, after, kind):
         assert table.ratio == pytest.approx(math.exp(ratios.mean())) and table.ratio_low > math.exp(one.low)
 
 
-def test_a_norm_that_is_no_number():
+def test_a_norm_that_is_not_finite():
     found = ask(with_values({"norm": [math.inf, 30.0, 31.0]}, {"norm": SMALL}), "outliers")
     assert found.kinds["residual_inf_norm"] == "undecided" and "not finite in 1 of 3 pairs; sign test" in found.said
 
@@ -191,7 +191,7 @@ def test_held_out_loss(differences, kind, begins):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_a_loss_is_not_kept_where_a_run_diverged(n):
+def test_a_divergence_leaves_held_out_loss_undecided(n):
     runs = with_values({"loss": BASE}, {"loss": np.add(BASE, [0.0010, -0.0005, 0.0002])})
     found = ask([*runs, diverged(n, 60), made(1 - n, 60)], "held_out_loss")
     assert found.kinds == {"held_out_loss": "undecided"} and f"seed 60: softmax{n} diverged at step" in found.said
@@ -221,7 +221,7 @@ def test_int8(before, after, kind, begins):
         assert "; whether the arms differ cannot be said: " in found.said
 
 
-def test_int8_takes_back_and_stops_as_the_whole_answer_does():
+def test_int8_is_qualified_and_withdrawn_like_the_whole_answer():
     found = ask(pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], after_loss=5.0), "int8")
     assert found.said.startswith("Softmax1 makes quantization less harmful here, but the quantized model is worse: ")
     runs = pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1])
@@ -262,13 +262,13 @@ def test_explanation(context, attending, kind, begins):
     assert "entries near zero (at most 1% of the root mean square), softmax1 10.0 %, softmax0 10.0 %" in found.said
 
 
-def test_without_a_place_where_anything_attends_nothing_is_explained():
+def test_without_attending_queries_nothing_is_explained():
     runs = with_values({"context": PLAIN}, {"context": PLAIN, "attending": [math.nan] * 3})
     assert ask(runs, "explanation").kinds == {"context_kurtosis": "not measured"}
     assert explained(None, None, None) == keeping(None, False) == "not measured"
 
 
-def test_every_sentence_says_at_which_scale():
+def test_every_sentence_states_the_scale():
     runs = with_values({"sinks": MANY}, {"sinks": FEW}, model__parameters=5_310_000, training__tokens=21_345_678)
     for one in questions(findings(runs)).values():
         assert "over 3 pairs of 3,000 steps (5.3M parameters, 21M tokens a run)" in one.said
@@ -277,12 +277,12 @@ def test_every_sentence_says_at_which_scale():
     ]
 
 
-def test_two_pairs_say_so_at_the_corrected_level():
+def test_two_pairs_are_named_with_their_t_at_the_corrected_level():
     runs = with_values({"sinks": MANY[:2]}, {"sinks": FEW[:2]})
     assert "cannot be said, from two pairs only (t = 50.9)" in ask(runs, "sinks").said
 
 
-def test_nothing_is_asked_without_pairs_of_softmax1():
+def test_there_are_no_answers_without_pairs_of_softmax1():
     assert questions([]) == {} == questions(findings([made(0, 42), made(0.5, 42)]))
     assert questions(findings(pairs([1.0], [2.0], test_pipeline=True))) == {}
     assert questions(findings([made(0, 42), diverged(1, 42)])) == {}
@@ -347,7 +347,7 @@ def test_all_arms_side_by_side():
 
 
 def test_every_rule_is_written_down():
-    """The tables in DEFINITIONS.md name every kind and the words that go with it."""
+    """The tables in DEFINITIONS.md contain every kind of conclusion and its words."""
     text = (Path(module.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rules = text.partition("## One sentence for each question")[2].partition("\n## ")[0]
     decisions = [module.removal, module.rescued, module.explained]

@@ -34,13 +34,13 @@ def test_zero_has_no_sign(value):
     assert gap_cell(gap) == ("0.0000 ± 0.0000" if value else "–")
 
 
-def test_other_numbers_keep_theirs():
+def test_other_numbers_keep_their_sign():
     assert (signed(-0.00006), signed(1.5), number(-0.01)) == ("-0.0001", "+1.5000", "-0.01")
     assert figure(-0.0) == "0.00" and figure(-4e-5) == "-4.0e-05" and figure(-1200.4) == "-1,200"
     assert figure(-math.inf) == "-inf" and signed(-math.inf) == "-inf"
 
 
-def test_a_border_in_a_name_does_not_end_the_cell():
+def test_a_stroke_in_a_name_does_not_end_the_cell():
     assert table(["", "a|b"], [["x", "1"]]).splitlines()[0] == r"|     | a\|b |"
     assert ">a|b</th>" in html_page(table(["", "a|b"], [["x", "1"]]), {})
 
@@ -77,7 +77,7 @@ def many() -> list:
     return [*runs, diverged(1, 46), made(0, 46, 1.0, training__wall_seconds=70.0)]
 
 
-def test_many_runs_are_shown_by_arm_and_one_a_row_behind():
+def test_many_runs_are_shown_by_arm_and_then_one_in_a_row():
     text = whole(many())
     summary = section(text, "Summary of the runs")
     assert summary[""][2:] == ["softmax0 (mean of 5 runs)", "softmax1 (mean of 4 runs, 1 diverged)"]

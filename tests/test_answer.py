@@ -63,15 +63,15 @@ def test_several_pairs(before, after, begins):
     runs = pairs(before, after)
     text = said(runs)
     assert text.startswith(begins)
-    one = findings(runs)[0].compared["softmax1"][PRIMARY]
-    assert one.difference == pytest.approx(np.mean(after) - np.mean(before))
-    if one.low is None:
+    comparison = findings(runs)[0].compared["softmax1"][PRIMARY]
+    assert comparison.difference == pytest.approx(np.mean(after) - np.mean(before))
+    if comparison.low is None:
         assert "no spread over 3 pairs" in text and "p =" not in text
     else:
-        assert f"95% interval from {figure(one.low)} to {figure(one.high)}" in text and "p = " in text
+        assert f"95% interval from {figure(comparison.low)} to {figure(comparison.high)}" in text and "p = " in text
     # What is undecided says what could have been shown; nothing else does.
-    effect = f"3 pairs would show a true difference of {figure(one.detectable)} nats in 80% of cases."
-    assert (effect in text) == (begins.startswith("Undecided") and one.detectable is not None)
+    effect = f"3 pairs would show a true difference of {figure(comparison.detectable)} nats in 80% of cases."
+    assert (effect in text) == (begins.startswith("Undecided") and comparison.detectable is not None)
 
 
 def test_a_small_mean_with_a_wide_interval_is_not_called_equivalent():
@@ -210,8 +210,8 @@ def test_a_divergence_in_training_is_not_damage_by_quantization():
         " Softmax0 diverged in training in 6 of 8 pairs, softmax1 in 0, before any quantization: sign test p = 0.031 "
         "(seed 60: softmax0 diverged at step 1,200; seed 61: "
     ) in text
-    one = findings(runs)[0].compared["softmax1"][PRIMARY]
-    assert (one.seeds, one.baseline_not_finite, one.not_finite) == ([42, 43], [], [])
+    comparison = findings(runs)[0].compared["softmax1"][PRIMARY]
+    assert (comparison.seeds, comparison.baseline_not_finite, comparison.not_finite) == ([42, 43], [], [])
     # A loss of a trained model that is not finite stays in the sign test, over the pairs that were trained.
     text = said([*pairs([NAN] * 6, [1.0] * 6), made(0, 60), diverged(1, 60)])
     assert text.startswith(
@@ -258,11 +258,11 @@ def test_two_diverged_models():
 def test_an_arm_whose_runs_all_diverged_does_not_count_for_the_correction():
     halves = [diverged(0.5, seed) for seed in (42, 43, 44)]
     twos = [made(2, seed, gap) for seed, gap in zip((42, 43, 44), (1.0, 1.2, 1.1), strict=True)]
-    found = findings([*pairs(*LESS), *halves, *twos])[0]
-    assert list(found.compared) == ["softmax1", "softmax2"]
-    assert found.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
+    finding = findings([*pairs(*LESS), *halves, *twos])[0]
+    assert list(finding.compared) == ["softmax1", "softmax2"]
+    assert finding.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
     assert "None about softmax0.5: both arms were trained in 0 of 3 pairs" in " ".join(
-        answer(found.group.runs, [found])
+        answer(finding.group.runs, [finding])
     )
 
 
@@ -278,13 +278,13 @@ def with_floors(runs, floor, arm):
 
 def test_a_mean_gap_below_its_noise_is_not_printed():
     runs = with_floors(pairs([0.010, -0.012, 0.011], [1.0, 1.2, 1.1]), 0.03, "softmax0")
-    one = findings(runs)[0].compared["softmax1"]
-    assert one[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
+    compared = findings(runs)[0].compared["softmax1"]
+    assert compared[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
     assert (
         "costs softmax1 1.10 ± 0.1000 nats of held-out loss, softmax0 an amount below its noise of 0.0173 nats ("
         in (said(runs))
     )
-    row = comparison_table(one, "softmax1", [PRIMARY])
+    row = comparison_table(compared, "softmax1", [PRIMARY])
     assert "| below its noise of 0.0173 |" in row and "1.10 ± 0.10" in row
     runs = with_floors(pairs([1.0], [0.001]), 0.002, "softmax1")
     assert "costs softmax1 an amount below its noise of 0.0020 nats of held-out loss, softmax0 1.00, a" in said(runs)
@@ -369,7 +369,7 @@ def test_other_arms_are_exploratory_and_share_the_error():
     assert "95% interval" in second and "Bonferroni" not in second
     compared = findings(twos + runs + halves)[0].compared
     assert list(compared) == ["softmax1", "softmax2", "softmax0.5"]
-    assert [one[PRIMARY].confidence for one in compared.values()] == pytest.approx([0.95, 0.975, 0.975])
+    assert [metrics[PRIMARY].confidence for metrics in compared.values()] == pytest.approx([0.95, 0.975, 0.975])
     text = said(runs + halves + twos)
     assert text.count("Exploratory: ") == 2 and text.count("corrected for 2 exploratory arms, Bonferroni") == 2
     assert text.count("97.5% interval from") == 4  # of the gap and of the loss, in either arm
@@ -388,8 +388,8 @@ def test_the_class_of_a_model_does_not_matter():
     """n = 1e-30 is softmax in another class: equal figures give no difference, whatever the name of the class."""
     text = said(pairs([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], n=1e-30))
     assert "no spread over 3 pairs" in text and "Exploratory: Undecided" in text
-    one = said(pairs(*LESS, n=1e-30)).replace("oftmax1e-30", "oftmax0.5")
-    assert one == said(pairs(*LESS, n=0.5))
+    tiny_n = said(pairs(*LESS, n=1e-30)).replace("oftmax1e-30", "oftmax0.5")
+    assert tiny_n == said(pairs(*LESS, n=0.5))
 
 
 # -------------------------------------------------------------------------------------------------- interval over texts
@@ -399,7 +399,7 @@ def test_the_interval_over_texts_is_printed_too(monkeypatch):
     """With several pairs, the losses of each text are averaged first: all runs score the same texts."""
 
     def bootstrap(before, after, scheme):
-        gap = [np.subtract(one["texts"][scheme], one["texts"]["float32"]) for one in (before, after)]
+        gap = [np.subtract(losses["texts"][scheme], losses["texts"]["float32"]) for losses in (before, after)]
         gap = np.sum(gap[1] - gap[0]) / np.sum(before["masked"])
         return gap - 1, gap + 1
 
@@ -414,10 +414,10 @@ def test_the_interval_over_texts_is_printed_too(monkeypatch):
     runs = with_texts(pairs([2.0], [1.5]))
     assert "(95% interval over texts, this pair only: -1.50 to 0.50)" in said(runs)
     runs = with_texts(pairs(*LESS))
-    one = findings(runs)[0].compared["softmax1"]
-    assert (one[PRIMARY].texts_low, one[PRIMARY].texts_high) == pytest.approx((-2, 0))
+    compared = findings(runs)[0].compared["softmax1"]
+    assert (compared[PRIMARY].texts_low, compared[PRIMARY].texts_high) == pytest.approx((-2, 0))
     assert "; 95% interval over texts: -2.00 to 0.00; " in said(runs)
-    rows = comparison_table(one, "softmax1", METRICS).splitlines()
+    rows = comparison_table(compared, "softmax1", METRICS).splitlines()
     assert rows[0].rstrip("| ").endswith("95% interval over texts")
     assert [row.rstrip("| ")[-13:] for row in rows[2:4]] == ["-2.00 to 0.00", rows[3].rstrip("| ")[-13:]]
     assert all(row.rstrip("| ").endswith("–") for row in rows[3:])
@@ -430,7 +430,7 @@ def test_the_interval_over_texts_is_printed_too(monkeypatch):
 
 def test_the_comparison_table_has_rows_without_an_interval():
     runs = pairs([NAN, 1.0, 2.0], [0.5, 0.5, 0.5])
-    (compared,) = (found.compared["softmax1"] for found in findings(runs))
+    (compared,) = (finding.compared["softmax1"] for finding in findings(runs))
     table = [[cell.strip() for cell in row.strip("|").split("|")] for row in
              comparison_table(compared, "softmax1", METRICS).splitlines()]  # fmt: skip
     gap = next(row for row in table if row[0].startswith("**W8A8 static"))

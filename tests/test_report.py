@@ -181,7 +181,7 @@ def test_the_contents_of_the_page_lead_to_every_section():
 def test_what_learned_sinks_became():
     runs = pairs([2.0, 2.1], [1.0, 1.2], n="learned")
     for run, (low, high) in zip(runs[1::2], ((-1.0, 0.0), (0.0, 2.0)), strict=True):
-        run.attention = {layer: {**one, "log_n": [low, high]} for layer, one in run.attention.items()}
+        run.attention = {layer: {**of_layer, "log_n": [low, high]} for layer, of_layer in run.attention.items()}
     text = whole(runs)
     assert "| layer 1, softmax_learned |     0.37 |   1.00 |    7.39 |" in text and "Runs of an arm: 2." in text
     assert "| softmax_n " in text and "learned" in text.partition("## Summary of the runs")[2].partition("##")[0]

@@ -14,7 +14,7 @@ from sets import SHAPING, comparison_sets, headline, notes, refuse_copies, refus
 
 
 def seeds(runs):
-    return {arm: list(found) for one in comparison_sets(runs)[:1] for arm, found in one.pairs.items()}
+    return {arm: list(pairs_of_arm) for group in comparison_sets(runs)[:1] for arm, pairs_of_arm in group.pairs.items()}
 
 
 OTHER = {  # a value that differs from made_runs.RESULTS
@@ -140,7 +140,7 @@ def test_the_headline_is_trained_on_most_among_those_with_a_pair(tmp_path):
     alone = [made(0, 42, training__steps=10**6)]
     for runs in (full + short, short + full, toys + full, smoke + full, alone + full):
         assert comparison_sets(runs)[0].runs == full and headline(runs) == full
-    assert [found.group.steps for found in findings(toys + smoke + full + alone)] == [285_899, 600]
+    assert [finding.group.steps for finding in findings(toys + smoke + full + alone)] == [285_899, 600]
     assert comparison_sets(smoke)[0].runs == smoke == findings(smoke)[0].group.runs
     said = notes(full + smoke + alone, tmp_path)
     assert any("--test_pipeline made" in line and "left out of every comparison" in line for line in said)
@@ -191,7 +191,7 @@ def test_a_run_that_diverged_belongs_to_its_set(tmp_path):
     runs = [*pairs([1.0, 1.1], [0.5, 0.7]), diverged(0, 44), made(1, 44)]
     assert len(comparison_sets(runs)) == 1 and seeds(runs) == {"softmax1": [42, 43, 44]}
     toys = pairs([1.0], [0.5], training__steps=600, training__samples=9600)
-    assert [len(one.runs) for one in comparison_sets(toys + runs)] == [6, 2]
+    assert [len(group.runs) for group in comparison_sets(toys + runs)] == [6, 2]
     assert len(comparison_sets([*runs, diverged(0, 45, settings__learning_rate=1e-3)])) == 2
     assert "esperberto-softmax0-seed44-1200 diverged at step 1,200: it left no model." in notes(runs, tmp_path)
     both = [diverged(0, 42), diverged(1, 42, step=900)]

@@ -189,15 +189,6 @@ def output_folder(args: argparse.Namespace, runs: list[Run]) -> Path:
     return args.results_dir / name
 
 
-def executor() -> Callable:
-    """executed.execute; exits with one line where a package that it needs is missing."""
-    try:
-        import executed  # imported here, because an analysis without --onnxruntime does not need its packages
-    except ImportError as error:
-        sys.exit(f"error: --onnxruntime needs onnx, onnxscript and onnxruntime (requirements.txt): {one_line(error)}")
-    return executed.execute
-
-
 def measure_all(
     runs: list[Run], args: argparse.Namespace, folder: Path, execute: Callable | None
 ) -> tuple[int, list[str]]:
@@ -246,7 +237,12 @@ def measure_all(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     command.silence_libraries()
-    execute = executor() if args.onnxruntime else None
+    execute = None
+    if args.onnxruntime:
+        try:
+            from executed import execute  # imported here, because an analysis without it does not need its packages
+        except ImportError as error:
+            sys.exit(f"error: --onnxruntime needs onnx, onnxscript and onnxruntime: {one_line(error)}")
     if args.results_dir.exists():
         refuse_unwritable(args.results_dir)
     runs = find_runs(args.models, args.results_dir, args.models_dir)

@@ -329,9 +329,7 @@ def operators(quantized: Path, running: Path) -> dict:
         running: the graph that ONNX Runtime made of it (`session_of(written=)`).
 
     Returns:
-        {"qdq": {"8 bits in and out", "float32": {operator: number}}, "kernels": {"int8", "float32", "conversions":
-        {operator: number}}, "activations": number of tensors with a scale of their own, "weights", "biases": number of
-        parameters in 8 and in 32 bits}. Operators that compute no floats, or only move values, are not counted.
+        `operators` of DEFINITIONS.md, without `simulated_activations`.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(quantized))
     graph = model.graph
@@ -381,12 +379,9 @@ def operators(quantized: Path, running: Path) -> dict:
 
 
 def latency(paths: dict[str, Path], model: PreTrainedModel) -> dict:
-    """Milliseconds of one text on one thread. The formats run in turn, so that a slow moment affects all of them.
+    """`latency` of DEFINITIONS.md: milliseconds of one text on one thread.
 
-    Returns:
-        {"batch": 1, "tokens", "predicted": number of tokens that the head runs at, "threads": 1, "repetitions",
-         "formats": {format: {"median", "q25", "q75": milliseconds, "speedup": median over the turns of float32's time
-         divided by the time of this format}}}
+    The formats run in turn, so that a slow moment affects all of them.
     """
     tokens = min(LATENCY_LENGTH, longest_text(model))
     ids = np.random.default_rng(0).integers(min(5, model.config.vocab_size - 1), model.config.vocab_size, (1, tokens))
@@ -448,12 +443,9 @@ def execute(model: PreTrainedModel, batches: list[dict], calibration: list[dict]
         damage: what `quantization.measure_damage` returned for this model.
 
     Returns:
-        {"schemes": {format: as in `damage`, and "bytes": size of the file}, "masked_tokens", "masked", "texts": as in
-         `damage`, so that quantization.bootstrap_difference applies, "float32_change": loss by ONNX Runtime minus
-         loss by PyTorch, "agreement": {format: {"simulated": scheme of `damage`, "difference", "error", "correlation":
-         of `agreement`, "arithmetic": gap minus the gap of the same graph computed in float32}}, "latency",
-         "operators", "calibration_tokens", "hardware", "onnxruntime": version}. The formats are the keys of
-         quantization.EXECUTED. Where the model cannot be exported, quantized or run: {"error": one line}.
+        The figures that DEFINITIONS.md defines in "INT8 that is executed", for each format of quantization.EXECUTED.
+        "masked" and "texts" are as in `damage`, so that quantization.bootstrap_difference applies. Where the model
+        cannot be exported, quantized or run: {"error": one line}.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="executed-") as folder:

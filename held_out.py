@@ -24,7 +24,7 @@ HELD_OUT_SEED = 0  # of the masks of the held-out text: the same for every run, 
 def evenly_spread(total: int, count: int) -> np.ndarray:
     """Indices of `count` of `total` items, evenly spread from the first to the last; all indices if there are fewer.
 
-    A split holds one source after the other, so its first items do not represent it.
+    A split holds one source after the other, so its first items would not be representative.
     """
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
@@ -42,8 +42,8 @@ def perplexity(loss: float) -> float:
 def held_out_batches(dataset: Dataset, collator: MaskedLMCollator, batch_size: int) -> list[dict]:
     """Masked batches, sorted by length and padded: input_ids, labels and attention_mask (B, T).
 
-    A sample's mask depends on the sample and the collator's seed alone, so it is the same for every run. `collator` is
-    one for a single process.
+    A sample's mask depends only on the sample and the collator's seed, so it is the same for every run. The collator
+    must be that of a single process.
     """
     samples = [collator([{"input_ids": ids}]) for ids in sorted(dataset["input_ids"], key=len)]
     filling = {"input_ids": collator.tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
@@ -74,18 +74,18 @@ def losses_without_context(
     """The losses of models without context: (unigram loss, context-free loss) in nats per masked token.
 
     The unigram loss is the cross-entropy of the token frequencies p of the training split (one is added to every
-    count, special tokens are left out). The context-free loss also uses how tokens are masked: where a token to be
-    predicted is shown, it is itself as often as it is a random one of V (10 % each), so by Bayes' rule
+    count, special tokens are left out). The context-free loss also uses how tokens are masked: in place of a masked
+    token, the input has the token itself in 10 % of cases, and a random one of V tokens in 10 %. By Bayes' rule
 
         P(w | v is shown) = p(w) (1[w = v] + 1/V) / (p(v) + 1/V)
 
-    and where <mask> is shown, nothing is known but p. No model without context has a lower expected loss.
+    and where <mask> is shown, only p is known. No model without context has a lower expected loss.
 
     Args:
         train: tokenized training split.
         batches: of `held_out_batches`.
-        tokenizer: names the special tokens; it has V entries, which random tokens are drawn from.
-        vocab_size: rows of the embedding.
+        tokenizer: has the special tokens, and the V entries from which random tokens are drawn.
+        vocab_size: number of rows of the embedding.
     """
     counts = np.ones(vocab_size)
     for batch in train.with_format("numpy").iter(batch_size=10_000):
@@ -109,8 +109,8 @@ def losses_without_context(
 def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
     """A context in which the head of `model` runs only on the positions `keep` of the encoder's output, as one row.
 
-    The decoder is half of a masked-LM's matrix arithmetic (48 % with 84M parameters and 52,032 entries), and a loss
-    needs 15 % of the positions.
+    The decoder takes half of a masked-LM's matrix arithmetic (48 % with 84M parameters and 52,032 entries), and a loss
+    needs 15 % of the positions only.
 
     Args:
         model: a transformers model with a head on its `base_model`.
@@ -127,7 +127,7 @@ def kept_positions(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
 
 
 def masked_loss(model: PreTrainedModel, batch: dict[str, Tensor], reduction: str) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the masked tokens of a batch, in float32 whatever the model computes in.
+    """Cross-entropy of the masked tokens of a batch, in float32, even if the model computes in another format.
 
     Args:
         model: a masked-LM.
@@ -135,7 +135,7 @@ def masked_loss(model: PreTrainedModel, batch: dict[str, Tensor], reduction: str
         reduction: "sum" or "none", as in torch.
 
     Returns:
-        (nats: a scalar, or one number for each masked token in the order of masked.nonzero(), masked: (B, T) boolean).
+        (nats: a scalar or (M,), masked: (B, T), boolean), for M masked tokens in the order of masked.nonzero().
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     masked = batch["labels"] != IGNORED
@@ -151,7 +151,7 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
     Args:
         model: a masked-LM.
         batches: of `held_out_batches`.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         (texts, 2), float64, on the CPU: nats and masked tokens, in the order of the batches.
@@ -169,7 +169,7 @@ def per_text_loss(model: PreTrainedModel, batches: list[dict], progress: bool = 
 
 
 def held_out_loss(model: PreTrainedModel, batches: list[dict], progress: bool = False) -> tuple[float, int]:
-    """(mean cross-entropy in nats over all masked tokens, their number): `per_text_loss`, divided among processes."""
+    """(mean cross-entropy in nats over all masked tokens, their number); the texts are divided among the processes."""
     distributed = torch.distributed.is_initialized()
     if distributed:
         batches = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

@@ -49,12 +49,10 @@ def interventions(
         tokenizer: the tokenizer that made them.
 
     Returns:
-        {name out of INTERVENTIONS: {"loss" (nats per masked token), "ffn_output_kurtosis" (mean of layers),
-        "residual_inf_norm" (largest layer), "sink_rate_first", "null_mass" (means of layers and heads), "heads" (number
-        of heads set to zero)}}; NaN where the model has no such place or no such attention. as_softmax* is absent for a
-        model that does not take its attention from transformers' attention interface, or whose class has an attention
-        of its own; without_*_heads where there is no sink head or too few others; without_first_token where the texts
-        do not all start with the same special token.
+        {name out of INTERVENTIONS: {"loss", "ffn_output_kurtosis", "residual_inf_norm", "sink_rate_first", "null_mass",
+        "heads"}}, as DEFINITIONS.md defines them; NaN where the model has no such place or no such attention.
+        Interventions that do not apply are absent; so is as_softmax* of a model that does not take its attention from
+        transformers' attention interface, or whose class has an attention of its own.
     """
     model.eval()
     results = {}

@@ -1,12 +1,12 @@
-"""Excess kurtosis: of parameters, of activations during training as the published experiment took it, and moments.
+"""Excess kurtosis of parameters, and of activations in training as the published experiment measured it; moments.
 
 Excess kurtosis is mean((x - mean)^4) / variance^2 - 3 with the population variance: 0 for a Gaussian, -1.2 for a
 uniform distribution, -2 for +-1 with equal odds. Others (Bondarenko et al., "Quantizable Transformers", NeurIPS 2023)
 report the full kurtosis, which is 3 higher.
 
-The published experiment took it per sequence: all tokens x all channels of one sample pooled, then averaged over the
-samples of every training step, in train mode, padding included. `ActivationKurtosis` does the same from forward hooks;
-in packed batches there is no padding.
+The published experiment measured it by sequence: over all tokens and channels of a sample, then averaged over the
+samples of every training step, in train mode, with padding. `ActivationKurtosis` does the same by forward hooks; packed
+batches have no padding.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from softmax1 import learned_sinks
 
 
 def with_float64(values: Tensor) -> Tensor:
-    """`values` on a device that has float64: Apple's GPUs (MPS) have none, so what lies there goes to the CPU."""
+    """`values`, moved to the CPU if their device has no float64 (Apple's GPUs, MPS)."""
     return values.cpu() if values.device.type == "mps" else values
-
-
-def excess_kurtosis(values: Tensor) -> Tensor:
-    """Excess kurtosis of all entries of `values` pooled. Returns a float64 scalar; NaN where the variance is 0."""
-    return sequence_excess_kurtosis(with_float64(values.detach()).double().reshape(1, -1))[0]
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,24 +33,27 @@ def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_excess_kurtosis(model: nn.Module) -> dict[str, float]:
-    """Excess kurtosis over all entries of every weight, by parameter name (float64 arithmetic)."""
-    return {name: excess_kurtosis(parameter).item() for name, parameter in weights_of(model).items()}
+    """Excess kurtosis over all entries of every weight, by parameter name, in float64; NaN if all are equal."""
+    entries = {
+        name: with_float64(weight.detach()).double().reshape(1, -1) for name, weight in weights_of(model).items()
+    }
+    return {name: sequence_excess_kurtosis(values).item() for name, values in entries.items()}
 
 
 def sequence_excess_kurtosis(activations: Tensor) -> Tensor:
     """Excess kurtosis of each sequence, its tokens and channels pooled.
 
     Args:
-        activations: (batch, ...), any float dtype; half precision is widened to float32, which x^4 needs.
+        activations: (batch, ...), any float dtype; half precision is converted to float32, because x^4 overflows.
 
     Returns:
-        (batch,) in float32 (float64 for float64 input). NaN where a sequence has no spread beyond the rounding error of
-        its mean: entries that are all equal leave a variance of that size (scipy decides in the same way).
+        (batch,) in float32 (float64 for float64 input). NaN where the spread of a sequence is not larger than the
+        rounding error of its mean: equal entries have a variance of that size (scipy decides in the same way).
     """
     dtype = torch.promote_types(activations.dtype, torch.float32)
     values = activations.detach().flatten(1).to(dtype)
-    # Two passes (mean first) because float32 power sums cancel where the mean is large; squaring in place keeps the
-    # extra memory at one copy of the activation.
+    # Two passes (mean first), because float32 power sums cancel where the mean is large. Squaring in place needs only
+    # one copy of the activations.
     mean = values.mean(1)
     squares = (values - mean[:, None]).square_()
     variance = squares.sum(1) / values.shape[1]
@@ -70,9 +68,9 @@ def sequence_excess_kurtosis(activations: Tensor) -> Tensor:
 class Moments:
     """Count, mean and central power sums of groups of numbers: a (groups, 5) float64 tensor [n, mean, M2, M3, M4].
 
-    M_k = sum (x - mean)^k. On the device of the numbers where that has float64, otherwise on the CPU. Two groups merge
-    without cancellation, however far their means lie from 0 (Pebay, "Formulas for robust, one-pass parallel computation
-    of covariances and arbitrary-order statistical moments", 2008), so any amount of text streams through.
+    M_k = sum (x - mean)^k. The tensor is on the device of the numbers if that has float64, otherwise on the CPU. Groups
+    are merged without cancellation, even if their means are far from 0 (Pebay, "Formulas for robust, one-pass parallel
+    computation of covariances and arbitrary-order statistical moments", 2008), so the amount of text is not limited.
     """
 
     def __init__(self, sums: Tensor):
@@ -85,7 +83,7 @@ class Moments:
         mean = values.mean(1, keepdim=True)
         deviations = values - mean
         squares = deviations.square()
-        # In place and in this order, because memory traffic is all that this costs.
+        # In place and in this order, because the time is that of reading and writing memory.
         sums = squares.sum(1), deviations.mul_(squares).sum(1), squares.square_().sum(1)
         mean, *sums = (with_float64(total).double() for total in (mean[:, 0], *sums))
         return cls(torch.stack([torch.full_like(mean, values.shape[1]), mean, *sums], 1))
@@ -116,7 +114,7 @@ class Moments:
 
     @property
     def excess_kurtosis(self) -> Tensor:
-        """(groups,) in float64; NaN where a group is empty or has no spread beyond float32 rounding of its mean."""
+        """(groups,) in float64; NaN where a group is empty or its spread is not above float32 rounding of its mean."""
         n, mean, m2, _, m4 = self.sums.unbind(1)
         spread = m2 > n * (10 * torch.finfo(torch.float32).eps * mean) ** 2
         return torch.where(spread, n * m4 / m2.square() - 3, torch.nan)
@@ -129,25 +127,28 @@ class ActivationKurtosis(Hooks):
     """Running mean, over sequences, of the excess kurtosis of every module's output, without waiting for the device.
 
     Inside `with kurtosis: model(**batch)`, hooks on every submodule of `model` add to sums on the model's own device;
-    only `result()` and `state()` wait for it. Outside, the model runs without hooks. Where a module returns a tuple or
-    a ModelOutput, its first tensor is measured.
+    only `result()` and `state()` wait for it. Outside, the model runs without hooks. If a module returns a tuple or a
+    ModelOutput, its first tensor is measured.
 
     Args:
         model: the module to watch.
 
     Attributes:
-        packed: None, or the packed batch (packing.py) of the next forward pass; set it before `with`. A sequence is
-            then its tokens in the row, and in the masked-LM head its masked tokens.
+        packed: None, or the packed batch (packing.py) of the next forward pass; set it before `with`. A sequence then
+            consists of its tokens in the row, and in the masked-LM head of its masked tokens.
     """
 
     def __init__(self, model: nn.Module):
-        # These hooks run before all others, because one of packing.py changes what the encoder hands to the head.
+        # These hooks run before all others, because a hook of packing.py changes the output of the encoder.
         super().__init__(((module, self._hook(name)) for name, module in model.named_modules() if name), first=True)
         self.packed: dict | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | int] = {}
-        self._last: tuple = (lambda: None, None)  # weak reference to the last activations, what was computed of them
-        self._moments: dict[str, Tensor] = {}  # of the tokens of a packed batch
+        self._last: tuple = (
+            lambda: None,
+            None,
+        )  # weak reference to the last activations, and their kurtosis or moments
+        self._moments: dict[str, Tensor] = {}  # by module: moments of the tokens of a packed batch
 
     def __exit__(self, *exc_info) -> None:
         super().__exit__(*exc_info)
@@ -157,7 +158,7 @@ class ActivationKurtosis(Hooks):
     def _hook(self, name: str):
         def add(module: nn.Module, inputs, output) -> None:
             activations = output if isinstance(output, Tensor) else output[0]
-            # A module often returns the very tensor that its last child did (LayerNorm, then the block around it).
+            # A module often returns the tensor that its last child returned (LayerNorm, then the block around it).
             if activations is not self._last[0]():
                 with torch.no_grad():
                     if self.packed is None:
@@ -179,7 +180,7 @@ class ActivationKurtosis(Hooks):
         bounds, positions = self.packed["cu_seq_lens_q"], self.packed["masked_positions"]
         sequences = self.packed["sequences"]
         tokens = torch.arange(self.packed["input_ids"].shape[1], device=positions.device)
-        # Sequence s holds the tokens from bounds[s] to bounds[s + 1]. Filling tokens stand behind the last sequence.
+        # Sequence s holds the tokens from bounds[s] to bounds[s + 1]. Filling tokens follow the last sequence.
         sequence = torch.searchsorted(bounds[1:], tokens, right=True).clamp_max(sequences)
         masked = torch.where(self.packed["labels"][0] == IGNORED, sequences, sequence[positions])
         groups = sequences + 1
@@ -213,6 +214,6 @@ class ActivationKurtosis(Hooks):
         return {name: [sum(other.get(name, (0.0, 0))[i] for other in states) for i in (0, 1)] for name in state}
 
     def load_state(self, state: dict[str, list]) -> None:
-        """Go on from what `state()` returned. Of several processes only one may do so, or it is counted repeatedly."""
+        """Continue from the result of `state()`. Only one of several processes may do so, or it is added repeatedly."""
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}

@@ -43,16 +43,7 @@ from interventions import interventions
 from kurtosis import weights_of
 from outliers import FFN, eager_attention, hides_attention, measure_model, uniform_attention
 from packing import MaskedLMCollator
-from quantization import (
-    DRAWS,
-    PUBLISHED_LENGTH,
-    int4_weight,
-    int8_weight,
-    joined,
-    measure_damage,
-    measured_copy,
-    relative_error,
-)
+from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, rounding_errors
 from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
 
@@ -131,9 +122,9 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         ValueError: a layer or the head does not return one row for every token, padding changes the logits of real
             tokens, or a layer that would have to be quantized does not run.
-        Exception: whatever else the model raises.
+        Exception: any other error of the model.
     """
-    length, short = tokenizer.model_max_length - 1, 3  # an odd length: some models pad texts to whole windows inside
+    length, short = tokenizer.model_max_length - 1, 3  # an odd length, because some models pad texts to whole windows
     ids = torch.full((2, length), tokenizer.mask_token_id)
     ids[1, short:] = tokenizer.pad_token_id
     mask = (ids != tokenizer.pad_token_id).long()
@@ -177,7 +168,7 @@ def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The different lines of a text file, read and bounded as build_dataset.py does. Exits with one line on others."""
+    """The different lines of a text file, read and bounded as in build_dataset.py; exits with one line on bad input."""
     source = build_dataset.Source(file.name, str(file), file)
     lines = list(dict.fromkeys(build_dataset.samples(source)))
     build_dataset.check(source, whole=True)
@@ -229,7 +220,7 @@ def measure(run: Run, texts: Texts, batch_size: int, check: bool, execute: Calla
     n = getattr(model.config, "softmax_n", 0.0)
     if run.results and n != run.results["softmax_n"]:
         sys.exit(f"error: {run.model} has n = {n}, but {run.file} is of a run with n = {run.results['softmax_n']}")
-    if run.results:  # longer texts than the model was trained on would say nothing about the training
+    if run.results:  # texts longer than those of the training would not show what was trained
         trained = run.results["settings"].get("max_length", MAX_LENGTH)
         tokenizer.model_max_length = min(tokenizer.model_max_length, trained)
     run.max_length = tokenizer.model_max_length
@@ -320,7 +311,7 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
     """The model as it was before its first update, on the same device; None where that cannot be verified.
 
     The model is built again from class, config and seed. Its weights must have the digest that training recorded for
-    the initial weights, because another release of a package may draw other random numbers.
+    the initial weights, because another version of a package may draw different random numbers.
     """
     expected = ((results or {}).get("model") or {}).get("initial_weights")
     if expected is None:
@@ -331,25 +322,15 @@ def untrained_model(model: PreTrainedModel, results: dict | None) -> PreTrainedM
 
 
 def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Excess kurtosis, infinity norm and relative rounding errors of every weight.
-
-    Returns:
-        {weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", "int8_error", and for
-        matrices "int4_error"}}.
-    """
+    """{weight: {"kurtosis" (scipy, float64; NaN where all entries are equal), "inf_norm", and its rounding_errors}}."""
     statistics = {}
     for name, parameter in weights_of(model).items():
         values = parameter.detach().numpy().ravel().astype(np.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns about constant parameters
             kurtosis = float(scipy.stats.kurtosis(values))
-        statistics[name] = {
-            "kurtosis": kurtosis,
-            "inf_norm": float(np.abs(values).max()),
-            "int8_error": relative_error(parameter, int8_weight(parameter)),
-        }
-        if parameter.dim() == 2:
-            statistics[name]["int4_error"] = relative_error(parameter, int4_weight(parameter))
+        norm = float(np.abs(values).max())
+        statistics[name] = {"kurtosis": kurtosis, "inf_norm": norm, **rounding_errors(parameter)}
     return statistics
 
 
@@ -393,7 +374,7 @@ def attention_maps(
         with eager_attention(model):
             output = model.base_model(torch.tensor([text], device=model.device), output_attentions=True)
         weights = output.attentions[int(layer.partition(".")[2])][0, head].float().cpu().numpy()
-        # Half a letter of a byte-level tokenizer decodes to the replacement character, which no font shows well.
+        # A token of a byte-level tokenizer that is half a letter decodes to the replacement character; show a dot.
         tokens = [tokenizer.decode([token_id]).strip().replace("\ufffd", "·") or "_" for token_id in text]
         maps.append((f"{layer.replace('.', ' ')}, head {head}", tokens, weights, 1 - weights.sum(1)))
     return maps
@@ -478,21 +459,21 @@ def measured_already(run: Run, file: Path, wanted: dict, check: bool) -> bool:
 
 
 def take_measured(runs: list[Run], folder: Path) -> int:
-    """Fill in all runs from `folder` alone, without models or texts; returns the number of texts.
+    """Fill in all runs from `folder`, without models or texts; returns the number of texts.
 
-    Exits with one line where a run was not measured, or where two runs were measured on different texts or settings.
+    Exits with one line if a run was not measured, or if two runs were measured on different texts or settings.
     """
     for run in runs:
         if (measured := read_measured(run, folder / f"{run.name}.json")) is None:
             sys.exit(
-                f"error: {folder / run.name}.json is missing, damaged or of another training: leave out --report_only "
-                "where the models are"
+                f"error: {folder / run.name}.json is missing, damaged or of another training: measure it, without "
+                "--report_only, where the models are"
             )
         take(run, measured)
         if run.made_with["texts_and_settings"] != runs[0].made_with["texts_and_settings"]:
             sys.exit(
                 f"error: {runs[0].name} and {run.name} were measured on different texts or with different settings: "
-                "leave out --report_only where the models are"
+                "measure them again, without --report_only, where the models are"
             )
     return runs[0].made_with["texts"] if runs else 0
 
@@ -506,7 +487,7 @@ def keep_measured(run: Run, file: Path, made: dict) -> None:
 
 
 def _encoded(value):
-    """`value` as strict JSON can hold it, which has no NaN, infinity or arrays."""
+    """`value` in a form that strict JSON can represent: it has no NaN, infinity or arrays."""
     if isinstance(value, dict):
         return {key: _encoded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -193,10 +193,7 @@ class _PlaceSums:
 
     def __init__(self, channels: int, device: torch.device):
         kinds = len(TOKEN_CLASSES)
-
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(*size, dtype=torch.float64, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.pooled = Moments(zeros(kinds, 5))
         self.sequence_kurtosis, self.sequences = zeros(()), zeros(())
         self.token_kurtosis, self.tokens = zeros(kinds), zeros(kinds)

@@ -1,18 +1,11 @@
-"""Post-training quantization of a masked-LM, and what it costs in held-out loss.
-
-    bfloat16          weights and arithmetic in bfloat16
-    w8a8_static       8-bit weights and activations, one fixed range a tensor: the setting that outliers break
-    w8a8_percentile   the same with activations clipped at their 99.99 % percentiles
-    w8a8_mse          the same with the ranges, of weights too, that make the mean squared rounding error smallest
-    w8a8_published    the setting of Bondarenko et al., "Quantizable Transformers" (NeurIPS 2023)
-    w8a8_dynamic      8-bit weights (one scale a row) and inputs (one scale a token, at run time) of every nn.Linear
-    w4_weight_only    4-bit weights (one scale for 128 inputs of a row) of every nn.Linear, float32 activations
+"""Post-training quantization of a masked-LM, and what it costs in held-out loss. DEFINITIONS.md defines the SCHEMES.
 
 In the four static schemes, weights are symmetric and activations asymmetric (0 is exact), with one range a tensor, and
-arithmetic is simulated in float32 ("fake quantization"). `w8a8_published` follows the code that Bondarenko et al.
-published (validate_mlm.py and what it calls): the same tensors are quantized, and their ranges are estimated in the
-same way and on the same kind of text. The three other static schemes are ours. DEFINITIONS.md compares both: which
-tensors are quantized, where their ranges come from, and on which text they are calibrated.
+arithmetic is simulated in float32 ("fake quantization"). This is the setting that outliers break. `w8a8_published`
+follows the code that Bondarenko et al. published for "Quantizable Transformers" (NeurIPS 2023; validate_mlm.py and what
+it calls): the same tensors are quantized, and their ranges are estimated in the same way and on the same kind of text.
+The three other static schemes are ours. DEFINITIONS.md compares both: which tensors are quantized, where their ranges
+come from, and on which text they are calibrated.
 
 Every scheme computes through the one attention function of this file, whatever the class of the model: two models that
 compute the same function are measured alike (softmax_n with n = 1e-30 and softmax, for example).
@@ -126,6 +119,12 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
     return ((exact.detach().double() - rounded.detach().double()).norm() / norm).item() if norm else 0.0
 
 
+def rounding_errors(weight: Tensor) -> dict[str, float]:
+    """{"int8_error", and for a matrix "int4_error"}: relative errors of the two grids above."""
+    errors = {"int8_error": relative_error(weight, int8_weight(weight))}
+    return errors | ({"int4_error": relative_error(weight, int4_weight(weight))} if weight.dim() == 2 else {})
+
+
 # ------------------------------------------------------------------------------------------------- ranges of a tensor
 #
 # Percentiles and squared errors are computed from a histogram whose bins begin at the bfloat16 numbers: the upper 16
@@ -221,15 +220,11 @@ class _Range:
         self._extremes = (math.inf, -math.inf)
         self._counts: Tensor | None = None
 
-    def __call__(self, values: Tensor, real: Tensor | None = None) -> Tensor:
-        """Observe or round `values`, depending on the state of the owner.
-
-        `real` marks the entries that are not padding: a boolean tensor over the leading dimensions of `values`, by
-        default the owner's (batch, tokens) mask.
-        """
+    def __call__(self, values: Tensor) -> Tensor:
+        """Observe or round `values`, depending on the state of the owner."""
         owner = self.owner
         if owner.observing:
-            self._observe(values, owner.real_tokens(values) if real is None else real)
+            self._observe(values)
             if not owner.published:
                 return values
         if self.part not in owner.active:
@@ -246,9 +241,10 @@ class _Range:
         zero = min(max(round(-self.low / scale), 0), 255)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, 255)
 
-    def _observe(self, values: Tensor, real: Tensor | None) -> None:
+    def _observe(self, values: Tensor) -> None:
         # A tensor is often the input of several modules in succession: its range and histogram are computed once.
         if self.owner.observed is None or self.owner.observed[0] is not values:
+            real = self.owner.real_entries(values)
             entries = (values if real is None else values[real]).detach()
             low, high = (value.item() for value in torch.aminmax(entries))
             counts = _histogram(entries) if self.owner.histograms else None
@@ -302,13 +298,10 @@ def _measured_attention(
     """
     log_n = log_n_of(module)
     own_weights = getattr(module.config, "attention_weights", None)
-    round_scores, round_weights = getattr(module, "quantizers", None) or (lambda values, real: values,) * 2
-    real = module.real_tokens() if hasattr(module, "real_tokens") else None
+    round_scores, round_weights = getattr(module, "quantizers", None) or (lambda values: values,) * 2
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ key.to(exact).transpose(-2, -1)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    pairs = None if real is None else (real[:, None, :, None] & real[:, None, None, :]).expand_as(scores)
-    scores = round_scores(scores, pairs)
+    scores = round_scores(scores * (query.shape[-1] ** -0.5 if scaling is None else scaling))
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)
     if own_weights:
@@ -320,7 +313,7 @@ def _measured_attention(
         else:
             scores = F.pad(scores, (0, 1), value=log_n)
         weights = torch.softmax(scores, -1)[..., :-1]
-    weights = round_weights(weights, pairs).to(value.dtype)
+    weights = round_weights(weights).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -403,10 +396,8 @@ class StaticW8A8:
         self._round_weights(published_weight if self.published else int8_weight)
         self._activate(self.parts if self.published else ())
         self.observing = True
-        try:
-            per_text_loss(self.model, calibration)
-        finally:
-            self.observing, self.observed = False, None
+        per_text_loss(self.model, calibration)
+        self.observing, self.observed = False, None
         unset = [name for name, activation in self.ranges.items() if activation.low is None]
         if unset:
             raise UnsetRange(
@@ -437,15 +428,16 @@ class StaticW8A8:
     def distinct_values(self, batches: list[dict]) -> dict[str, int]:
         """{activation: number of distinct values in the last batch after rounding; 0 if it is not rounded}."""
         self.levels = {}
-        try:
-            per_text_loss(self.model, batches)
-            return {name: self.levels.get(name, 0) for name in self.ranges}
-        finally:
-            self.levels = None
+        per_text_loss(self.model, batches)
+        levels, self.levels = self.levels, None
+        return {name: levels.get(name, 0) for name in self.ranges}
 
-    def real_tokens(self, values: Tensor) -> Tensor | None:
-        """The (batch, tokens) mask of real tokens; None without padding, or where `values` has other dimensions."""
-        return self._mask if self._mask is not None and values.shape[:2] == self._mask.shape else None
+    def real_entries(self, values: Tensor) -> Tensor | None:
+        """A boolean tensor over the leading dimensions of `values`, False for padding; None where nothing is padded."""
+        mask = self._mask
+        if mask is not None and values.dim() == 4:  # scores or weights of the attention (B, H, T, T)
+            return (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(values)
+        return mask if mask is not None and values.shape[:2] == mask.shape else None
 
     def _attach(self) -> None:
         self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
@@ -464,7 +456,6 @@ class StaticW8A8:
                 self._on_output(f"{name}.output", module, part)
             if name.endswith(".attention.self"):
                 module.quantizers = [self._range(f"{name}.{what}", part) for what in ("scores", "weights")]
-                module.real_tokens = lambda: self._mask
                 self._on_output(f"{name}.context", module, part)
         if self.published:
             self._on_partial_sum()

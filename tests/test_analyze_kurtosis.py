@@ -1,4 +1,4 @@
-"""analyze_kurtosis.py end to end on small random models, its figures by hand, and its bad inputs."""
+"""analyze_kurtosis.py end to end on small random models, its figures by hand, and bad input."""
 
 import base64
 import gzip
@@ -53,7 +53,7 @@ ARCHITECTURE = {**SMALL, "max_position_embeddings": 130}
 
 
 def results_of(model, name, softmax_n):
-    """What train_model.py writes, with figures that are easy to follow."""
+    """The results file that train_model.py writes, with simple figures."""
     layers = {
         "attention.output.dense": (1.0, 4.0),
         "attention.output.dropout": (2.0, 2.5),
@@ -105,7 +105,7 @@ def results_of(model, name, softmax_n):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """data/, models/ and results/ as the scripts before this one leave them: two runs."""
+    """data/, models/ and results/ of two runs, as the scripts that run before this one write them."""
     root = tmp_path_factory.mktemp("finished")
     texts = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(root / "data"))
@@ -136,13 +136,13 @@ def workplace(finished, tmp_path):
 
 @pytest.fixture(autouse=True)
 def clean_checkout(monkeypatch):
-    """What is measured in a modified tree has a note of its own in the report."""
+    """Otherwise the report has a note that it was measured with uncommitted code."""
     monkeypatch.setattr(measurement, "git_state", lambda: {"commit": "c", "dirty": False})
 
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    """Drawing takes longer than all that is measured here."""
+    """Drawing takes longer than measuring these models."""
     monkeypatch.setattr(analyze_kurtosis, "pictures", lambda *_: {})
 
 
@@ -184,15 +184,17 @@ def test_report_of_two_runs(workplace, capsys):
         assert picture.startswith(b"\x89PNG") and b"IHDR" in picture[:64]
         assert f"]({name}.png)" in text and base64.b64encode(picture).decode() in page
     assert "Note" not in text  # these two runs belong together
-    assert 'name="viewport"' in page and not re.search(r'(src|href)="(?!data:|#)', page)  # nothing from elsewhere
+    assert 'name="viewport"' in page and not re.search(
+        r'(src|href)="(?!data:|#)', page
+    )  # the page loads nothing from other files
     rules = [line for line in text.splitlines() if line.startswith("| ---")]
     assert page.count("<table>") == len(rules) > 8
-    for one in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({line.count("|") for line in one.splitlines()}) == 1, one
+    for markdown_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in markdown_table.splitlines()}) == 1, markdown_table
 
     summary = rows(text, "Summary of the runs")
     published = ["published softmax0", "published softmax1"]
-    ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, whatever the file order
+    ours = ["esperberto-softmax0", "esperberto-softmax1"]  # ordered by n, not by file name
     assert summary[""] == [*published, *ours]
     assert summary["training loss, mean of the whole run"] == ["4.46", "4.44", "4.46", "4.46"]
     assert summary["training loss, last logged"] == ["3.79", "3.78", "3.22", "3.22"]
@@ -207,9 +209,9 @@ def test_report_of_two_runs(workplace, capsys):
     assert activations["output (LayerNorm), training"] == ["0.77 ± 1.35", "0.90 ± 1.31", "–", "–"]
     # In eval mode dropout is the identity.
     assert activations["dropout, held-out"] == activations["dense, held-out"] != ["–"] * 4
-    lead = rows(text, "A lead, not a result")
-    assert lead["esperberto-softmax1, training"] == ["6.00", "8.00", *["–"] * 4, "7.00 ± 1.00"]
-    assert lead["published softmax0, training"] == ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"]
+    ffn_by_layer = rows(text, "A lead, not a result")
+    assert ffn_by_layer["esperberto-softmax1, training"] == ["6.00", "8.00", *["–"] * 4, "7.00 ± 1.00"]
+    assert ffn_by_layer["published softmax0, training"] == ["6.0", "8.3", "20.6", "78.3", "100.1", "4.5", "36.3 ± 38.3"]
     for said in ("population standard deviation", "no interval over seeds", "n = 2 layers", "n = 4 sequences"):
         assert said in text
     for said in ("train mode", "eval mode", "padding left out", "padding counted", "A lead, not a result"):
@@ -232,29 +234,29 @@ def test_report_of_two_runs(workplace, capsys):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
+def test_tables_show_the_figures_of_the_json_file(workplace):
     analyse(workplace)
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
-    found = strict_json(workplace / "results" / "analysis.json")["runs"]
-    one = found["esperberto-softmax1"]
-    norms = [one["places"][f"layer.{layer}.ffn_residual"]["inf_norm"] for layer in range(2)]
+    runs = strict_json(workplace / "results" / "analysis.json")["runs"]
+    run = runs["esperberto-softmax1"]
+    norms = [run["places"][f"layer.{layer}.ffn_residual"]["inf_norm"] for layer in range(2)]
     assert rows(text, "Activations by place")["ffn_residual, softmax1"][3] == figure(max(norms))
-    shares = [one["places"][f"layer.{layer}.ffn_residual"]["largest_channel_share"] for layer in range(2)]
+    shares = [run["places"][f"layer.{layer}.ffn_residual"]["largest_channel_share"] for layer in range(2)]
     assert rows(text, "Activations by place")["ffn_residual, softmax1"][5] == figure(100 * max(shares))
-    null = [figure(100 * np.mean(one["attention"][f"layer.{layer}"]["null_mass"])) for layer in range(2)]
+    null = [figure(100 * np.mean(run["attention"][f"layer.{layer}"]["null_mass"])) for layer in range(2)]
     assert rows(text, "Attention")["% null, softmax1"] == null
-    static = one["quantization"]["schemes"]["w8a8_static"]
+    static = run["quantization"]["schemes"]["w8a8_static"]
     cell = rows(text, "Quantization damage")["W8A8, static per tensor"][1]
     assert cell == f"{static['loss']:.4f} / {figure(static['perplexity'])} / {gap_cell(static)}"
     assert len(static["draws"]) == 4 and static["gap"] == pytest.approx(np.mean(static["draws"]), abs=1e-5)
     check = rows(text, "Self-check of the instrument")  # random weights have no context to lose
     assert check[CHECKS["large_outlier"]][1].startswith("undecided: the model has learnt")
     assert (
-        check[CHECKS["class_swap"]][1].startswith("pass: gap") and one["quantization"]["self_check"]["passed"] is None
+        check[CHECKS["class_swap"]][1].startswith("pass: gap") and run["quantization"]["self_check"]["passed"] is None
     )
     # Full kurtosis, as Bondarenko et al. have it, of both their places.
     places = [
-        one["places"][f"layer.{layer}.{place}"]["kurtosis_sequence"] + 3
+        run["places"][f"layer.{layer}.{place}"]["kurtosis_sequence"] + 3
         for layer in range(2)
         for place in ("ffn_output", "ffn_layernorm")
     ]
@@ -262,38 +264,38 @@ def test_a_table_of_the_analysis_is_what_the_json_says(workplace):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_tables_of_sinks_heads_and_interventions_are_what_the_json_says(workplace):
+def test_tables_of_sinks_heads_and_interventions_show_the_figures_of_the_json_file(workplace):
     analyse(workplace, "--batch_size", "2")
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
-    one = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]
-    layers = [one["attention"][f"layer.{layer}"] for layer in range(2)]
+    run = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]
+    by_layer = [run["attention"][f"layer.{layer}"] for layer in range(2)]
     table = rows(text, "Sinks and null mass")
-    null = figure(100 * np.mean([layer["null_mass"] for layer in layers]))
-    uniform = figure(100 * one["attention_uniform"]["null_mass"])
-    assert table["null mass, softmax1"] == [null, "–", uniform] and one["untrained"] is None
-    assert table["null mass, softmax0"][2] == "0.00" and 0 < one["attention_uniform"]["null_mass"] < 0.2
-    assert one["attention_uniform"]["sequences"] + one["attention_uniform"]["sequences_short"] == len(TEXTS)
-    short = figure(100 * np.mean([layer["sink_rate_any_renormalised_short"] for layer in layers]))
+    null = figure(100 * np.mean([layer["null_mass"] for layer in by_layer]))
+    uniform = figure(100 * run["attention_uniform"]["null_mass"])
+    assert table["null mass, softmax1"] == [null, "–", uniform] and run["untrained"] is None
+    assert table["null mass, softmax0"][2] == "0.00" and 0 < run["attention_uniform"]["null_mass"] < 0.2
+    assert run["attention_uniform"]["sequences"] + run["attention_uniform"]["sequences_short"] == len(TEXTS)
+    short = figure(100 * np.mean([layer["sink_rate_any_renormalised_short"] for layer in by_layer]))
     assert table["sink rate, any, renormalised, short, softmax1"][0] == short
     assert rows(text, "Vectors of the heads")["largest logit, softmax1"] == [
-        figure(max(x["logit_max"])) for x in layers
+        figure(max(x["logit_max"])) for x in by_layer
     ]
-    top = [one["places"][f"layer.{layer}.ffn_residual"]["massive"]["top"][0] for layer in range(2)]
+    top = [run["places"][f"layer.{layer}.ffn_residual"]["massive"]["top"][0] for layer in range(2)]
     largest = max(top, key=lambda entry: abs(entry["value"]))
     cell = rows(text, "Massive activations")["ffn_residual, softmax1"][3]
     assert cell.startswith(f"{figure(largest['value'])} ({figure(largest['ratio'])} medians): `")
-    found = one["interventions"]["as_softmax0"]
+    intervention = run["interventions"]["as_softmax0"]
     cells = rows(text, "Interventions")["attends with n = 0, softmax1"]
     assert cells[:3] == [
-        f"{found['loss']:.4f}",
-        figure(found["ffn_output_kurtosis"]),
-        figure(found["residual_inf_norm"]),
+        f"{intervention['loss']:.4f}",
+        figure(intervention["ffn_output_kurtosis"]),
+        figure(intervention["residual_inf_norm"]),
     ]
-    assert cells[4] == figure(100 * found["null_mass"]) and found["null_mass"] < 1e-6
+    assert cells[4] == figure(100 * intervention["null_mass"]) and intervention["null_mass"] < 1e-6
 
 
 def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch):
-    """Only where its weights are those that training wrote down."""
+    """It is returned only if its weights have the digest that training recorded."""
     monkeypatch.setattr(experiment, "ARCHITECTURE", ARCHITECTURE)
     for n in (0.0, 1.0):
         tokenizer = save_tokenizer(tmp_path / "model")
@@ -305,16 +307,16 @@ def test_the_untrained_model_is_built_again_from_its_seed(tmp_path, monkeypatch)
                 parameter.add_(1)
         first.save_pretrained(tmp_path / "model")
         model, _ = measurement.load(str(tmp_path / "model"))
-        found = measurement.untrained_model(model, results)
-        assert type(found) is type(first) and not found.training
-        assert all(torch.equal(before[name], tensor) for name, tensor in found.state_dict().items())
+        rebuilt = measurement.untrained_model(model, results)
+        assert type(rebuilt) is type(first) and not rebuilt.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in rebuilt.state_dict().items())
         assert measurement.untrained_model(model, {**results, "seed": 42}) is None
         assert measurement.untrained_model(model, {"seed": 43, "model": {"path": "models"}}) is None
         assert measurement.untrained_model(model, None) is None
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_step_0_stands_beside_the_trained_model(workplace, monkeypatch):
+def test_the_report_shows_step_0_beside_the_trained_model(workplace, monkeypatch):
     model, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
     transformers.set_seed(42)
     before = type(model)(model.config).eval()
@@ -325,8 +327,8 @@ def test_step_0_stands_beside_the_trained_model(workplace, monkeypatch):
     assert all(run["untrained"] is None or run["arm"] == "softmax1" for run in runs.values())
     ids = tokenizer(TEXTS)["input_ids"]
     _, attention, _ = measure_model(before, padded_batches(tokenizer, ids, 4), tokenizer)
-    found = runs["esperberto-softmax1"]["untrained"]["attention"]["layer.1"]["null_mass"]
-    assert found == pytest.approx(attention["layer.1"]["null_mass"], rel=1e-4)
+    null_mass = runs["esperberto-softmax1"]["untrained"]["attention"]["layer.1"]["null_mass"]
+    assert null_mass == pytest.approx(attention["layer.1"]["null_mass"], rel=1e-4)
     text = (workplace / "results" / "report.md").read_text(encoding="utf-8")
     expected = figure(100 * np.mean([layer["null_mass"] for layer in attention.values()]))
     assert rows(text, "Sinks and null mass")["null mass, softmax1"][1] == expected
@@ -353,35 +355,35 @@ def test_histograms_do_not_depend_on_the_class_of_the_model(workplace):
     ).eval()
     ours.load_state_dict(stock.state_dict())
     batches = padded_batches(tokenizer, tokenizer(TEXTS)["input_ids"], 2)
-    found = [measurement.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
-    assert found[0].keys() == found[1].keys() == {"layer 0", "layer 1"}
-    for name, counts in found[0].items():  # a rounding error may move an entry over a border
-        assert np.abs(counts - found[1][name]).sum() <= 4 < counts.sum()
+    histograms = [measurement.ffn_histograms(model.eval(), batches) for model in (stock, ours)]
+    assert histograms[0].keys() == histograms[1].keys() == {"layer 0", "layer 1"}
+    for name, counts in histograms[0].items():  # a rounding error may move an entry to the next bin
+        assert np.abs(counts - histograms[1][name]).sum() <= 4 < counts.sum()
 
 
-def test_a_token_that_markdown_would_read_stays_a_token():
-    one = {"value": -412.3, "ratio": 1830.0, "position": 0, "channel": 77}
-    cells = [entry_cell({**one, "token": token}, "layer 3") for token in ("<s>", " |", "`", "\ufffd", " ")]
+def test_tokens_that_have_a_meaning_in_markdown_are_escaped():
+    entry = {"value": -412.3, "ratio": 1830.0, "position": 0, "channel": 77}
+    cells = [entry_cell({**entry, "token": token}, "layer 3") for token in ("<s>", " |", "`", "\ufffd", " ")]
     assert cells[0] == "-412 (1,830 medians): `<s>` at 0, channel 77, layer 3"
     assert [cell.split("`")[1] for cell in cells] == ["<s>", "¦", "'", "·", "_"] and "|" not in "".join(cells)
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_the_held_out_loss_is_training_s(workplace):
+def test_the_held_out_loss_equals_that_of_training(workplace):
     """The float32 loss of the analysis is held_out_loss on the validation split with training's masks."""
     analyse(workplace)
-    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
+    damage = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
     model, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax1"))
     masks = MaskedLMCollator(tokenizer, mlm_probability=0.15, seed=HELD_OUT_SEED)
     ids = tokenizer(TEXTS)["input_ids"]
     loss, count = held_out_loss(model, held_out_batches({"input_ids": ids}, masks, 3))
-    assert found["masked_tokens"] == count
-    assert found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert damage["masked_tokens"] == count
+    assert damage["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
     analyse(workplace, "--max_scored", "2")
-    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
+    damage = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]["quantization"]
     ids = sorted(ids, key=len)
     loss, _ = held_out_loss(model, held_out_batches({"input_ids": [ids[0], ids[-1]]}, masks, 2))
-    assert found["sequences"] == 2 and found["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert damage["sequences"] == 2 and damage["schemes"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -391,17 +393,17 @@ def test_texts_are_cut_where_training_cut_them_and_where_the_positions_end(workp
         results["settings"]["max_length"] = 20
         path.write_text(json.dumps(results))
     analyse(workplace)
-    found = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax0"]
+    run = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax0"]
     _, tokenizer = measurement.load(str(workplace / "models" / "esperberto-softmax0"))
     assert tokenizer.model_max_length == 128  # of 130 positions RoBERTa uses all but two
     lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
-    assert max(lengths) > 20 and found["max_length"] == 20
-    assert found["held_out_tokens"] == sum(min(length, 20) for length in lengths)
+    assert max(lengths) > 20 and run["max_length"] == 20
+    assert run["held_out_tokens"] == sum(min(length, 20) for length in lengths)
     assert "cut at 20 tokens, as in training" in (workplace / "results" / "report.md").read_text(encoding="utf-8")
 
 
-def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
-    """Neither ends the analysis, neither is dropped: a picture, a table and a sentence for each."""
+def test_diverged_runs_and_losses_that_are_not_finite_are_reported(workplace, monkeypatch):
+    """The analysis goes on, and the report has both in a picture, a table and a sentence."""
     results = json.loads(results_file(workplace).read_text())
     del results["activation_excess_kurtosis"], results["weight_excess_kurtosis"]
     results |= {
@@ -419,10 +421,10 @@ def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
     measure_damage = measurement.measure_damage
 
     def overflowing(model, *rest, **keywords):
-        found = measure_damage(model, *rest, **keywords)
+        written = measure_damage(model, *rest, **keywords)
         if model.config.model_type == "roberta":
-            found["schemes"]["w8a8_static"] |= {"loss": math.nan, "perplexity": math.inf, "gap": math.nan}
-        return found
+            written["schemes"]["w8a8_static"] |= {"loss": math.nan, "perplexity": math.inf, "gap": math.nan}
+        return written
 
     monkeypatch.setattr(measurement, "measure_damage", overflowing)
     monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": "c", "dirty": False})
@@ -431,9 +433,9 @@ def test_diverged_runs_and_losses_that_are_no_number(workplace, monkeypatch):
     assert "softmax0's loss after quantization is not finite in the one pair (seed 42)" in text
     assert "esperberto-softmax1-seed43 diverged at step 1,200" in text and "not a record" not in text
     assert rows(text, "Summary of the runs")["training"][2:] == ["complete", "complete", "diverged at step 1,200"]
-    found = strict_json(workplace / "results" / "analysis.json")
-    assert found["record"] is True and found["runs"]["esperberto-softmax1-seed43"]["diverged"] is True
-    primary = found["comparisons"]["softmax1"]["w8a8_static_gap"]
+    written = strict_json(workplace / "results" / "analysis.json")
+    assert written["record"] is True and written["runs"]["esperberto-softmax1-seed43"]["diverged"] is True
+    primary = written["comparisons"]["softmax1"]["w8a8_static_gap"]
     assert (primary["baseline_not_finite"], primary["lower"], primary["difference"]) == ([42], 1, None)
 
 
@@ -451,7 +453,7 @@ def test_copies_of_a_model_are_refused(workplace):
     ("ours", "theirs", "expected"),
     [(False, False, True), (False, ..., True), (True, False, False), (None, False, False), (False, True, False)],
 )
-def test_what_a_modified_tree_made_is_no_record(monkeypatch, ours, theirs, expected):
+def test_results_of_a_modified_checkout_are_not_a_record(monkeypatch, ours, theirs, expected):
     monkeypatch.setattr(analyze_kurtosis, "git_state", lambda: {"commit": None, "dirty": ours})
     results = {} if theirs is ... else {"git": {"commit": "c", "dirty": theirs}}
     assert analyze_kurtosis.is_record([Run("a", "a", results), Run("b", "b", None)]) is expected
@@ -462,11 +464,11 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
     analyse(workplace)
     analysis = strict_json(workplace / "results" / "analysis.json")
     assert analysis["held_out"]["sequences"] == len(TEXTS) and analysis["versions"]["torch"]
-    found = analysis["runs"]
-    for name, run in found.items():
+    runs = analysis["runs"]
+    for name, run in runs.items():
         folder = workplace / "models" / name
         for parameter, values in load_file(folder / "model.safetensors").items():
-            if parameter == "softmax_n":  # the empty mark of a softmax_n model
+            if parameter == "softmax_n":  # the empty tensor that marks a softmax_n model
                 continue
             expected = scipy.stats.kurtosis(values.double().numpy().ravel())
             assert run["parameters"][parameter]["kurtosis"] == pytest.approx(expected, rel=1e-9)
@@ -489,14 +491,14 @@ def test_figures_equal_scipy_and_single_unpadded_sequences(workplace):
 
 @pytest.mark.usefixtures("without_pictures")
 def test_batch_size_changes_nothing_and_max_samples_takes_fewer(workplace):
-    found = {}
+    measured = {}
     for arguments in (("--batch_size", "1"), ("--batch_size", "4"), ("--batch_size", "4", "--max_samples", "2")):
         analyse(workplace, *arguments)
         run = strict_json(workplace / "results" / "analysis.json")["runs"]["esperberto-softmax1"]
-        found[arguments] = run["activations_held_out"]["attention.output.dense"]["layers"], run["held_out_tokens"]
-    one, four, two_texts = found.values()
-    assert one[0] == pytest.approx(four[0], abs=1e-4) and one[1] == four[1]
-    assert two_texts[0] != pytest.approx(four[0], abs=1e-4) and two_texts[1] < four[1]
+        measured[arguments] = run["activations_held_out"]["attention.output.dense"]["layers"], run["held_out_tokens"]
+    batch_of_1, batch_of_4, two_texts = measured.values()
+    assert batch_of_1[0] == pytest.approx(batch_of_4[0], abs=1e-4) and batch_of_1[1] == batch_of_4[1]
+    assert two_texts[0] != pytest.approx(batch_of_4[0], abs=1e-4) and two_texts[1] < batch_of_4[1]
 
 
 def test_held_out_texts_are_spread_over_the_split(workplace):
@@ -525,21 +527,21 @@ def test_a_model_folder_without_results_file(workplace, capsys):
     assert headline["sink rate of any token, %"] == [figure(100 * np.mean(sinks))]
     gap = gap_cell(run["quantization"]["schemes"]["w8a8_static"])
     assert headline["W8A8, static per tensor: loss over that"] == [gap]
-    # Nothing of an experiment that this model is not part of.
+    # The report does not mention the experiment, which this model is not part of.
     for word in ("softmax0", "softmax1", "Answer", "Question", "pair", "seed", "published softmax"):
         assert word not in text.partition("Written to")[0], word
     assert not (report / "loss.png").exists() and not (workplace / "results" / "report.md").exists()
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplace, capsys, monkeypatch):
+def test_a_named_folder_uses_its_results_file_and_equal_names_get_separate_files(workplace, capsys, monkeypatch):
     monkeypatch.chdir(workplace)  # names come from paths, and a whole path twice may be too long for a folder's name
     here, there = Path("models/esperberto-softmax0"), Path("other/esperberto-softmax0")
     shutil.copytree(here, there)
     analyse(workplace, f"{here}/")
     table_rows = rows(capsys.readouterr().out, "Summary of the runs")
     assert table_rows[""][2:] == ["esperberto-softmax0"] and table_rows["held-out loss"][2:] == ["3.30"]
-    with pytest.raises(SystemExit, match="both softmax0 with seed 42"):  # one results file cannot be that of both
+    with pytest.raises(SystemExit, match="both softmax0 with seed 42"):  # one results file cannot belong to both
         analyse(workplace, str(here), str(there))
     (workplace / "results" / "esperberto-softmax0.json").unlink()
     analyse(workplace, str(here), str(there))
@@ -548,7 +550,7 @@ def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplac
     (folder,) = (workplace / "results").glob("*+*")
     assert folder.name == "+".join(both)
     kept = sorted(path.stem for path in (folder / "measured").iterdir())
-    assert kept == sorted(both)  # inside, whatever the names are
+    assert kept == sorted(both)  # both files are inside this folder
     with pytest.raises(SystemExit, match="have the same name: name each model once"):
         analyse(workplace, str(here), f"{here}/")
 
@@ -557,7 +559,7 @@ def test_a_named_folder_takes_its_results_file_and_namesakes_stay_apart(workplac
 def test_an_earlier_report_survives_a_failed_write(workplace):
     report = workplace / "results" / "report.md"
     report.write_text("earlier")
-    (workplace / "results" / "report.md.partial").mkdir()  # the place to write beside is taken
+    (workplace / "results" / "report.md.partial").mkdir()  # its temporary name is taken
     with pytest.raises(OSError):
         analyse(workplace)
     assert report.read_text() == "earlier"
@@ -566,7 +568,7 @@ def test_an_earlier_report_survives_a_failed_write(workplace):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_a_gap_under_its_noise_is_said_to_be():
+def test_a_gap_below_its_noise_is_shown_as_such():
     gap = {"gap": 0.0301, "error": 0.002, "floor": 0.004}
     assert gap_cell(gap) == "+0.0301 ± 0.0020" and gap_cell({**gap, "gap": -0.0301}) == "-0.0301 ± 0.0020"
     assert gap_cell({**gap, "gap": -0.0039}) == gap_cell({**gap, "gap": 0.0039}) == "below its noise of 0.0040"
@@ -630,15 +632,15 @@ def test_table_is_markdown_that_lines_up():
 
 
 def pair(finished):
-    def one(name):
+    def run_of(name):
         results = json.loads((finished / "results" / f"{name}.json").read_text())
         weights = {parameter: {"kurtosis": value} for parameter, value in results["weight_excess_kurtosis"].items()}
         return Run(name, f"models/{name}", results, weights)
 
-    return one("esperberto-softmax0"), one("esperberto-softmax1")
+    return run_of("esperberto-softmax0"), run_of("esperberto-softmax1")
 
 
-def test_results_of_another_model_are_named(finished, tmp_path):
+def test_results_of_another_model_get_a_note(finished, tmp_path):
     runs = pair(finished)
     name = "roberta.encoder.layer.0.attention.output.dense.weight"
     runs[0].weights[name]["kurtosis"] *= 1 + 1e-9  # rounding
@@ -649,14 +651,14 @@ def test_results_of_another_model_are_named(finished, tmp_path):
     assert len(notes(runs, tmp_path)) == 2
 
 
-def test_held_out_text_of_other_data_is_named(finished, tmp_path):
+def test_held_out_text_of_other_data_gets_a_note(finished, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"train": {"sha256": "0" * 64}}}))
     lines = notes(pair(finished), tmp_path)
     assert len(lines) == 2 and "esperberto-softmax0 was not trained on" in lines[0]
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_smoke_runs_and_notes_stand_above_the_tables(workplace, capsys):
+def test_notes_about_pipeline_tests_and_seeds_precede_the_tables(workplace, capsys):
     for file in (workplace / "results").glob("*.json"):
         results = json.loads(file.read_text())
         file.write_text(json.dumps({**results, "test_pipeline": True, "seed": len(file.name)}))
@@ -857,14 +859,14 @@ def test_wrong_flags(argv, capsys):
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-def test_a_missing_folder_as_the_shell_sees_it(workplace):
+def test_a_missing_folder_ends_the_process_with_one_line(workplace):
     command = [sys.executable, str(SCRIPT), str(workplace / "models" / "nobody"), "--data_dir", str(workplace / "data")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=workplace)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [f"error: no model folder {workplace}/models/nobody"]
 
 
-def test_a_hub_name_without_network_as_the_shell_sees_it(workplace):
+def test_a_hub_name_without_network_ends_the_process_with_one_line(workplace):
     command = [sys.executable, str(SCRIPT), "nobody/nothing", "--data_dir", str(workplace / "data")]
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=workplace, env=environment)
@@ -876,7 +878,7 @@ def test_a_hub_name_without_network_as_the_shell_sees_it(workplace):
 # ------------------------------------------------------------------------------------------ what was measured before
 
 
-def test_what_was_measured_is_taken_again_and_gives_the_same_bytes(workplace, monkeypatch, capsys):
+def test_a_second_analysis_measures_nothing_and_writes_the_same_bytes(workplace, monkeypatch, capsys):
     analyse(workplace)
     results = workplace / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
@@ -894,7 +896,7 @@ def test_what_was_measured_is_taken_again_and_gives_the_same_bytes(workplace, mo
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("what", ["weights", "text", "settings", "code", "results", "damaged", "unchecked"])
-def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
+def test_a_run_is_measured_again_after_a_change(workplace, monkeypatch, what):
     analyse(workplace)
     kept = workplace / "results" / "measured" / "esperberto-softmax1.json"
     flags, again = [], {"esperberto-softmax1"}
@@ -916,9 +918,9 @@ def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
     elif what == "damaged":
         kept.write_text(kept.read_text()[:1000])
     else:
-        found = json.loads(kept.read_text())
-        del found["damage"]["self_check"]
-        kept.write_text(json.dumps(found))
+        contents = json.loads(kept.read_text())
+        del contents["damage"]["self_check"]
+        kept.write_text(json.dumps(contents))
     measured = set()
     whole = measurement.measure
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda run, *rest: measured.add(run.name) or whole(run, *rest))
@@ -926,8 +928,8 @@ def test_what_has_changed_is_measured_again(workplace, monkeypatch, what):
     assert measured == again
 
 
-def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsys):
-    """Results files and measured files are enough, for --report_only without any data, and for an analysis of more."""
+def test_a_report_needs_no_models_once_they_are_measured(workplace, monkeypatch, capsys):
+    """Results files and measured files are enough for --report_only, without data, and for an analysis of more runs."""
     analyse(workplace)
     results = workplace / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
@@ -946,9 +948,9 @@ def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsy
 
     monkeypatch.setattr(analyze_kurtosis, "pictures", lambda *_: {})
     kept = results / "measured" / "esperberto-softmax1.json"
-    found = json.loads(kept.read_text())
-    found["made_with"]["code"] = "another"
-    kept.write_text(json.dumps(found | {"git": {"commit": "c", "dirty": True}}))
+    contents = json.loads(kept.read_text())
+    contents["made_with"]["code"] = "another"
+    kept.write_text(json.dumps(contents | {"git": {"commit": "c", "dirty": True}}))
     analyse(workplace, "--report_only")
     told = strict_json(results / "analysis.json")
     assert (
@@ -957,13 +959,15 @@ def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsy
     )
     assert any(re.match("Measured from a modified tree.*softmax1", note) for note in told["notes"])
     assert told["record"] is False
-    found["made_with"]["texts_and_settings"] = "another"
-    kept.write_text(json.dumps(found))
+    contents["made_with"]["texts_and_settings"] = "another"
+    kept.write_text(json.dumps(contents))
     with pytest.raises(SystemExit, match="softmax0 and esperberto-softmax1 were measured on different texts"):
         analyse(workplace, "--report_only")
     for damage in (kept.read_text()[:1000], "[]", "{}"):
         kept.write_text(damage)
-        with pytest.raises(SystemExit, match="missing, damaged or of another training: leave out --report_only"):
+        with pytest.raises(
+            SystemExit, match="missing, damaged or of another training: measure it, without --report_only"
+        ):
             analyse(workplace, "--report_only")
     for flags in (["--onnxruntime"], ["SOME/MODEL"]):
         with pytest.raises(SystemExit):
@@ -971,7 +975,7 @@ def test_a_report_needs_no_model_that_was_measured(workplace, monkeypatch, capsy
         assert "--report_only measures nothing" in capsys.readouterr().err
 
 
-def test_a_report_that_could_not_be_written_is_seen_before_measuring(workplace, monkeypatch):
+def test_an_unwritable_folder_is_refused_before_measuring(workplace, monkeypatch):
     (workplace / "file").touch()
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
     model = str(workplace / "models" / "esperberto-softmax0")
@@ -984,7 +988,7 @@ def test_a_report_that_could_not_be_written_is_seen_before_measuring(workplace, 
 
 
 def own_text(root, name="own.txt", lines=TEXTS * 2):
-    """A text file of different lines, with a blank one and one that comes twice."""
+    """A text file of different lines, a blank line, and a line that occurs twice."""
     file = root / name
     text = "\n".join([*(f"{line} {i}" for i, line in enumerate(lines)), "", "Pluvas. 3", ""])
     (gzip.open if name.endswith(".gz") else open)(file, "wt", encoding="utf-8").write(text)
@@ -992,7 +996,7 @@ def own_text(root, name="own.txt", lines=TEXTS * 2):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_models_that_are_named_leave_the_experiments_report_alone(workplace, monkeypatch):
+def test_named_models_do_not_change_the_report_of_the_experiment(workplace, monkeypatch):
     analyse(workplace)
     results = workplace / "results"
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
@@ -1019,7 +1023,7 @@ def test_two_models_that_are_a_pair_are_compared(workplace, capsys):
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", ["own.txt", "own.txt.gz"])
-def test_own_text_is_scored_on_every_other_line_and_calibrated_on_the_others(workplace, monkeypatch, capsys, name):
+def test_own_text_is_divided_into_scored_and_calibration_lines(workplace, monkeypatch, capsys, name):
     shutil.rmtree(workplace / "data")
     file = own_text(workplace, name)
     given = []
@@ -1064,7 +1068,7 @@ def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys, monkeypatc
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_model_of_weights_that_are_no_numbers_costs_the_others_nothing(workplace, capsys):
+def test_a_model_with_infinite_weights_is_left_out_and_the_others_are_reported(workplace, capsys):
     model, _ = measurement.load(str(model_folder(workplace)))
     with torch.no_grad():
         model.base_model.encoder.layer[1].output.dense.weight[0, 0] = math.inf
@@ -1080,7 +1084,7 @@ def test_a_model_of_weights_that_are_no_numbers_costs_the_others_nothing(workpla
         analyse(workplace, str(model_folder(workplace)))
 
 
-def test_a_model_that_cannot_be_measured_is_refused_before_the_first_is(workplace, monkeypatch):
+def test_a_damaged_model_is_refused_before_any_model_is_measured(workplace, monkeypatch):
     monkeypatch.setattr(analyze_kurtosis, "measure", lambda *_: pytest.fail("measured"))
     truncate(model_folder(workplace) / "model.safetensors")  # the second of the two
     named = [str(workplace / "models" / f"esperberto-softmax{n}") for n in (0, 1)]

@@ -1,4 +1,4 @@
-"""Controls: the instrument recognises what is known, fails when it is broken, and takes the published remedies."""
+"""Controls: known damage is recognised, a broken instrument fails the self-check, published remedies are measured."""
 
 import math
 
@@ -56,37 +56,37 @@ def test_a_compensated_outlier_changes_one_tensor_and_not_the_function(trained):
 
 
 def test_self_check_passes_on_models_of_both_classes(trained):
-    found = checked(trained)
-    assert found["passed"] is True and all(found[key]["passed"] is True for key in CHECKS)
-    layers = found["large_outlier"]["layers"]
-    assert list(layers) == ["layer.0", "layer.1", "layer.2"]
-    for name, one in layers.items():
-        assert one["largest_part"] == name and one["gap"] > 1 and abs(one["float32_change"]) < 1e-5
-    assert found["small_outlier"]["gap"] < 0.05 and found["context"] > 1
-    assert found["class_swap"]["swapped_gap"] == found["class_swap"]["gap"]
-    run = Run("esperberto-softmax1", "", None, damage={"self_check": found})
+    checks = checked(trained)
+    assert checks["passed"] is True and all(checks[key]["passed"] is True for key in CHECKS)
+    by_layer = checks["large_outlier"]["layers"]
+    assert list(by_layer) == ["layer.0", "layer.1", "layer.2"]
+    for name, of_layer in by_layer.items():
+        assert of_layer["largest_part"] == name and of_layer["gap"] > 1 and abs(of_layer["float32_change"]) < 1e-5
+    assert checks["small_outlier"]["gap"] < 0.05 and checks["context"] > 1
+    assert checks["class_swap"]["swapped_gap"] == checks["class_swap"]["gap"]
+    run = Run("esperberto-softmax1", "", None, damage={"self_check": checks})
     assert "pass: gap" in self_check_table([run]) and self_check_notes([run]) == []
 
 
-def test_self_check_does_not_judge_by_a_model_that_has_learnt_nothing():
-    found = checked(model_of("softmax1").eval())
-    assert found["passed"] is None and found["large_outlier"]["passed"] is None
-    assert found["rounding"]["passed"] is True and found["class_swap"]["passed"] is True
+def test_self_check_is_undecided_for_an_untrained_model():
+    checks = checked(model_of("softmax1").eval())
+    assert checks["passed"] is None and checks["large_outlier"]["passed"] is None
+    assert checks["rounding"]["passed"] is True and checks["class_swap"]["passed"] is True
     diverged = model_of("softmax0").eval()
     with torch.no_grad():
         diverged.roberta.encoder.layer[0].output.dense.bias[0] = math.nan
     assert checked(diverged)["large_outlier"]["passed"] is None
 
 
-def test_a_model_that_is_not_post_layernorm_is_measured_as_far_as_it_goes():
-    """It has no LayerNorm behind the attention that could make up for an outlier, and no residual place."""
+def test_a_pre_layernorm_model_gets_the_checks_that_apply_to_it():
+    """It has no LayerNorm after the attention that could compensate an outlier, and no place of the residual stream."""
     torch.manual_seed(0)
     model = RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**SMALL)).eval()
-    found = checked(model)
-    assert found["passed"] is None and found["rounding"]["passed"] is True
-    assert found["large_outlier"] == {"passed": None, "said": "not a post-LayerNorm model"}
-    texts = interventions.interventions(model, batches(2, seed=2), Tokenizer())
-    assert math.isnan(texts["as_trained"]["residual_inf_norm"]) and texts["as_trained"]["loss"] > 0
+    checks = checked(model)
+    assert checks["passed"] is None and checks["rounding"]["passed"] is True
+    assert checks["large_outlier"] == {"passed": None, "said": "not a post-LayerNorm model"}
+    results = interventions.interventions(model, batches(2, seed=2), Tokenizer())
+    assert math.isnan(results["as_trained"]["residual_inf_norm"]) and results["as_trained"]["loss"] > 0
 
 
 def test_the_other_class_computes_the_same_function(trained):
@@ -102,21 +102,21 @@ def test_the_other_class_has_the_same_learned_sinks():
     model = model_of("learned")
     other = other_class(model)
     assert type(other).__name__ == "SoftmaxNRobertaForMaskedLM"
-    ours, theirs = (held_out_loss(one, batches(1, seed=2))[0] for one in (model, other))
+    ours, theirs = (held_out_loss(of_class, batches(1, seed=2))[0] for of_class in (model, other))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert abs(held_out_loss(apply_softmax_n(model, 1.0), batches(1, seed=2))[0] - ours) > 1e-4
 
 
 def no_scores(monkeypatch):
-    """The attention's quantizers pass everything through."""
+    """The quantizers of the attention do not round."""
     attach = StaticW8A8._attach
 
     def broken(self):
         attach(self)
         for module in self.model.modules():
             if hasattr(module, "quantizers"):
-                for found in module.quantizers:
-                    found.low, found.high, found.reset = 0.0, 0.0, lambda: None
+                for activation in module.quantizers:
+                    activation.low, activation.high, activation.reset = 0.0, 0.0, lambda: None
                 module.quantizers = None
 
     monkeypatch.setattr(StaticW8A8, "_attach", broken)
@@ -132,19 +132,19 @@ def unset_range(monkeypatch):
 
 
 def blind_to_outliers(monkeypatch):
-    """Every range is that of the bulk, and nothing is cut off: outliers cost nothing."""
+    """Activations are not rounded, so outliers cost nothing."""
     monkeypatch.setattr(quantization._Range, "_round", lambda self, values: values)
 
 
 def class_matters(monkeypatch):
-    """The range of one class is another than that of the other class."""
+    """The two classes get different ranges."""
     calibrate = StaticW8A8.calibrate
 
     def broken(self, *args):
         calibrate(self, *args)
         if not isinstance(self.model, RobertaSoftmaxNForMaskedLM):
-            for found in self.ranges.values():
-                found.low, found.high = 40 * found.low, 40 * found.high
+            for activation in self.ranges.values():
+                activation.low, activation.high = 40 * activation.low, 40 * activation.high
 
     monkeypatch.setattr(StaticW8A8, "calibrate", broken)
 
@@ -160,9 +160,9 @@ def class_matters(monkeypatch):
 )
 def test_self_check_fails_when_the_instrument_is_broken(trained, breakage, failing, monkeypatch):
     breakage(monkeypatch)
-    found = checked(trained)
-    assert found["passed"] is False and found[failing]["passed"] is False
-    run = Run("esperberto-softmax1", "", None, damage={"self_check": found})
+    checks = checked(trained)
+    assert checks["passed"] is False and checks[failing]["passed"] is False
+    run = Run("esperberto-softmax1", "", None, damage={"self_check": checks})
     (note,) = self_check_notes([run])
     assert "THE INSTRUMENT FAILED" in note and CHECKS[failing] in note and "FAIL" in self_check_table([run])
 
@@ -191,7 +191,7 @@ def test_a_control_is_not_softmax_and_takes_packed_batches(control):
     stock = RobertaForMaskedLM(RobertaConfig(**SMALL)).eval()
     stock.load_state_dict(control.state_dict(), strict=False)
     assert held_out_loss(stock, [batch])[0] != pytest.approx(held_out_loss(control, [batch])[0], rel=1e-3)
-    prepared = keep_masked_positions(apply_softmax_n(control, 0.0))  # as training prepares every model
+    prepared = keep_masked_positions(apply_softmax_n(control, 0.0))  # as training does with every model
     with torch.no_grad():
         padded = prepared(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         padded = padded[batch["labels"] != -100]
@@ -226,7 +226,7 @@ def test_weights_of_clipped_softmax_and_gates_by_hand():
     assert closed[:, :, 1].abs().max() == 0 and torch.equal(closed[:, :, [0, 2, 3]], heads[:, :, [0, 2, 3]])
 
 
-def test_the_instrument_takes_a_control(control):
+def test_the_published_remedies_can_be_measured(control):
     scored = batches(3, seed=2)
     expected = held_out_loss(control, scored)[0]
     static = StaticW8A8(control, batches(3, seed=3))
@@ -236,9 +236,9 @@ def test_the_instrument_takes_a_control(control):
     gated = control.config.model_type == "roberta-gated-attention"
     assert ("roberta.encoder.layer.0.attention.self.gate.input" in static.ranges) == gated
     published = StaticW8A8(control, batches(3, seed=3), published=True)
-    assert not any("gate" in name for name in published.ranges)  # as there
-    found = checked(control)
-    assert found["passed"] is True and found["class_swap"]["passed"] is None
+    assert not any("gate" in name for name in published.ranges)  # as in the published code
+    checks = checked(control)
+    assert checks["passed"] is True and checks["class_swap"]["passed"] is None
     texts = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in scored]
     places, attention, _ = measure_model(control, texts, Tokenizer())
     null = [mass for layer in attention.values() for mass in layer["null_mass"]]
@@ -246,11 +246,11 @@ def test_the_instrument_takes_a_control(control):
     assert places["layer.0.context"]["max_abs"] > 0
 
 
-def test_clipped_softmax_has_no_null_slot_to_take_and_its_own_uniform_attention():
-    """clip(1.025 / T - 0.025, 0, 1): nothing is left of a weight from 41 tokens on."""
+def test_clipped_softmax_has_no_as_softmax_intervention_and_its_own_uniform_attention():
+    """Uniform weights are clip(1.025 / T - 0.025, 0, 1): zero from 41 tokens on."""
     clipped = build_control("clipped", SMALL).eval()
-    found = interventions.interventions(clipped, batches(2, seed=2), Tokenizer())
-    assert not {"as_softmax0", "as_softmax1"} & found.keys() and "as_trained" in found
+    results = interventions.interventions(clipped, batches(2, seed=2), Tokenizer())
+    assert not {"as_softmax0", "as_softmax1"} & results.keys() and "as_trained" in results
     gated = interventions.interventions(build_control("gated", SMALL).eval(), batches(2, seed=2), Tokenizer())
     assert {"as_softmax0", "as_softmax1"} <= gated.keys()
     weights = clipped.config.attention_weights

@@ -110,12 +110,12 @@ def measured(folder, family, settings):
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=[pytest.mark.slow] * (family in SLOW)) for family in MEASURED]
 )
-def test_what_can_be_measured_is_and_the_rest_is_absent(tmp_path, family):
+def test_families_are_measured_as_far_as_they_allow(tmp_path, family):
     settings, schemes, lacking = MEASURED[family]
     run = measured(tmp_path / family, family, settings)
     assert {name.rpartition(".")[2] for name in run.places} == EVERY - lacking
     assert run.damage["schemes"].keys() == schemes
-    assert all(math.isfinite(one["loss"]) for one in run.damage["schemes"].values())
+    assert all(math.isfinite(figures["loss"]) for figures in run.damage["schemes"].values())
     assert bool(run.attention) == (schemes == WHOLE) == bool(run.maps)
     assert set(run.damage["self_check"]) >= {"passed", "class_swap"} and not run.damage["self_check"]["passed"]
     (tmp_path / "text").touch()
@@ -125,7 +125,7 @@ def test_what_can_be_measured_is_and_the_rest_is_absent(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_would_give_wrong_figures_is_refused_by_name(tmp_path, family):
+def test_families_with_wrong_figures_are_refused_by_name(tmp_path, family):
     settings, reason = REFUSED[family]
     folder = saved(tmp_path / family, family, settings)
     with pytest.raises(SystemExit) as stop:
@@ -135,7 +135,7 @@ def test_what_would_give_wrong_figures_is_refused_by_name(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["deberta-v2", "big_bird"])
-def test_activations_of_an_attention_out_of_reach_are_those_of_single_unpadded_texts(tmp_path, family):
+def test_activations_outside_the_attention_interface_equal_those_of_unpadded_texts(tmp_path, family):
     run = measured(tmp_path, family, {})
     model, tokenizer = measurement.load(str(tmp_path))
     outputs = []

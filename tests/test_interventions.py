@@ -1,4 +1,4 @@
-"""Interventions against the same changes made by hand, and blind to the class of the model."""
+"""Interventions give the same figures as the same changes made by hand, whatever the class of the model."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def masked_batches():
 
 
 def sinking(n):
-    """A model whose second layer has one head that sends everything to <s>, or nowhere where it may."""
+    """A model with one head, in its second layer, whose attention goes to <s>, or to the null slot if it has one."""
     model = model_with(n)
     attention = model.roberta.encoder.layer[1].attention.self
     with torch.no_grad():
@@ -35,9 +35,9 @@ def sinking(n):
         attention.query.weight[:8] = 0
         attention.query.bias[:8] = 0
         attention.query.bias[0] = 60.0
-        if n:  # every logit far below 0: nowhere gets everything
+        if n:  # every logit is far below 0: the null slot gets all attention
             attention.key.bias[0] = -5.0
-        else:  # a key is larger the more it is <s>
+        else:  # the logit of a key grows with its similarity to <s>
             with torch.no_grad():
                 states = model.roberta(**{k: v for k, v in masked_batches()[0].items() if k != "labels"},
                                        output_hidden_states=True).hidden_states[1]  # fmt: skip
@@ -65,52 +65,52 @@ def loss_by_hand(model, batches, start=0):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_each_against_the_same_change_by_hand(n):
+def test_every_intervention_against_the_same_change_by_hand(n):
     model, batches = sinking(n), masked_batches()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention, hooks = model.config._attn_implementation, hooks_of(model)
-    found = interventions(model, batches, Tokenizer())
-    assert list(found) == list(INTERVENTIONS) and all(one.keys() == KEYS for one in found.values())
+    results = interventions(model, batches, Tokenizer())
+    assert list(results) == list(INTERVENTIONS) and all(figures.keys() == KEYS for figures in results.values())
     assert model.config._attn_implementation == attention
     assert hooks_of(model) == hooks
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
-    assert found["as_trained"]["loss"] == pytest.approx(loss_by_hand(model, batches), rel=1e-5)
-    assert found["without_first_token"]["loss"] == pytest.approx(loss_by_hand(model, batches, start=1), rel=1e-5)
+    assert results["as_trained"]["loss"] == pytest.approx(loss_by_hand(model, batches), rel=1e-5)
+    assert results["without_first_token"]["loss"] == pytest.approx(loss_by_hand(model, batches, start=1), rel=1e-5)
     places, heads, _ = measure_model(
         model, [{k: v for k, v in batch.items() if k != "labels"} for batch in batches], Tokenizer()
     )
     kurtosis = [places[f"layer.{i}.ffn_output"]["kurtosis_sequence"] for i in range(2)]
-    assert found["as_trained"]["ffn_output_kurtosis"] == pytest.approx(np.mean(kurtosis), rel=1e-5)
+    assert results["as_trained"]["ffn_output_kurtosis"] == pytest.approx(np.mean(kurtosis), rel=1e-5)
     norms = [places[f"layer.{i}.ffn_residual"]["inf_norm"] for i in range(2)]
-    assert found["as_trained"]["residual_inf_norm"] == pytest.approx(max(norms), rel=1e-5)
+    assert results["as_trained"]["residual_inf_norm"] == pytest.approx(max(norms), rel=1e-5)
     for key in ("sink_rate_first", "null_mass"):
         expected = np.mean([heads[f"layer.{i}"][key] for i in range(2)])
-        assert found["as_trained"][key] == pytest.approx(expected, abs=1e-6)
+        assert results["as_trained"][key] == pytest.approx(expected, abs=1e-6)
 
-    # The one sink head, by taking its columns out of the layer behind it.
+    # The only sink head is removed by hand: its columns of the next linear layer are set to zero.
     assert [heads[f"layer.{i}"]["sink_rate_any_or_null"] for i in range(2)] == [[0, 0], [1, 0]]
-    assert found["without_sink_heads"]["heads"] == found["without_random_heads"]["heads"] == 1
+    assert results["without_sink_heads"]["heads"] == results["without_random_heads"]["heads"] == 1
     with torch.no_grad():
         model.roberta.encoder.layer[1].attention.output.dense.weight[:, :8] = 0
-    assert found["without_sink_heads"]["loss"] == pytest.approx(loss_by_hand(model, batches), rel=1e-5)
-    assert found["without_sink_heads"]["loss"] != found["without_random_heads"]["loss"]
+    assert results["without_sink_heads"]["loss"] == pytest.approx(loss_by_hand(model, batches), rel=1e-5)
+    assert results["without_sink_heads"]["loss"] != results["without_random_heads"]["loss"]
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_the_null_slot_is_given_and_taken(n):
-    """Back at the trained n everything is as trained, exactly; the other n is a model of the other class."""
+def test_the_null_slot_is_added_and_removed(n):
+    """With the trained n, all figures are as trained; with the other n, they are those of the other class."""
     model, batches = model_with(n), masked_batches()
-    found = interventions(model, batches, Tokenizer())
+    results = interventions(model, batches, Tokenizer())
     back = module._measure(module.apply_softmax_n(module.copy.deepcopy(model), n), batches, Tokenizer())[0]
-    assert {"heads": 0, **back} == found[f"as_softmax{n}"] == pytest.approx(found["as_trained"], rel=1e-5, abs=1e-7)
+    assert {"heads": 0, **back} == results[f"as_softmax{n}"] == pytest.approx(results["as_trained"], rel=1e-5, abs=1e-7)
     if n:
-        assert found["as_softmax1"] == found["as_trained"]
+        assert results["as_softmax1"] == results["as_trained"]
     other = model_with(1 - n)
-    other.load_state_dict(model.state_dict(), strict=False)  # of the other function, so refused otherwise
+    other.load_state_dict(model.state_dict(), strict=False)  # weights of another function are refused if strict
     expected = interventions(other, batches, Tokenizer())["as_trained"]
-    assert found[f"as_softmax{1 - n}"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert found["as_softmax0"]["null_mass"] < 1e-6 < 0.001 < found["as_softmax1"]["null_mass"]
+    assert results[f"as_softmax{1 - n}"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert results["as_softmax0"]["null_mass"] < 1e-6 < 0.001 < results["as_softmax1"]["null_mass"]
 
 
 @pytest.mark.parametrize("build", [model_with, sinking])
@@ -118,33 +118,33 @@ def test_the_class_of_the_model_makes_no_difference(build):
     stock = build(0)
     ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**MODEL, softmax_n=1e-30)).eval()
     ours.load_state_dict(stock.state_dict())
-    found = [interventions(model, masked_batches(), Tokenizer()) for model in (stock, ours)]
-    assert found[0].keys() == found[1].keys()
-    for name, one in found[0].items():
-        assert one == pytest.approx(found[1][name], rel=1e-4, abs=1e-5), name
+    results = [interventions(model, masked_batches(), Tokenizer()) for model in (stock, ours)]
+    assert results[0].keys() == results[1].keys()
+    for name, figures in results[0].items():
+        assert figures == pytest.approx(results[1][name], rel=1e-4, abs=1e-5), name
 
 
 def test_as_many_other_heads_are_drawn_or_none(monkeypatch):
-    """Three draws of as many heads, none of them a sink; none where too few are left."""
+    """There are three draws of as many heads that are not sinks, and no draw if too few such heads are left."""
     model = model_with(0)
     drawn = []
     monkeypatch.setattr(module, "_without", lambda _, heads, *rest: drawn.append(heads) or {"loss": float(len(drawn))})
 
     def attention(rates):
-        layers = {f"layer.{i}": {"sink_rate_any_or_null": one, "null_mass": one} for i, one in enumerate(rates)}
+        layers = {f"layer.{i}": {"sink_rate_any_or_null": heads, "null_mass": heads} for i, heads in enumerate(rates)}
         monkeypatch.setattr(module, "_measure", lambda *rest: ({}, layers))
         return interventions(model, masked_batches(), Tokenizer())
 
-    found = attention([[0.31, 0.3], [0.0, 1.0]])  # more than 0.3, not as much
+    results = attention([[0.31, 0.3], [0.0, 1.0]])  # a sink rate has to be above 0.3; 0.3 itself is not
     assert drawn[0] == {("layer.0", 0), ("layer.1", 1)} and len(drawn) == 4
-    assert all(one == {("layer.0", 1), ("layer.1", 0)} for one in drawn[1:])
-    assert found["without_random_heads"]["loss"] == 3  # the mean of draws 2 to 4
+    assert all(heads == {("layer.0", 1), ("layer.1", 0)} for heads in drawn[1:])
+    assert results["without_random_heads"]["loss"] == 3  # the mean of draws 2 to 4
     assert "without_random_heads" not in attention([[1.0, 1.0], [0.0, 1.0]])
-    found = attention([[0.0, 0.1], [float("nan")] * 2])  # NaN: no text is long enough to say
-    assert "without_sink_heads" not in found and "without_random_heads" not in found
+    results = attention([[0.0, 0.1], [float("nan")] * 2])  # NaN: no text is long enough
+    assert "without_sink_heads" not in results and "without_random_heads" not in results
 
 
-def test_texts_without_a_first_token_keep_theirs():
+def test_no_token_is_removed_where_texts_start_with_different_tokens():
     model, batches = model_with(0), masked_batches()
     batches[0]["input_ids"][1, 0] = 30
     assert "without_first_token" not in interventions(model, batches, Tokenizer())
@@ -152,5 +152,5 @@ def test_texts_without_a_first_token_keep_theirs():
 
 def test_bert():
     model = BertForMaskedLM(BertConfig(**MODEL)).eval()
-    found = interventions(model, masked_batches(), Tokenizer())
-    assert found["as_softmax0"] == pytest.approx(found["as_trained"], rel=1e-5, abs=1e-6)
+    results = interventions(model, masked_batches(), Tokenizer())
+    assert results["as_softmax0"] == pytest.approx(results["as_trained"], rel=1e-5, abs=1e-6)

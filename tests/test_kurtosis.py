@@ -1,4 +1,4 @@
-"""The kurtosis that everything else measures with: closed forms, scipy, and hooks done by hand."""
+"""Excess kurtosis against closed forms, scipy, and hooks written by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from kurtosis import ActivationKurtosis, excess_kurtosis, sequence_excess_kurtosis, weight_excess_kurtosis
+from kurtosis import ActivationKurtosis, sequence_excess_kurtosis, weight_excess_kurtosis
 
 MODEL = {**SMALL, "vocab_size": 60, "max_position_embeddings": 40}
 
@@ -26,6 +26,11 @@ def batch_of(lengths, width):
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.tensor(lengths)[:, None]).long()}
 
 
+def excess_kurtosis(values):
+    """Of all entries, in float64."""
+    return sequence_excess_kurtosis(values.double().reshape(1, -1))[0]
+
+
 def test_closed_forms():
     generator = torch.Generator().manual_seed(0)
     n = 1_000_000
@@ -33,7 +38,7 @@ def test_closed_forms():
     assert abs(excess_kurtosis(torch.randn(n, generator=generator))) < 0.025
     assert abs(excess_kurtosis(torch.rand(n, generator=generator)) + 1.2) < 0.008
     assert excess_kurtosis(torch.tensor([1.0, -1.0]).repeat(500)) == -2
-    # One value in k differs: p(1 - p) two-point law, excess kurtosis 1 / (p (1 - p)) - 6.
+    # Two values, one of them with probability p = 1/100: the excess kurtosis is 1 / (p (1 - p)) - 6.
     assert excess_kurtosis(torch.tensor([1.0] + [0.0] * 99)).item() == pytest.approx(1 / 0.0099 - 6)
 
 
@@ -78,7 +83,7 @@ def test_weights_are_all_entries_of_every_parameter():
     assert np.isnan(result["roberta.encoder.layer.0.attention.output.LayerNorm.weight"])  # all ones at the start
 
 
-def test_hooks_equal_hooks_by_hand():
+def test_activation_kurtosis_equals_hooks_by_hand():
     model = small_roberta()
     batches = [batch_of([12, 5], 12), batch_of([7, 7, 3], 9)]
     names = ["roberta.encoder.layer.0.attention.output.dense", "roberta.encoder.layer.1.output", "lm_head.decoder"]
@@ -92,7 +97,7 @@ def test_hooks_equal_hooks_by_hand():
         with torch.no_grad():
             model(**batch)
         for name in names:
-            by_hand[name] += [scipy.stats.kurtosis(one.double().numpy().ravel()) for one in outputs[name]]
+            by_hand[name] += [scipy.stats.kurtosis(output.double().numpy().ravel()) for output in outputs[name]]
     for handle in handles:
         handle.remove()
 
@@ -102,11 +107,11 @@ def test_hooks_equal_hooks_by_hand():
     result = kurtosis.result()
     for name in names:
         assert result[name] == pytest.approx(np.mean(by_hand[name]), abs=1e-4)
-    # A module that returns its child's tensor has its child's figure.
+    # A module that returns the tensor of its child has the same kurtosis.
     assert result["roberta.encoder.layer.1.output"] == result["roberta.encoder.layer.1.output.LayerNorm"]
 
 
-def test_removed_hooks_count_nothing_more():
+def test_removed_hooks_count_nothing():
     model = small_roberta()
     batch = batch_of([6], 6)
     with torch.no_grad(), ActivationKurtosis(model) as kurtosis:
@@ -118,7 +123,7 @@ def test_removed_hooks_count_nothing_more():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_restored_state_goes_on_to_the_same_mean():
+def test_a_restored_state_leads_to_the_same_mean():
     model = small_roberta()
     first, second = batch_of([6, 4], 6), batch_of([3, 9], 9)
     with torch.no_grad():

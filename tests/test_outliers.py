@@ -68,7 +68,7 @@ def model_with(n):
 
 
 class Tokenizer:
-    """Ids are what they decode to; 0 and 2 are <s> and </s>."""
+    """Decodes a few ids to punctuation, the others to a word; 0 and 2 are <s> and </s>."""
 
     bos_token_id = cls_token_id = 0
     eos_token_id = sep_token_id = 2
@@ -114,9 +114,9 @@ def test_moments_of_half_precision_and_of_constants(dtype):
 def test_every_statistic_by_hand():
     # Two sequences of two tokens with four channels.
     values = torch.tensor([[8.0, 1, -1, 2], [0.5, -0.5, 1, 0], [-6.0, 2, 2, 2], [1.0, 3, 5, 7]])
-    found = ActivationOutliers(torch.nn.Identity())
-    found.add("place", values, torch.tensor([0, 0, 1, 1]), torch.tensor([FIRST, OTHER, FIRST, SEPARATOR]))
-    (place,) = found.result().values()
+    statistics = ActivationOutliers(torch.nn.Identity())
+    statistics.add("place", values, torch.tensor([0, 0, 1, 1]), torch.tensor([FIRST, OTHER, FIRST, SEPARATOR]))
+    (place,) = statistics.result().values()
     numbers = values.numpy()
     assert place["mean"] == pytest.approx(numbers.mean()) and place["std"] == pytest.approx(numbers.std())
     pooled, of_tokens = scipy.stats.kurtosis(numbers.ravel()), scipy.stats.kurtosis(numbers, axis=1)
@@ -140,29 +140,31 @@ def test_every_statistic_by_hand():
 
 
 def test_the_median_is_of_all_channels():
-    values = random_values(9, 200) * torch.linspace(0.1, 3, 200)  # of more channels than were once looked at
-    found = ActivationOutliers(torch.nn.Identity())
-    found.add("place", values, torch.tensor([0] * 4 + [1] * 5), torch.zeros(9, dtype=torch.long))
+    values = random_values(9, 200) * torch.linspace(0.1, 3, 200)  # the channels differ in size
+    statistics = ActivationOutliers(torch.nn.Identity())
+    statistics.add("place", values, torch.tensor([0] * 4 + [1] * 5), torch.zeros(9, dtype=torch.long))
     magnitudes = values.abs().numpy()
     expected = [part.max() / np.sort(part.ravel())[(part.size - 1) // 2] for part in (magnitudes[:4], magnitudes[4:])]
-    assert found.result()["place"]["top1_to_median"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert statistics.result()["place"]["top1_to_median"] == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 def test_massive_activations_by_hand():
-    """The largest with their tokens, and how many pass the bounds of Sun et al., over two batches."""
-    found = ActivationOutliers(torch.nn.Identity())
+    """The largest entries with their tokens, and the counts above the bounds of Sun et al., over two batches."""
+    statistics = ActivationOutliers(torch.nn.Identity())
     for first, scale in ((1.0, 1.0), (-1500.0, 0.5)):
         values = torch.full((5, 7), scale)  # two sequences, of three and of two tokens
         values[2, 4] = 300 * first
         values[3, 1] = 50 * first
         ids, positions = torch.tensor([0, 11, 12, 0, 13]), torch.tensor([0, 1, 2, 0, 1])
-        found.add("place", values, torch.tensor([0, 0, 0, 1, 1]), torch.zeros(5, dtype=torch.long), (ids, positions))
-    massive = found.result()["place"]["massive"]
+        statistics.add(
+            "place", values, torch.tensor([0, 0, 0, 1, 1]), torch.zeros(5, dtype=torch.long), (ids, positions)
+        )
+    massive = statistics.result()["place"]["massive"]
     # 300, 50; then -450,000 (900,000 medians) and -75,000 (150,000 medians).
     assert massive["above_100"] == 3 and massive["above_1000_medians"] == 2 and massive["count"] == 2
     assert len(massive["top"]) == outliers.TOP
     keys = ("value", "ratio", "token_id", "position", "channel")
-    assert [tuple(one[key] for key in keys) for one in massive["top"][:4]] == [
+    assert [tuple(entry[key] for key in keys) for entry in massive["top"][:4]] == [
         (-450_000, 900_000, 12, 2, 4),
         (-75_000, 150_000, 0, 0, 1),
         (300, 300, 12, 2, 4),
@@ -181,14 +183,14 @@ def test_massive_activations_are_found_in_a_model():
     with torch.no_grad():
         hidden = model.roberta(**batch).last_hidden_state
     expected = sorted(hidden[batch["attention_mask"].bool()].abs()[:, 5].tolist(), reverse=True)
-    assert [one["value"] for one in massive["top"]] == pytest.approx(expected[: outliers.TOP], rel=1e-4)
-    assert {one["channel"] for one in massive["top"]} == {5}
-    one = massive["top"][0]
-    values = [abs(hidden[row, one["position"], 5].item()) for row in range(2)]
-    row = int(np.argmin(np.abs(np.array(values) - one["value"])))
-    assert one["token"] == Tokenizer().decode([batch["input_ids"][row, one["position"]].item()])
+    assert [entry["value"] for entry in massive["top"]] == pytest.approx(expected[: outliers.TOP], rel=1e-4)
+    assert {entry["channel"] for entry in massive["top"]} == {5}
+    entry = massive["top"][0]
+    values = [abs(hidden[row, entry["position"], 5].item()) for row in range(2)]
+    row = int(np.argmin(np.abs(np.array(values) - entry["value"])))
+    assert entry["token"] == Tokenizer().decode([batch["input_ids"][row, entry["position"]].item()])
     length = [11, 6][row]
-    assert one["ratio"] == pytest.approx(one["value"] / hidden[row, :length].abs().median().item(), rel=1e-3)
+    assert entry["ratio"] == pytest.approx(entry["value"] / hidden[row, :length].abs().median().item(), rel=1e-3)
     assert massive["above_100"] == 17 and "massive" not in places["layer.1.query"]
 
 
@@ -200,23 +202,24 @@ def test_streaming_equals_all_at_once():
     for start, stop in ((0, 15), (15, 20), (20, 40)):
         parts.add("place", values[start:stop], sequence[start:stop], classes[start:stop])
     flat = [
-        {**found.result()["place"], **found.result()["place"].pop("classes")["punctuation"]} for found in (whole, parts)
+        {**statistics.result()["place"], **statistics.result()["place"].pop("classes")["punctuation"]}
+        for statistics in (whole, parts)
     ]
-    for one in flat:
-        one.pop("classes", None)
+    for figures in flat:
+        figures.pop("classes", None)
     assert flat[0] == pytest.approx(flat[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_places_are_the_tensors_they_claim_to_be(n):
-    """Each place recomputed from the weights of the model, one unpadded sequence at a time."""
+def test_every_place_is_the_tensor_that_its_name_says(n):
+    """Every place is recomputed from the weights of the model, one unpadded sequence at a time."""
     model = model_with(n)
     lengths = [11, 6]
     padded = batch_of(lengths, 14)
-    with torch.no_grad(), ActivationOutliers(model) as found:
-        found.batch(padded["attention_mask"], first_and_others(padded["attention_mask"]))
+    with torch.no_grad(), ActivationOutliers(model) as statistics:
+        statistics.batch(padded["attention_mask"], first_and_others(padded["attention_mask"]))
         model.base_model(**padded)
-    places = found.result()
+    places = statistics.result()
     assert len(places) == 2 + 2 * len(outliers.PLACES)
     layer = model.roberta.encoder.layer[1]
     by_hand = {}
@@ -251,13 +254,13 @@ def test_places_are_the_tensors_they_claim_to_be(n):
             by_hand.setdefault("embeddings", []).append(states[0][0])
     assert len(by_hand) == 1 + len(outliers.PLACES)
     for name, tensors in by_hand.items():
-        kurtosis = np.mean([scipy.stats.kurtosis(one.numpy().ravel()) for one in tensors])
+        kurtosis = np.mean([scipy.stats.kurtosis(values.numpy().ravel()) for values in tensors])
         assert places[name]["kurtosis_sequence"] == pytest.approx(kurtosis, abs=2e-4), name
-        norm = np.mean([one.abs().max() for one in tensors])
+        norm = np.mean([values.abs().max() for values in tensors])
         assert places[name]["inf_norm"] == pytest.approx(norm, rel=1e-4), name
 
 
-def test_padding_and_hooks_leave_no_trace():
+def test_padding_changes_nothing_and_hooks_are_removed():
     model = model_with(1)
     measured = []
     for width in (11, 30):
@@ -274,13 +277,13 @@ def test_padding_and_hooks_leave_no_trace():
     assert model.config._attn_implementation == "softmax_n"
 
 
-def test_logits_are_every_eighth_token_however_batched():
+def test_logits_of_every_eighth_token_are_measured_for_any_batch_size():
     model = model_with(0)
     batch = batch_of([12, 9, 5], 12)
     rows = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(3)]
     together, apart = (measure_model(model, batches, Tokenizer())[0]["logits"] for batches in ([batch], rows))
     assert together["kurtosis_token"] == pytest.approx(apart["kurtosis_token"], rel=1e-4)
-    assert sum(one["tokens"] for one in together["classes"].values()) == math.ceil(26 / outliers.LOGIT_STRIDE)
+    assert sum(of_class["tokens"] for of_class in together["classes"].values()) == math.ceil(26 / outliers.LOGIT_STRIDE)
     with torch.no_grad():
         logits = model(**batch).logits[batch["attention_mask"].bool()][:: outliers.LOGIT_STRIDE]
     assert together["kurtosis_token"] == pytest.approx(scipy.stats.kurtosis(logits.numpy(), axis=1).mean(), abs=1e-4)
@@ -293,11 +296,11 @@ def test_bert_and_models_that_lack_places():
     assert attention["layer.0"]["null_mass"] == pytest.approx([0, 0], abs=1e-6)
     del model.bert.encoder.layer[1].output.LayerNorm
     model.bert.encoder.layer[1].output.LayerNorm = torch.nn.Sequential()
-    with ActivationOutliers(model, ("ffn_output",), embeddings=False) as found:
+    with ActivationOutliers(model, ("ffn_output",), embeddings=False) as statistics:
         batch = batch_of([5], 5)
-        found.batch(batch["attention_mask"], first_and_others(batch["attention_mask"]))
+        statistics.batch(batch["attention_mask"], first_and_others(batch["attention_mask"]))
         model.base_model(**batch)
-    assert found.result().keys() == {"layer.0.ffn_output", "layer.1.ffn_output"}
+    assert statistics.result().keys() == {"layer.0.ffn_output", "layer.1.ffn_output"}
 
 
 def test_token_classes():
@@ -326,19 +329,19 @@ def test_attention_statistics_by_hand():
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[FIRST, OTHER, PUNCTUATION, SEPARATOR, OTHER]]))
     sinks.add("layer.0", weights)
-    (found,) = sinks.result().values()
-    found = {key: values[0] for key, values in found.items()}
-    assert found["mass_first"] == pytest.approx((0.5 + 0.7 + 0 + 0.1) / 4)
-    assert found["mass_punctuation"] == pytest.approx((0.1 + 0.05 + 1 + 0.1) / 4)
-    assert found["mass_separator"] == pytest.approx((0.1 + 0.1 + 0 + 0.2) / 4)
-    assert found["mass_self"] == pytest.approx((0.5 + 0.05 + 1 + 0.2) / 4)
-    assert found["null_mass"] == pytest.approx((0.2 + 0.1 + 0 + 0.5) / 4)
-    assert found["idle_mass"] == pytest.approx(0.7 + 0.05 + 0.1 + 0.1)  # of the only ordinary query, the word
+    (figures,) = sinks.result().values()
+    figures = {key: values[0] for key, values in figures.items()}
+    assert figures["mass_first"] == pytest.approx((0.5 + 0.7 + 0 + 0.1) / 4)
+    assert figures["mass_punctuation"] == pytest.approx((0.1 + 0.05 + 1 + 0.1) / 4)
+    assert figures["mass_separator"] == pytest.approx((0.1 + 0.1 + 0 + 0.2) / 4)
+    assert figures["mass_self"] == pytest.approx((0.5 + 0.05 + 1 + 0.2) / 4)
+    assert figures["null_mass"] == pytest.approx((0.2 + 0.1 + 0 + 0.5) / 4)
+    assert figures["idle_mass"] == pytest.approx(0.7 + 0.05 + 0.1 + 0.1)  # of the only ordinary query, the word
     rows = [[0.5, 0.1, 0.1, 0.1, 0.2], [0.7, 0.05, 0.05, 0.1, 0.1], [1], [0.1, 0.1, 0.1, 0.2, 0.5]]
-    assert found["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(row) for row in rows]), rel=1e-6)
-    # Of fewer than 16 tokens. The first token gets 1.3 / 4 = 0.325 of the mean query, the full stop 1.25 / 4 = 0.3125.
-    assert found["sink_rate_first_short"] == 1 and found["sink_rate_any_short"] == 1
-    assert math.isnan(found["sink_rate_first"]) and math.isnan(found["sink_rate_any_renormalised"])
+    assert figures["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(row) for row in rows]), rel=1e-6)
+    # A short sequence. The mean query gives 1.3 / 4 = 0.325 to the first token and 1.25 / 4 = 0.3125 to the full stop.
+    assert figures["sink_rate_first_short"] == 1 and figures["sink_rate_any_short"] == 1
+    assert math.isnan(figures["sink_rate_first"]) and math.isnan(figures["sink_rate_any_renormalised"])
     weights[0, 0, 1, 0] = 0.5  # then 1.1 / 4 = 0.275
     sinks.add("layer.0", weights)
     assert sinks.result()["layer.0"]["sink_rate_first_short"] == [0.5]
@@ -346,7 +349,7 @@ def test_attention_statistics_by_hand():
 
 
 def test_renormalised_sink_rates_by_hand():
-    """Small weights are large shares; who attends to nothing has none."""
+    """Small weights can be large shares of a query's attention; a query that attends to nothing is left out."""
     weights = torch.zeros(2, 1, 17, 17)
     weights[0, :, :16, 0] = 0.1
     weights[0, :, :15, 1] = 0.1  # 16 real tokens: a long sequence; its last real query attends to the first only
@@ -355,18 +358,18 @@ def test_renormalised_sink_rates_by_hand():
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask, first_and_others(mask))
     sinks.add("layer.0", weights)
-    found = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
-    # The raw means are 0.1, 0.1 * 15 / 16 and 0.01 / 4; the shares (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
-    assert [found[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
-    assert found["sink_rate_first_renormalised"] == 1 and found["sink_rate_any_renormalised"] == 1
-    assert found["sink_rate_first_renormalised_short"] == 0 and found["sink_rate_any_renormalised_short"] == 1
-    weights[0, :, :16, 2:10] = 0.1  # then a tenth of it for each, or a ninth
+    figures = {key: values[0] for key, values in sinks.result()["layer.0"].items()}
+    # Mean weights are 0.1, 0.1 * 15 / 16 and 0.01 / 4; mean shares are (15 * 0.5 + 1) / 16, 15 * 0.5 / 16 and 1 / 1.
+    assert [figures[f"sink_rate_{which}{length}"] for which in ("first", "any") for length in ("", "_short")] == [0] * 4
+    assert figures["sink_rate_first_renormalised"] == 1 and figures["sink_rate_any_renormalised"] == 1
+    assert figures["sink_rate_first_renormalised_short"] == 0 and figures["sink_rate_any_renormalised_short"] == 1
+    weights[0, :, :16, 2:10] = 0.1  # then the shares are a tenth, or a ninth
     sinks.add("layer.0", weights)
     assert sinks.result()["layer.0"]["sink_rate_first_renormalised"] == [0.5]
     sinks = AttentionSinks(torch.nn.Identity())
     sinks.batch(mask, first_and_others(mask))
     sinks.add("layer.0", torch.zeros(2, 1, 17, 17))  # no query attends to anything: no sink, and no NaN
-    for key in SINK_RATES:  # but nowhere gets all of it
+    for key in SINK_RATES:  # but the null slot gets all attention
         assert sinks.result()["layer.0"][key] == [float("or_null" in key)]
 
 
@@ -378,14 +381,14 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
             layer.attention.self.query.weight.zero_()
             layer.attention.self.query.bias.zero_()
     lengths = [20, 16, 15, 4, 3, 2]
-    _, attention, seen = measure_model(model, [batch_of(lengths[:3], 20), batch_of(lengths[3:], 5)], Tokenizer())
-    assert seen == lengths
+    _, attention, counted = measure_model(model, [batch_of(lengths[:3], 20), batch_of(lengths[3:], 5)], Tokenizer())
+    assert counted == lengths
     uniform = outliers.uniform_attention(lengths, n)
     assert uniform.pop("sequences") == 2 and uniform.pop("sequences_short") == 4
     assert uniform.keys() == {"null_mass", *SINK_RATES}
     for key, value in uniform.items():
         assert attention["layer.1"][key] == pytest.approx([value] * 2, abs=1e-6), key
-    # The issue: three tokens or fewer are sinks under softmax by construction, and with n = 1 two or fewer.
+    # By construction, sequences of at most three tokens have sinks with n = 0, and of at most two tokens with n = 1.
     assert uniform["sink_rate_first_short"] == {0: 0.5, 0.5: 0.25, 1: 0.25}[n]
     assert uniform["sink_rate_first_renormalised_short"] == 0.5
     assert uniform["null_mass"] == pytest.approx(sum(t * n / (n + t) for t in lengths) / 60)
@@ -393,23 +396,23 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
 
 def test_uniform_attention_with_an_n_for_each_head():
     lengths, heads = [20, 16, 3, 2], [0.0, 1.0, 7.5]
-    found = outliers.uniform_attention(iter(lengths), heads)
-    alone = [outliers.uniform_attention(lengths, n) for n in heads]
-    assert found["sequences"] == found["sequences_short"] == 2
+    mean = outliers.uniform_attention(iter(lengths), heads)
+    by_head = [outliers.uniform_attention(lengths, n) for n in heads]
+    assert mean["sequences"] == mean["sequences_short"] == 2
     for key in ("null_mass", *SINK_RATES):
-        assert found[key] == pytest.approx(np.mean([one[key] for one in alone])), key
-    assert found["sink_rate_first_short"] == pytest.approx(0.5) and 0.1 < found["null_mass"] < 0.2
+        assert mean[key] == pytest.approx(np.mean([of_head[key] for of_head in by_head])), key
+    assert mean["sink_rate_first_short"] == pytest.approx(0.5) and 0.1 < mean["null_mass"] < 0.2
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_vectors_of_heads_by_hand(n):
-    """Each from the weights of the model, one unpadded sequence and one head at a time."""
+    """Every statistic is recomputed from the weights of the model, one unpadded sequence and one head at a time."""
     model = model_with(n)
     lengths = [11, 6]
     padded = batch_of(lengths, 14)
     padded["input_ids"][0, 4] = 5
     _, attention, _ = measure_model(model, [padded], Tokenizer())
-    found, layer = attention["layer.1"], model.roberta.encoder.layer[1].attention.self
+    figures, layer = attention["layer.1"], model.roberta.encoder.layer[1].attention.self
     classes = token_classes(padded["input_ids"], Tokenizer())
     collected, attending = {}, []
     for row, kind, length in zip(padded["input_ids"], classes, lengths, strict=True):
@@ -434,20 +437,20 @@ def test_vectors_of_heads_by_hand(n):
             collected.setdefault(("logit_range", head), []).extend(np.ptp(logits, axis=1))
             collected.setdefault(("logit_max", head), []).append(np.abs(logits).max())
             collected.setdefault(("context_kurtosis", head), []).append(scipy.stats.kurtosis(context[head].ravel()))
-        chosen = np.concatenate([one[which] for one, which in zip(context, attends, strict=True)])
+        chosen = np.concatenate([of_head[which] for of_head, which in zip(context, attends, strict=True)])
         attending.append(scipy.stats.kurtosis(chosen.ravel()) if chosen.size else np.nan)
         bound = 0.01 * np.sqrt(np.mean(np.square(context)))
         for head in range(2):
             collected.setdefault(("context_near_zero", head), []).append((np.abs(context[head]) <= bound).mean())
     for (key, head), values in collected.items():
         expected = max(values) if key == "logit_max" else np.mean(values)
-        assert found[key][head] == pytest.approx(expected, rel=1e-4, abs=1e-4), (key, head)
-    assert {key for key, _ in collected} == found.keys() - {
+        assert figures[key][head] == pytest.approx(expected, rel=1e-4, abs=1e-4), (key, head)
+    assert {key for key, _ in collected} == figures.keys() - {
         *("mass_first mass_separator mass_punctuation mass_self null_mass entropy idle_mass".split()),
         *SINK_RATES,
         *outliers.CONTEXTS,
     }
-    assert found["context_kurtosis_attending"] == pytest.approx(np.nanmean(attending), rel=1e-4)
+    assert figures["context_kurtosis_attending"] == pytest.approx(np.nanmean(attending), rel=1e-4)
 
 
 def masses(idle, null):
@@ -455,19 +458,19 @@ def masses(idle, null):
     return {"layer.0": {"idle_mass": idle, "null_mass": null}}
 
 
-def test_context_of_the_heads_that_do_something():
-    """The heads above the bound are left out of the kurtosis; with none left there is none."""
+def test_context_kurtosis_leaves_out_idle_heads():
+    """Heads above the bound are left out of the kurtosis; if no head is left, the kurtosis is NaN."""
     vectors = outliers.HeadVectors(torch.nn.Identity())
     mask = torch.ones(2, 5)
     context = random_values(2, 5, 12) ** 3
-    context[..., 4:8] *= 1e-3  # the second of three heads does nothing
+    context[..., 4:8] *= 1e-3  # the second of three heads is idle
     others = [random_values(2, 5, 12, seed=i) for i in range(3)]
     for i in range(2):
         vectors.batch(mask[i : i + 1], first_and_others(mask[i : i + 1]))
-        rows = [one[i : i + 1] for one in (*others, context)]
+        rows = [vectors[i : i + 1] for vectors in (*others, context)]
         vectors.add("layer.0", torch.full((1, 3, 5, 5), 0.2), *rows)
     kept = np.concatenate([context[..., :4], context[..., 8:]], -1)
-    expected = np.mean([scipy.stats.kurtosis(one.ravel()) for one in kept])
+    expected = np.mean([scipy.stats.kurtosis(vectors.ravel()) for vectors in kept])
     result = vectors.result(masses(idle=[0.2, 0.9, 0.5], null=[0.0, 0.0, 0.0]))["layer.0"]
     assert result["context_kurtosis_active"] == pytest.approx(expected, rel=1e-5)
     assert result["context_near_zero"][1] > 0.5 > result["context_near_zero"][0]
@@ -476,14 +479,14 @@ def test_context_of_the_heads_that_do_something():
     assert result["context_kurtosis_attending_heads"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_context_of_the_queries_that_attend():
-    """Queries that give the null slot more than half are left out, head by head; so is padding."""
+def test_context_kurtosis_of_the_queries_that_attend():
+    """Queries that give the null slot more than half of their attention are left out, and so is padding."""
     vectors = outliers.HeadVectors(torch.nn.Identity())
     mask = torch.ones(2, 5)
     mask[1, 3:] = 0
     context = random_values(2, 5, 8) ** 3
     others = [random_values(2, 5, 8, seed=i) for i in range(3)]
-    weights = torch.full((2, 2, 5, 5), 0.1)  # sums to 0.5: attends just so
+    weights = torch.full((2, 2, 5, 5), 0.1)  # sums to 0.5, the bound: these queries attend
     context[0, 1:, :4] *= 1e-4
     weights[0, 0, 1:] = 0.09
     weights[1] = torch.where(mask[1] > 0, 0.5 / 3, 0.0)
@@ -507,13 +510,13 @@ def test_context_of_the_queries_that_attend():
     assert math.isnan(result["context_kurtosis_attending"]) and math.isnan(result["context_kurtosis_attending_heads"])
 
 
-def flat(found):
-    """{path: number} of nested dictionaries and lists; what is no number stays out."""
-    if isinstance(found, dict):
-        return {f"{key}.{path}": value for key, one in found.items() for path, value in flat(one).items()}
-    if isinstance(found, (list, tuple)):
-        return flat(dict(enumerate(found)))
-    return {"": found} if isinstance(found, (int, float)) else {}
+def flat(nested):
+    """{path: number} of all numbers in nested dictionaries and lists."""
+    if isinstance(nested, dict):
+        return {f"{key}.{path}": value for key, inner in nested.items() for path, value in flat(inner).items()}
+    if isinstance(nested, (list, tuple)):
+        return flat(dict(enumerate(nested)))
+    return {"": nested} if isinstance(nested, (int, float)) else {}
 
 
 def test_the_class_of_the_model_makes_no_difference():
@@ -522,14 +525,14 @@ def test_the_class_of_the_model_makes_no_difference():
     ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**MODEL, softmax_n=1e-30)).eval()
     ours.load_state_dict(stock.state_dict())
     batches = [batch_of([20, 17, 9], 20), batch_of([4, 3], 4)]
-    found = []
+    figures = []
     for model in (stock, ours):
         uniform = outliers.uniform_attention([20, 17, 9, 4, 3], model.config.softmax_n if model is ours else 0)
-        found.append(
+        figures.append(
             flat([measure_model(model, batches, Tokenizer()), uniform, Emergence(batches, Tokenizer())(model)])
         )
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 500
-    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4, nan_ok=True)
+    assert figures[0].keys() == figures[1].keys() and len(figures[0]) > 500
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("n", [0, 0.5, 1, "learned"])
@@ -549,7 +552,7 @@ def test_null_mass_is_n_over_the_denominator(n):
     assert attention["layer.0"]["null_mass"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_fast_attention_hands_out_no_weights():
+def test_attention_that_returns_no_weights_is_refused():
     model = model_with(0)
     with AttentionSinks(model) as sinks, pytest.raises(ValueError, match="use eager_attention"):
         sinks.batch(torch.ones(1, 5), first_and_others(torch.ones(1, 5)))
@@ -557,7 +560,7 @@ def test_fast_attention_hands_out_no_weights():
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_eager_attention_changes_no_output_and_goes_away(n):
+def test_eager_attention_changes_no_output_and_is_undone(n):
     model = model_with(n)
     batch = batch_of([9, 4], 9)
     before = model.config._attn_implementation
@@ -579,28 +582,28 @@ def test_emergence_gives_the_same_as_the_analysis_and_leaves_the_model_alone(n):
     model = model_with(n).train()
     batches = [batch_of([9, 4], 9), batch_of([20, 11], 20)]
     random_state = torch.get_rng_state()
-    found = Emergence(batches, Tokenizer())(model)
+    emerged = Emergence(batches, Tokenizer())(model)
     assert torch.equal(random_state, torch.get_rng_state()) and model.training
     assert not any(module._forward_hooks for module in model.modules())
     places, attention, _ = measure_model(model, batches, Tokenizer())
-    assert len(found) == 2 * (3 * 3 + len(Emergence.ATTENTION)) and all(
-        isinstance(value, float) for value in found.values()
+    assert len(emerged) == 2 * (3 * 3 + len(Emergence.ATTENTION)) and all(
+        isinstance(value, float) for value in emerged.values()
     )
     for place in FFN_PLACES:
         for statistic in Emergence.STATISTICS:
             expected = places[f"layer.1.{place}"][statistic]
-            assert found[f"layer.1.{place}.{statistic}"] == pytest.approx(expected, rel=1e-5)
+            assert emerged[f"layer.1.{place}.{statistic}"] == pytest.approx(expected, rel=1e-5)
     for statistic in Emergence.ATTENTION:
-        assert found[f"layer.0.attention.{statistic}"] == pytest.approx(np.mean(attention["layer.0"][statistic]))
-    assert found["layer.0.attention.mass_first"] > 0.05
+        assert emerged[f"layer.0.attention.{statistic}"] == pytest.approx(np.mean(attention["layer.0"][statistic]))
+    assert emerged["layer.0.attention.mass_first"] > 0.05
 
 
 class AcceleratorWithoutFloat64(TorchDispatchMode):
-    """As if every tensor lay on a device without float64 but what came through `to_cpu` and what is made of that."""
+    """Treats every tensor as one on a device without float64, except copies made by `to_cpu` and results of these."""
 
     def __init__(self):
         super().__init__()
-        self.on_cpu = {}  # storages by address, which are held so that no other tensor gets their place
+        self.on_cpu = {}  # storages by address; they are kept, so that no other tensor gets the same address
 
     def to_cpu(self, values):
         moved = values.clone()
@@ -612,12 +615,12 @@ class AcceleratorWithoutFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        given = [one for one in tree_leaves((arguments, keywords)) if isinstance(one, torch.Tensor)]
-        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
-        if all(one.untyped_storage().data_ptr() in self.on_cpu for one in given) or "lift_fresh" in str(function):
-            for one in made:
-                self.hold(one)
-        elif any(one.dtype == torch.float64 for one in made):
+        given = [tensor for tensor in tree_leaves((arguments, keywords)) if isinstance(tensor, torch.Tensor)]
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        if all(tensor.untyped_storage().data_ptr() in self.on_cpu for tensor in given) or "lift_fresh" in str(function):
+            for tensor in made:
+                self.hold(tensor)
+        elif any(tensor.dtype == torch.float64 for tensor in made):
             raise TypeError(f"{function} needs float64")
         return result
 
@@ -626,26 +629,26 @@ def test_no_statistic_needs_float64_where_the_model_lies(monkeypatch):
     model, batches = model_with(1.0), [batch_of([9, 4], 9), batch_of([20], 20)]
     values = random_values(6, 5)
 
-    def found():
+    def all_figures():
         with ActivationKurtosis(model) as published, torch.no_grad():
             for batch in batches:
                 model(**batch)
         pooled = Moments.of_rows(values).pooled().excess_kurtosis.tolist()
         return repr((measure_model(model, batches, Tokenizer()), published.result(), pooled))
 
-    expected = found()
+    expected = all_figures()
     with AcceleratorWithoutFloat64() as device:
         for module in (kurtosis, outliers):
             monkeypatch.setattr(module, "with_float64", device.to_cpu)
-        assert found() == expected
+        assert all_figures() == expected
         for module in (kurtosis, outliers):
             monkeypatch.setattr(module, "with_float64", lambda tensor: tensor)
         with pytest.raises(TypeError, match="needs float64"):
-            found()
+            all_figures()
 
 
 def test_every_statistic_is_defined():
-    """Each key that lands in analysis.json has a row in DEFINITIONS.md."""
+    """Every key that is written to analysis.json has a row in DEFINITIONS.md."""
     places, attention, _ = measure_model(model_with(1), [batch_of([9, 4], 9)], Tokenizer())
     text = (Path(outliers.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rows = {name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"`([\w.<>]+)`", line)}

@@ -1,4 +1,4 @@
-"""Quantization: its grids by hand, what is and is not quantized, and that a broken layer is recognised."""
+"""Quantization: its grids by hand, which tensors are quantized, and that a broken layer is recognised."""
 
 import copy
 import math
@@ -49,13 +49,13 @@ SMALL = {
     "max_position_embeddings": 40,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.1,  # with 32 channels, activations of the size that large models have
+    "initializer_range": 0.1,  # so activations with 32 channels are as large as those of large models
 }
 PARTS = ["embeddings", "layer.0", "layer.1", "layer.2", "head"]
 
 
 def batches(count, seed, width=12):
-    """Sequences that count upwards from one of three starts, which the unmasked tokens tell; some padding."""
+    """Sequences that count upwards from one of three first numbers, which unmasked tokens reveal; some are padded."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
@@ -74,7 +74,7 @@ def batches(count, seed, width=12):
 
 
 def known_text():
-    """Two draws to calibrate on, and what the published setting is calibrated on."""
+    """Two draws of calibration batches, and calibration batches for the published setting."""
     return [batches(4, seed=3), batches(4, seed=4)], batches(4, seed=5)
 
 
@@ -93,7 +93,7 @@ def model_of(kind):
 
 
 def learn(model, steps=150):
-    """Trained in place on the sequences above, and in eval mode."""
+    """Train `model` in place on the sequences above; returns it in eval mode."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for batch in batches(steps, seed=1):
@@ -107,7 +107,7 @@ def learn(model, steps=150):
 
 @pytest.fixture(scope="module", params=["softmax0", "softmax1"])
 def trained(request):
-    """A small model that has learnt its task, so that damage is damage."""
+    """A small model that has learnt its task, so that quantization can damage it."""
     return learn(model_of(request.param))
 
 
@@ -127,7 +127,7 @@ def test_grids_by_hand():
 
 def test_groups_of_four_bit_weights_are_rounded_by_themselves():
     weight = torch.ones(2, 2 * quantization.GROUP_SIZE)
-    weight[0, 0] = 1000  # ruins its own group of 128 and no other
+    weight[0, 0] = 1000  # destroys its own group of 128 weights and no other
     rounded = int4_weight(weight)
     assert rounded[0, 1 : quantization.GROUP_SIZE].abs().sum() == 0
     torch.testing.assert_close(rounded[0, quantization.GROUP_SIZE :], weight[0, quantization.GROUP_SIZE :])
@@ -183,13 +183,13 @@ def test_the_places_named_in_the_definition_are_quantized_and_on_their_grid():
     )
     held_out_loss(static.model, scored)
     for side in ("input", "output"):
-        found = static.ranges[f"{layer}.output.dense.{side}"]
-        steps = seen[side] / ((found.high - found.low) / 255)
+        activation = static.ranges[f"{layer}.output.dense.{side}"]
+        steps = seen[side] / ((activation.high - activation.low) / 255)
         assert (steps - steps.round()).abs().max() < 1e-2 and len(steps.round().unique()) <= 256
     for module in static.model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             assert len(module.weight.unique()) <= 256
-    assert len(model.roberta.encoder.layer[1].output.dense.weight.unique()) > 256  # the original is left alone
+    assert len(model.roberta.encoder.layer[1].output.dense.weight.unique()) > 256  # the original is unchanged
 
 
 def test_ranges_are_a_running_minimum_and_maximum_of_real_tokens():
@@ -201,8 +201,8 @@ def test_ranges_are_a_running_minimum_and_maximum_of_real_tokens():
             hidden = model.roberta.embeddings(batch["input_ids"])[batch["attention_mask"].bool()]
         new = min(hidden.min().item(), 0), max(hidden.max().item(), 0)
         low, high = new if low is None else (0.9 * low + 0.1 * new[0], 0.9 * high + 0.1 * new[1])
-    found = StaticW8A8(model, known).ranges["roberta.embeddings.LayerNorm.output"]
-    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-5)
+    activation = StaticW8A8(model, known).ranges["roberta.embeddings.LayerNorm.output"]
+    assert (activation.low, activation.high) == pytest.approx((low, high), rel=1e-5)
 
 
 def test_attention_weights_and_scores_ignore_padding():
@@ -211,18 +211,18 @@ def test_attention_weights_and_scores_ignore_padding():
     wide = [
         {name: F.pad(t, (0, 9), value=-100 if name == "labels" else 0) for name, t in batch.items()} for batch in narrow
     ]
-    one, other = (StaticW8A8(model, known).ranges for known in (narrow, wide))
-    for name, found in one.items():
-        assert (other[name].low, other[name].high) == pytest.approx((found.low, found.high), abs=1e-5), name
+    ranges, wider = (StaticW8A8(model, known).ranges for known in (narrow, wide))
+    for name, range_ in ranges.items():
+        assert (wider[name].low, wider[name].high) == pytest.approx((range_.low, range_.high), abs=1e-5), name
 
 
-def test_static_ranges_do_not_look_at_the_text_that_is_scored(trained):
-    """A token's value past the calibrated range is cut off: that is what static means."""
+def test_static_ranges_do_not_depend_on_the_scored_text(trained):
+    """A value outside the calibrated range is clipped."""
     static = StaticW8A8(trained, batches(4, seed=3))
-    found = static.ranges["roberta.encoder.layer.0.output.dense.output"]
-    quantized = found(torch.tensor([1e6, -1e6]))
-    step = (found.high - found.low) / 255
-    assert quantized.tolist() == pytest.approx([found.high, found.low], abs=step)
+    activation = static.ranges["roberta.encoder.layer.0.output.dense.output"]
+    quantized = activation(torch.tensor([1e6, -1e6]))
+    step = (activation.high - activation.low) / 255
+    assert quantized.tolist() == pytest.approx([activation.high, activation.low], abs=step)
 
 
 # ------------------------------------------------------------------------------------------------------- other ranges
@@ -250,11 +250,11 @@ def test_ranges_from_histograms_against_the_values_themselves(outlier):
         ends = np.array([low * shrunk]), np.array([high * shrunk])
         scale = (ends[1] - ends[0]) / 255
         zero = np.rint(-ends[0] / scale)
-        found = quantization._rounding_error(bins, scale, -zero, 255 - zero)[0]
+        error = quantization._rounding_error(bins, scale, -zero, 255 - zero)[0]
         by_range[shrunk] = mean_squared_error(values, low * shrunk, high * shrunk)
-        assert found == pytest.approx(by_range[shrunk], rel=0.03), shrunk
+        assert error == pytest.approx(by_range[shrunk], rel=0.03), shrunk
     best = mean_squared_error(values, *quantization._mse_range(bins, low, high))
-    # Nothing on a plain grid of 25 x 25 ranges is better by more than the step of the search.
+    # No range on a plain grid is better by more than the step of the search.
     grid = [
         mean_squared_error(values, low * 0.75**i or -1e-3, high * 0.75**j)
         for i in range(0, 25, 2)
@@ -277,17 +277,17 @@ def test_weights_by_least_squares_and_as_published():
 def test_estimators_of_one_calibration(trained):
     static = StaticW8A8(trained, batches(4, seed=3), histograms=True)
     name = "roberta.encoder.layer.1.output.dense.output"
-    found = {"minmax": (static.ranges[name].low, static.ranges[name].high)}
+    ranges = {"minmax": (static.ranges[name].low, static.ranges[name].high)}
     weight = trained.roberta.encoder.layer[1].output.dense.weight
     module = static.model.roberta.encoder.layer[1].output.dense
     assert torch.equal(module.weight, int8_weight(weight))
     for estimator in ("percentile", "mse", "minmax"):
         static.choose(estimator)
-        found.setdefault(estimator, (static.ranges[name].low, static.ranges[name].high))
+        ranges.setdefault(estimator, (static.ranges[name].low, static.ranges[name].high))
         expected = mse_weight if estimator == "mse" else int8_weight
         assert torch.equal(module.weight, expected(weight))
-    assert (static.ranges[name].low, static.ranges[name].high) == found["minmax"]
-    assert len(set(found.values())) == 3
+    assert (static.ranges[name].low, static.ranges[name].high) == ranges["minmax"]
+    assert len(set(ranges.values())) == 3
     values = []
     copied = measured_copy(trained)
     handle = copied.roberta.encoder.layer[1].output.dense.register_forward_hook(lambda _, __, out: values.append(out))
@@ -297,7 +297,7 @@ def test_estimators_of_one_calibration(trained):
         real.append(values[-1][batch["attention_mask"].bool()].flatten())
     handle.remove()
     expected = np.quantile(torch.cat(real).numpy(), [1 - quantization.PERCENTILE, quantization.PERCENTILE])
-    assert found["percentile"] == pytest.approx(tuple(expected), rel=0.03)
+    assert ranges["percentile"] == pytest.approx(tuple(expected), rel=0.03)
     with pytest.raises(ValueError, match="histograms"):
         StaticW8A8(trained, batches(1, seed=3)).choose("mse")
 
@@ -349,10 +349,10 @@ def test_the_published_setting_rounds_the_sum_of_embeddings_before_positions_are
     assert torch.equal(seen["sum"], expected) and len(partial.unique()) <= 256
 
 
-def test_the_published_setting_finds_ranges_on_the_model_as_it_is_quantized():
-    """A range is that of what rounded weights make of rounded inputs, with the ranges so far."""
+def test_the_published_setting_estimates_ranges_on_the_quantized_model():
+    """A range is computed from rounded weights and inputs, which are rounded with the ranges so far."""
     model = model_of("softmax0").eval()
-    known = batches(1, seed=3)  # one batch, so that the ranges so far are the final ones
+    known = batches(1, seed=3)  # one batch, so the ranges so far are the final ones
     static = StaticW8A8(model, known, published=True)
     name = "roberta.encoder.layer.1.attention.self.query"
     module = static.model.get_submodule(name)
@@ -360,13 +360,13 @@ def test_the_published_setting_finds_ranges_on_the_model_as_it_is_quantized():
     module.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
     held_out_loss(static.model, known)
     real = known[0]["attention_mask"].bool()
-    assert len(seen["inputs"].unique()) <= 256  # rounded, and so was its range
-    found = static.ranges[f"{name}.output"]
+    assert len(seen["inputs"].unique()) <= 256  # they were rounded
+    range_ = static.ranges[f"{name}.output"]
     with torch.no_grad():
         expected = F.linear(seen["inputs"], module.weight, module.bias)[real]
-    assert (found.low, found.high) == pytest.approx((expected.min().item(), expected.max().item()), rel=1e-6)
+    assert (range_.low, range_.high) == pytest.approx((expected.min().item(), expected.max().item()), rel=1e-6)
     ours = StaticW8A8(model, known).ranges[f"{name}.output"]
-    assert (found.low, found.high) != pytest.approx((ours.low, ours.high), rel=1e-5)
+    assert (range_.low, range_.high) != pytest.approx((ours.low, ours.high), rel=1e-5)
 
 
 def test_texts_are_joined_to_full_sequences():
@@ -392,18 +392,20 @@ def test_dynamic_and_weight_only_quantize_every_linear_layer_and_nothing_else(tr
 
 def test_damage_is_the_gap_to_float32(trained):
     scored = batches(6, seed=2)
-    found = measure_damage(trained, scored, *known_text())
-    schemes = found["schemes"]
-    assert list(schemes) == list(SCHEMES) and list(found["parts"]) == list(found["part_floors"]) == PARTS
-    assert all(0 < floor < 1 for floor in found["part_floors"].values())
+    damage = measure_damage(trained, scored, *known_text())
+    schemes = damage["schemes"]
+    assert list(schemes) == list(SCHEMES) and list(damage["parts"]) == list(damage["part_floors"]) == PARTS
+    assert all(0 < floor < 1 for floor in damage["part_floors"].values())
     loss, count = held_out_loss(trained, scored)
-    assert found["masked_tokens"] == count == sum(found["masked"]) and schemes["float32"]["gap"] == 0
+    assert damage["masked_tokens"] == count == sum(damage["masked"]) and schemes["float32"]["gap"] == 0
     assert schemes["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
-    for one in schemes.values():
-        assert one["gap"] == pytest.approx(one["loss"] - loss, abs=1e-5) and one["perplexity"] == pytest.approx(
-            math.exp(one["loss"])
-        )
-    assert len({one["loss"] for one in schemes.values()}) == len(schemes)  # none is another by mistake
+    for figures in schemes.values():
+        assert figures["gap"] == pytest.approx(figures["loss"] - loss, abs=1e-5) and figures[
+            "perplexity"
+        ] == pytest.approx(math.exp(figures["loss"]))
+    assert len({figures["loss"] for figures in schemes.values()}) == len(
+        schemes
+    )  # no two schemes are the same by mistake
     assert abs(schemes["bfloat16"]["gap"]) < 0.1 and abs(schemes["w8a8_dynamic"]["gap"]) < 0.1
     assert next(trained.parameters()).dtype == torch.float32
 
@@ -411,41 +413,43 @@ def test_damage_is_the_gap_to_float32(trained):
 def test_errors_floors_draws_and_texts_of_the_damage(trained):
     scored = batches(6, seed=2)
     draws, published = known_text()
-    found = measure_damage(trained, scored, draws, published)
-    masked = np.array(found["masked"], dtype=float)
-    assert found["texts"].keys() == found["schemes"].keys() and len(masked) == 48
-    exact = np.array(found["texts"]["float32"])
-    for scheme, one in found["schemes"].items():
-        sums = np.array(found["texts"][scheme])
-        assert sums.sum() / masked.sum() == pytest.approx(one["loss"], rel=1e-5), scheme
-        assert one["floor"] == 2 * one["error"] and all(value == float(f"{value:.6g}") for value in sums)
+    damage = measure_damage(trained, scored, draws, published)
+    masked = np.array(damage["masked"], dtype=float)
+    assert damage["texts"].keys() == damage["schemes"].keys() and len(masked) == 48
+    exact = np.array(damage["texts"]["float32"])
+    for scheme, figures in damage["schemes"].items():
+        sums = np.array(damage["texts"][scheme])
+        assert sums.sum() / masked.sum() == pytest.approx(figures["loss"], rel=1e-5), scheme
+        assert figures["floor"] == 2 * figures["error"] and all(value == float(f"{value:.6g}") for value in sums)
         if scheme not in ("float32", "w8a8_static"):
-            assert one["error"] == pytest.approx(gap_error(sums - exact, masked), rel=1e-2) and "draws" not in one
-    static = found["schemes"]["w8a8_static"]
+            assert (
+                figures["error"] == pytest.approx(gap_error(sums - exact, masked), rel=1e-2) and "draws" not in figures
+            )
+    static = damage["schemes"]["w8a8_static"]
     by_hand = []
     for draw in draws:
         quantized = StaticW8A8(trained, draw).model
-        by_hand.append(held_out_loss(quantized, scored)[0] - found["schemes"]["float32"]["loss"])
+        by_hand.append(held_out_loss(quantized, scored)[0] - damage["schemes"]["float32"]["loss"])
     assert static["draws"] == pytest.approx(by_hand, abs=1e-6)
     assert static["gap"] == pytest.approx(np.mean(by_hand), abs=1e-6)
-    of_texts = gap_error(np.array(found["texts"]["w8a8_static"]) - exact, masked)
+    of_texts = gap_error(np.array(damage["texts"]["w8a8_static"]) - exact, masked)
     of_draws = abs(by_hand[0] - by_hand[1]) / 2  # the standard error of the mean of two
     assert static["error"] == pytest.approx(math.hypot(of_texts, of_draws), rel=0.05)
 
 
 def test_loss_text_by_text():
     model, scored = model_of("softmax1").eval(), batches(2, seed=2)
-    found = per_text_loss(model, scored)
-    assert found.shape == (16, 2) and found.dtype == torch.float64
-    one = {name: tensor[3:4] for name, tensor in scored[1].items()}
-    loss, masked = held_out_loss(model, [one])
-    assert found[11].tolist() == pytest.approx([loss * masked, masked], rel=1e-5)
+    losses = per_text_loss(model, scored)
+    assert losses.shape == (16, 2) and losses.dtype == torch.float64
+    text = {name: tensor[3:4] for name, tensor in scored[1].items()}
+    loss, masked = held_out_loss(model, [text])
+    assert losses[11].tolist() == pytest.approx([loss * masked, masked], rel=1e-5)
     loss, masked = held_out_loss(model, scored)
-    assert found.sum(0).tolist() == pytest.approx([loss * masked, masked])
+    assert losses.sum(0).tolist() == pytest.approx([loss * masked, masked])
 
 
 def test_the_error_of_a_gap_is_that_of_a_ratio():
-    """Against the spread of the gap over many samples of texts, and by hand where all texts are of one length."""
+    """Against the spread of the gap over many samples of texts, and by hand for texts of equal length."""
     rng = np.random.default_rng(0)
     masked = rng.integers(1, 12, size=(4000, 200)).astype(float)
     differences = 0.3 * masked + rng.normal(size=masked.shape) * np.sqrt(masked)
@@ -465,14 +469,14 @@ def test_bootstrap_of_the_difference_of_two_gaps():
     rng = np.random.default_rng(1)
     masked = rng.integers(1, 8, size=400).tolist()
     exact = rng.normal(3, 1, size=(2, 400)) * masked
-    hard = rng.normal(size=400)  # a text that is hard to quantize is so in both runs
+    hard = rng.normal(size=400)  # the same texts are hard to quantize in both runs
     gaps = [(0.5 + hard) * masked, (0.3 + hard + 0.1 * rng.normal(size=400)) * masked]
-    runs = [damage_of(one, one + gap, masked) for one, gap in zip(exact, gaps, strict=True)]
+    runs = [damage_of(losses, losses + gap, masked) for losses, gap in zip(exact, gaps, strict=True)]
     low, high = bootstrap_difference(*runs, "w8a8_static")
     truth = (gaps[1].sum() - gaps[0].sum()) / sum(masked)
     assert low < truth < high and truth == pytest.approx(-0.2, abs=0.03)
     error = gap_error(gaps[1] - gaps[0], np.array(masked))
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)  # paired: the texts' own difficulty falls out
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)  # paired: the difficulty of the texts cancels
     assert bootstrap_difference(*runs, "w8a8_static") == (low, high)
     assert bootstrap_difference(runs[0], runs[0], "w8a8_static") == (0, 0)
     with pytest.raises(ValueError, match="different texts"):
@@ -485,8 +489,8 @@ def test_a_model_that_has_diverged_has_damage_without_figures():
     model = model_of("softmax1").eval()
     with torch.no_grad():
         model.roberta.encoder.layer[1].output.dense.bias[0] = math.nan
-    found = measure_damage(model, batches(2, seed=2), *known_text())["schemes"]
-    assert all(math.isnan(one["loss"]) and math.isnan(one["gap"]) for one in found.values())
+    schemes = measure_damage(model, batches(2, seed=2), *known_text())["schemes"]
+    assert all(math.isnan(figures["loss"]) and math.isnan(figures["gap"]) for figures in schemes.values())
 
 
 class Tokenizer:
@@ -498,7 +502,7 @@ class Tokenizer:
 
 
 def test_a_broken_channel_of_an_ffn_output_is_recognised_by_every_instrument(trained):
-    """One channel of the FFN output of layer 1 times 100: kurtosis, norm, channel and W8A8 gap point at layer 1."""
+    """A channel of the FFN output of layer 1 times 100: kurtosis, norm, channel and W8A8 gap show layer 1."""
     scored = batches(6, seed=2)
     texts = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in scored]
     places = {"whole": measure_model(trained, texts, Tokenizer())[0]}
@@ -536,7 +540,7 @@ def test_a_broken_channel_of_an_ffn_output_is_recognised_by_every_instrument(tra
     assert damage["schemes"]["w8a8_static"]["gap"] > 5 * abs(whole["schemes"]["w8a8_static"]["gap"])
 
 
-def test_a_model_past_the_attention_interface_is_refused():
+def test_a_model_outside_the_attention_interface_is_refused():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = DebertaV2ForMaskedLM(DebertaV2Config(**sizes, vocab_size=60))
     with pytest.raises(ValueError, match="attention interface"):
@@ -547,7 +551,7 @@ def test_a_model_past_the_attention_interface_is_refused():
 
 
 def with_loud_head(model):
-    """In place: one head of layer 1 attends evenly, with logits of 4,525, which leave the other heads no levels."""
+    """Give a head of layer 1, in place, equal logits of 4,525, so that rounding leaves the other heads no levels."""
     size = model.config.hidden_size // model.config.num_attention_heads
     attention = model.roberta.encoder.layer[1].attention.self
     with torch.no_grad():
@@ -559,26 +563,26 @@ def with_loud_head(model):
 
 @pytest.fixture(scope="module")
 def pair():
-    """The same weights in the stock class and in ours, n = 1e-30 standing for 0."""
+    """The same weights in the stock class and in ours, with n = 1e-30 in place of 0."""
     stock = with_loud_head(learn(model_of("softmax0")))
     ours = RobertaSoftmaxNForMaskedLM(RobertaSoftmaxNConfig(**SMALL, softmax_n=1e-30))
     ours.load_state_dict(stock.state_dict())
     return stock, ours.eval()
 
 
-def test_both_classes_have_the_same_ranges_and_all_of_them_are_filled(pair):
+def test_both_classes_have_the_same_ranges_and_none_is_unset(pair):
     stock, ours = (StaticW8A8(model, batches(4, seed=3)).ranges for model in pair)
     assert stock.keys() == ours.keys()
-    for name, found in stock.items():
-        assert found.low is not None and ours[name].low is not None, name
-        assert (ours[name].low, ours[name].high) == pytest.approx((found.low, found.high), rel=1e-6), name
+    for name, range_ in stock.items():
+        assert range_.low is not None and ours[name].low is not None, name
+        assert (ours[name].low, ours[name].high) == pytest.approx((range_.low, range_.high), rel=1e-6), name
 
 
 def test_gaps_do_not_depend_on_the_class(pair):
     stock, ours = (measure_damage(model, batches(6, seed=2), *known_text()) for model in pair)
-    assert stock["schemes"]["w8a8_static"]["gap"] > 0.002  # the loud head is felt
-    for scheme, one in stock["schemes"].items():
-        assert ours["schemes"][scheme]["gap"] == pytest.approx(one["gap"], abs=1e-6), scheme
+    assert stock["schemes"]["w8a8_static"]["gap"] > 0.002  # the head with large logits does damage
+    for scheme, figures in stock["schemes"].items():
+        assert ours["schemes"][scheme]["gap"] == pytest.approx(figures["gap"], abs=1e-6), scheme
     assert ours["parts"] == pytest.approx(stock["parts"], abs=1e-6)
 
 
@@ -599,7 +603,9 @@ def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, copy_of):
 def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
     ours = learn(model_of("softmax1"))
     stock = RobertaForMaskedLM(RobertaConfig(**SMALL))
-    stock.load_state_dict(ours.state_dict(), strict=False)  # strict, it is refused: its weights were made for softmax1
+    stock.load_state_dict(
+        ours.state_dict(), strict=False
+    )  # if strict, it is refused: these weights were trained with softmax1
     without = StaticW8A8(stock, batches(2, seed=3)).ranges
     apply_softmax_n(stock, 1.0)
     first, second = (StaticW8A8(model, batches(2, seed=3)) for model in (ours, stock))
@@ -609,7 +615,9 @@ def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
 
 
 def test_a_stock_class_attends_with_softmax_whatever_its_config_says():
-    model = RobertaForMaskedLM(RobertaConfig(**SMALL, softmax_n=1.0)).eval()  # as save_pretrained leaves surgery
+    model = RobertaForMaskedLM(
+        RobertaConfig(**SMALL, softmax_n=1.0)
+    ).eval()  # the config that save_pretrained writes after apply_softmax_n
     expected = held_out_loss(model, batches(1, seed=2))[0]
     assert held_out_loss(measured_copy(model), batches(1, seed=2))[0] == pytest.approx(expected, rel=1e-6)
 
@@ -622,7 +630,7 @@ def test_an_activation_without_a_range_is_refused(kind, monkeypatch):
 
 
 def test_an_attention_that_does_not_run_is_refused(monkeypatch):
-    """The mistake that this guards against: a class that answers every attention with its own."""
+    """A class that keeps its own attention, whichever is requested, would not be quantized there."""
     getter = property(lambda self: "softmax_n", RobertaSoftmaxNConfig._attn_implementation.fset)
     monkeypatch.setattr(RobertaSoftmaxNConfig, "_attn_implementation", getter)
     with pytest.raises(RuntimeError, match=r"layer.0.attention.self.scores.*layer.2.attention.self.weights"):
@@ -647,5 +655,5 @@ def test_distinct_values_count_what_is_rounded():
     static = StaticW8A8(model_of("softmax1"), batches(2, seed=3))
     assert all(1 <= count <= 256 for count in static.distinct_values(batches(1, seed=2)).values())
     static.model.roberta.encoder.layer[0].attention.self.quantizers = None
-    found = static.distinct_values(batches(1, seed=2))
-    assert found["roberta.encoder.layer.0.attention.self.scores"] == 0
+    counts = static.distinct_values(batches(1, seed=2))
+    assert counts["roberta.encoder.layer.0.attention.self.scores"] == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from experiment import BASELINE
-from record import look_up
+from record import look_up, read_json
 from runs import FEW_RUNS, Run, arms, named, ranges
 
 # Everything besides the arm and the seed that determines the trained weights, as dotted keys of a results file.
@@ -280,6 +280,6 @@ def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
 def train_text(data_dir: Path) -> str | None:
     """SHA-256 of the training split as recorded by build_dataset.py; None if there is no readable manifest."""
     try:
-        return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(data_dir / "manifest.json")["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None

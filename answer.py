@@ -108,25 +108,25 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
         places, attention: of outliers.measure_model.
     """
 
-    def layers(place: str, statistic: str) -> np.ndarray | None:
-        values = [values[statistic] for name, values in places.items() if name.endswith(f".{place}")]
-        return np.array(values, dtype=float) if values else None
+    def layers(place: str, statistic: str) -> list[float]:
+        return [values[statistic] for name, values in places.items() if name.endswith(f".{place}")]
 
-    def heads(statistic: str) -> np.ndarray | None:
-        values = [value for layer in attention.values() for value in layer.get(statistic, ())]
-        return np.array(values, dtype=float) if values else None
+    def heads(statistic: str) -> list[float]:
+        return [value for layer in attention.values() for value in layer.get(statistic, ())]
 
-    def contexts(statistic: str) -> np.ndarray | None:
+    def contexts(statistic: str) -> list[float]:
         """One number for each layer in which a query attends to a token."""
-        values = np.array([layer.get(statistic, np.nan) for layer in attention.values()], dtype=float)
-        return values[~np.isnan(values)] if not np.isnan(values).all() else None
+        return [layer[statistic] for layer in attention.values() if not np.isnan(layer.get(statistic, np.nan))]
+
+    def percent_of(shares: list[float]) -> float:
+        return 100 * np.mean(shares)
 
     reduced = {
         "ffn_output_kurtosis": (np.mean, layers("ffn_output", "kurtosis_sequence")),
         "ffn_output_inf_norm": (np.max, layers("ffn_output", "inf_norm")),
         "residual_kurtosis": (np.mean, layers("ffn_residual", "kurtosis_sequence")),
         "residual_inf_norm": (np.max, layers("ffn_residual", "inf_norm")),
-        "residual_outliers": (lambda shares: 100 * shares.mean(), layers("ffn_residual", "outlier_share")),
+        "residual_outliers": (percent_of, layers("ffn_residual", "outlier_share")),
         "residual_ratio": (np.mean, layers("ffn_residual", "top1_to_median")),
         "context_kurtosis": (np.mean, layers("context", "kurtosis_sequence")),
         "context_kurtosis_attending": (np.mean, contexts("context_kurtosis_attending")),
@@ -134,11 +134,11 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
         "context_inf_norm": (np.max, layers("context", "inf_norm")),
         "attention_output_kurtosis": (np.mean, layers("attention_output", "kurtosis_sequence")),
         "attention_output_inf_norm": (np.max, layers("attention_output", "inf_norm")),
-        **{key: (lambda shares: 100 * shares.mean(), heads(key)) for key in SHARES},
-        "half_idle_heads": (lambda masses: (masses > IDLE[0]).sum(), heads("idle_mass")),
-        "idle_heads": (lambda masses: (masses > IDLE[1]).sum(), heads("idle_mass")),
+        **{key: (percent_of, heads(key)) for key in SHARES},
+        "half_idle_heads": (lambda masses: sum(mass > IDLE[0] for mass in masses), heads("idle_mass")),
+        "idle_heads": (lambda masses: sum(mass > IDLE[1] for mass in masses), heads("idle_mass")),
     }
-    return {key: None if values is None else float(reduce(values)) for key, (reduce, values) in reduced.items()}
+    return {key: float(reduce(values)) if values else None for key, (reduce, values) in reduced.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons

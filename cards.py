@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import bisect
 import re
 import statistics
 
@@ -259,15 +259,8 @@ def terms_of(source: str) -> tuple[str, str]:
     return LEIPZIG_TERMS if re.fullmatch(r"epo_\w+_\d{4}_\d+[KM]", source) else OTHER_TERMS
 
 
-# The Hub's names for sizes.
-SIZES = [
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (math.inf, "10M<n<100M"),
-]
+# The Hub's names for datasets of fewer than 10^3 samples, of 10^3 to 10^4, ...
+SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"]
 
 
 def dataset_card(repo: str, manifest: dict, splits: dict[str, datasets.Dataset]) -> str:
@@ -322,7 +315,7 @@ def dataset_metadata(splits: dict[str, datasets.Dataset], total: int, test: bool
         **({} if test else {"license_name": "terms-of-the-sources", "license_link": "#sources-and-terms"}),
         "pretty_name": "Esperanto",
         "task_categories": ["fill-mask", "text-generation"],
-        "size_categories": [next(size for limit, size in SIZES if total < limit)],
+        "size_categories": [SIZES[bisect.bisect_right([10**power for power in range(3, 8)], total)]],
         "tags": [OUR_TAG, *([TEST_TAG] if test else [])],
         "configs": [
             {

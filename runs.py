@@ -119,7 +119,7 @@ class Run:
 
     @property
     def _design(self) -> tuple:
-        return self.results["softmax_n"], self.results.get("settings", {}).get("control")
+        return self.results["softmax_n"], self.results["settings"].get("control")
 
     @property
     def diverged(self) -> bool:

@@ -15,55 +15,26 @@ from pathlib import Path
 import numpy as np
 
 from experiment import BASELINE
-from record import look_up
+from record import look_up, read_json
 from runs import FEW_RUNS, Run, arms, named, ranges
 
-# Everything besides the arm and the seed that determines the trained weights: {key in the results file: its name}.
-SHAPING = {
-    "dataset.sha256": "training text",
-    "dataset.train_samples": "samples of the training text",
-    "tokenizer.sha256": "tokenizer",
-    "training.steps": "steps",
-    "training.samples": "samples seen",
-    "effective_batch_size": "effective batch size",
-    "settings.gradient_accumulation_steps": "gradient accumulation",
-    "settings.num_train_epochs": "epochs",
-    "settings.max_steps": "--max_steps",
-    "settings.max_length": "maximum length",
-    "settings.mlm_probability": "masking share",
-    "settings.vocab_size": "vocabulary size",
-    "settings.learning_rate": "learning rate",
-    "settings.lr_scheduler_type": "schedule",
-    "settings.lr_scheduler_kwargs": "settings of the schedule",
-    "settings.warmup_steps": "warm-up steps",
-    "settings.warmup_ratio": "warm-up ratio",
-    "settings.weight_decay": "weight decay",
-    "settings.adam_beta1": "Adam's beta1",
-    "settings.adam_beta2": "Adam's beta2",
-    "settings.adam_epsilon": "Adam's epsilon",
-    "settings.optim": "optimizer",
-    "settings.optim_args": "settings of the optimizer",
-    "settings.max_grad_norm": "clipping",
-    "settings.label_smoothing_factor": "label smoothing",
-    "settings.neftune_noise_alpha": "embedding noise",
-    "settings.dataloader_drop_last": "dropping of the last batch",
-    "dtype": "number format",
-    "settings.bf16": "bf16",
-    "settings.fp16": "fp16",
-    "settings.tf32": "tf32",
-    "settings.padded": "--padded",
-    "settings.attention": "attention kernel",
-    "settings.torch_compile": "torch_compile",
-    "settings.config_overrides": "changes of the model's config",
-    "model.parameters": "number of parameters",
-    "test_pipeline": "--test_pipeline",
-}
-PROCESSES = "processes"  # their number follows from the batch sizes, because results files do not record it
-REACHED = ("steps", "samples seen")  # a run that diverged stopped before it reached those of its set
+# Everything besides the arm and the seed that determines the trained weights, as dotted keys of a results file.
+SHAPING = """
+dataset.sha256 dataset.train_samples tokenizer.sha256 training.steps training.samples effective_batch_size dtype
+settings.gradient_accumulation_steps settings.num_train_epochs settings.max_steps settings.max_length
+settings.mlm_probability settings.vocab_size settings.learning_rate settings.lr_scheduler_type
+settings.lr_scheduler_kwargs settings.warmup_steps settings.warmup_ratio settings.weight_decay settings.adam_beta1
+settings.adam_beta2 settings.adam_epsilon settings.optim settings.optim_args settings.max_grad_norm
+settings.label_smoothing_factor settings.neftune_noise_alpha settings.dataloader_drop_last settings.bf16 settings.fp16
+settings.tf32 settings.padded settings.attention settings.torch_compile settings.config_overrides model.parameters
+test_pipeline
+""".split()
+PROCESSES = "number of processes"  # it follows from the batch sizes, because results files do not record it
+REACHED = ("training.steps", "training.samples")  # a run that diverged stopped before it reached those of its set
 # Must agree within a pair, but may differ between the pairs of a set.
-OF_A_PAIR = {"settings.data_seed": "data seed", "model.initial_weights": "initial weights"}
+OF_A_PAIR = ("settings.data_seed", "model.initial_weights")
 # Should not change a result, but may: a note names the difference, and the runs are compared nevertheless.
-CIRCUMSTANCES = {"git.commit": "commit", "hardware.device": "device", "hardware.name": "hardware"}
+CIRCUMSTANCES = ("git.commit", "hardware.device", "hardware.name")
 NOT_RECORDED = "not recorded"
 
 
@@ -103,19 +74,16 @@ def recorded(run: Run, key: str) -> str:
 
 
 def shaping(run: Run) -> dict[str, str]:
-    """{name: value as text} of everything in SHAPING and the number of processes."""
-    values = {label: recorded(run, key) for key, label in SHAPING.items()}
-    settings = run.results.get("settings", {})
+    """{key: value as text} of everything in SHAPING and the number of processes."""
+    values = {key: recorded(run, key) for key in SHAPING}
+    # Gates and sinks belong to the arm: models are compared without them.
+    if own := sum(look_up(run.results, f"model.{part}_parameters", None) or 0 for part in ("gate", "sink")):
+        values["model.parameters"] = str(run.results["model"]["parameters"] - own)
+    settings = run.results["settings"]
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
-    model = _dict(run.results.get("model"))
-    # Gates and sinks belong to the arm: models are compared without them.
-    if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):
-        values[SHAPING["model.parameters"]] = str(model["parameters"] - own)
     values[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
-    if run.diverged:
-        values = {label: value for label, value in values.items() if label not in REACHED}
-    return values
+    return {key: value for key, value in values.items() if not (run.diverged and key in REACHED)}
 
 
 def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
@@ -149,7 +117,7 @@ def paired(group: ComparisonSet) -> ComparisonSet:
     for arm, runs in by_arm.items():
         for seed in sorted(baseline.keys() & runs.keys()):
             pair = baseline[seed], runs[seed]
-            differ = [label for key, label in OF_A_PAIR.items() if len({recorded(run, key) for run in pair}) > 1]
+            differ = [key for key in OF_A_PAIR if len({recorded(run, key) for run in pair}) > 1]
             if differ:
                 group.refused.append(
                     f"{pair[0].name} and {pair[1].name} are no pair: they differ in {' and '.join(differ)}."
@@ -242,9 +210,9 @@ def _notes_on_sets(runs: list[Run]) -> list[str]:
             else f"These tables show only that the pipeline works: --test_pipeline made {named(smoke)}."
         )
     shaped = {run: shaping(run) for run in trained}
-    for label in dict.fromkeys(label for values in shaped.values() for label in values):
-        told = {run: values[label] for run, values in shaped.items() if label in values}
-        lines += _difference(label, told, "only those that agree are compared")
+    for key in (*SHAPING, PROCESSES):
+        values = {run: of_run[key] for run, of_run in shaped.items() if key in of_run}
+        lines += _difference(key, values, "only those that agree are compared")
     lines += [line for group in sets for line in group.refused]
     lines += [f"{run.name} {run.ending}: it left no model." for run in trained if run.diverged]
     pairs = sets[0].pairs if sets else {}
@@ -271,10 +239,9 @@ def _notes_on_circumstances(runs: list[Run]) -> list[str]:
     """Notes on differences within a set that should not change a result."""
     lines = []
     for group in comparison_sets(runs):
-        packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}
-        keys = CIRCUMSTANCES | {f"versions.{package}": package for package in sorted(packages)}
-        for key, label in keys.items():
-            lines += _difference(label, {run: recorded(run, key) for run in group.runs}, "compared nevertheless")
+        packages = {package for run in group.runs for package in look_up(run.results, "versions", {})}
+        for key in (*CIRCUMSTANCES, *(f"versions.{package}" for package in sorted(packages))):
+            lines += _difference(key, {run: recorded(run, key) for run in group.runs}, "compared nevertheless")
     for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():
         alike = _by_value({run: json.dumps(run.made_with[key], sort_keys=True) for run in runs if run.made_with})
         if len(alike) > 1:
@@ -287,12 +254,8 @@ def _notes_on_circumstances(runs: list[Run]) -> list[str]:
     return lines + [f"{done} from a modified tree, so no record: {named(of)}." for done, of in modified.items() if of]
 
 
-def _dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
 def from_modified_tree(run: Run) -> bool:
-    return run.results is not None and _dict(run.results.get("git")).get("dirty") is True
+    return look_up(run.results, "git.dirty", None) is True
 
 
 def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
@@ -317,6 +280,6 @@ def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
 def train_text(data_dir: Path) -> str | None:
     """SHA-256 of the training split as recorded by build_dataset.py; None if there is no readable manifest."""
     try:
-        return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(data_dir / "manifest.json")["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None

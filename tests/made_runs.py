@@ -61,7 +61,7 @@ CALIBRATION = {"part_floors": {}, "calibration_tokens": {"draws": [30, 32], "pub
 
 
 def changed(results: dict, changes: dict) -> dict:
-    """A copy with the values at dotted keys replaced; `...` takes a key away."""
+    """A copy with the values at dotted keys replaced; the value `...` removes a key."""
     results = copy.deepcopy(results)
     for key, value in changes.items():
         *parents, last = key.split(".")

@@ -63,21 +63,21 @@ def test_several_pairs(before, after, begins):
     runs = pairs(before, after)
     text = said(runs)
     assert text.startswith(begins)
-    one = findings(runs)[0].compared["softmax1"][PRIMARY]
-    assert one.difference == pytest.approx(np.mean(after) - np.mean(before))
-    if one.low is None:
+    comparison = findings(runs)[0].compared["softmax1"][PRIMARY]
+    assert comparison.difference == pytest.approx(np.mean(after) - np.mean(before))
+    if comparison.low is None:
         assert "no spread over 3 pairs" in text and "p =" not in text
     else:
-        assert f"95% interval from {figure(one.low)} to {figure(one.high)}" in text and "p = " in text
+        assert f"95% interval from {figure(comparison.low)} to {figure(comparison.high)}" in text and "p = " in text
     # Equivalence stands beside the interval that shows it.
     assert ("for equivalence: 90% interval from" in text) == ("are equivalent" in text)
     # What is undecided says what could have been shown; nothing else does.
-    effect = f"3 pairs would show a true difference of {figure(one.detectable)} nats in 80% of cases."
-    assert (effect in text) == (begins.startswith("Undecided") and one.detectable is not None)
+    effect = f"3 pairs would show a true difference of {figure(comparison.detectable)} nats in 80% of cases."
+    assert (effect in text) == (begins.startswith("Undecided") and comparison.detectable is not None)
 
 
-def test_a_point_is_no_equivalence():
-    """Difference -.0095 with an interval from -.0170 to -.0020: shown, and perhaps beyond the margin."""
+def test_a_small_mean_with_a_wide_interval_is_not_called_equivalent():
+    """A difference of -.0095 with an interval from -.0170 to -.0020 is shown, and may be beyond the margin."""
     differences = np.array([-0.0095 - 0.00302, -0.0095, -0.0095 + 0.00302])
     text = said(pairs([0.5, 0.6, 0.7], list(np.array([0.5, 0.6, 0.7]) + differences)))
     assert "from -0.0170 to -0.0020" in text and text.startswith(
@@ -94,7 +94,7 @@ def test_nothing_to_rescue_needs_an_interval(before, after):
     assert "nothing to rescue" not in said(pairs(before, after))
 
 
-def test_a_smaller_gap_of_a_model_that_is_no_better():
+def test_a_smaller_gap_is_qualified_where_the_quantized_model_is_not_better():
     assert ", but" not in said(pairs(*LESS))
     runs = pairs(*LESS, after_loss=5.0)  # 2 nats worse in float32, 1 nat better in the gap
     text = said(runs)
@@ -114,7 +114,7 @@ def test_a_smaller_gap_of_a_model_that_is_no_better():
 
 
 def with_losses(runs, of_arm):
-    """The quantized losses of the second arm replaced, and the gaps kept."""
+    """Replace the quantized losses of the second arm, and keep the gaps."""
     for run, loss in zip([run for run in runs if run.arm != "softmax0"], of_arm, strict=True):
         run.damage["schemes"]["w8a8_static"]["loss"] = loss
     return runs
@@ -138,12 +138,12 @@ EQUIVALENT = ([0.500, 0.601, 0.700], [0.501, 0.600, 0.700])
         (LESS[::-1], [7.0, 7.3, 7.05], None),
     ],
 )
-def test_the_quantized_loss_takes_back_in_every_direction(gaps, quantized, said_of_it):
+def test_the_quantized_loss_qualifies_every_verdict(gaps, quantized, said_of_it):
     text = said(with_losses(pairs(*gaps), quantized))
     assert said_of_it in text if said_of_it else ", but" not in text
 
 
-def test_two_pairs_say_so():
+def test_two_pairs_are_named_with_their_t():
     text = said(pairs([2.0, 2.1], [1.0, 1.101]))
     assert text.startswith(
         "Softmax1 makes quantization less harmful here, from two pairs only (t = 12.7): over 2 pairs"
@@ -154,7 +154,7 @@ def test_two_pairs_say_so():
 # ----------------------------------------------------------------------------------------------------------- one pair
 
 
-def test_one_pair_is_a_fact_and_no_test():
+def test_one_pair_is_described_without_a_test():
     text = said(pairs([2.0], [1.0]))
     assert text.startswith(
         "Open: one pair of 3,000 steps (seed 42), no test. In it static W8A8 quantization costs softmax1 1.00 nats of "
@@ -164,7 +164,7 @@ def test_one_pair_is_a_fact_and_no_test():
     assert text.endswith("Nothing can be concluded about softmax1 beyond this pair.") and "interval" not in text
 
 
-def test_one_pair_that_is_no_number():
+def test_one_pair_with_a_loss_that_is_not_finite():
     text = said(pairs([NAN], [1.0]))
     assert text.startswith(
         "Open: one pair of 3,000 steps (seed 42), no test. softmax0's loss after quantization is not finite in the one"
@@ -179,7 +179,7 @@ def test_one_pair_that_is_no_number():
 # ------------------------------------------------------------------------------------------- what is no number, or fell
 
 
-def test_losses_that_are_no_number_are_ranked():
+def test_losses_that_are_not_finite_are_ranked():
     text = said(pairs([NAN, math.inf, 1.0], [1.0, 1.0, 2.0]))
     assert text.startswith(
         "Undecided, over 3 pairs of 3,000 steps: softmax0's loss after quantization is not finite in 2 of 3 pairs "
@@ -201,8 +201,8 @@ def test_losses_that_are_no_number_are_ranked():
     assert "in 2 of 3 pairs and more in 0, 1 tied and left out" in text
 
 
-def test_a_divergence_in_training_is_no_damage_by_quantization():
-    """softmax0 diverged in 6 pairs of 8, softmax1 in none: nothing of softmax0 was quantized there."""
+def test_a_divergence_in_training_is_not_damage_by_quantization():
+    """softmax0 diverged in 6 of 8 pairs, softmax1 in none: these runs of softmax0 have no model to quantize."""
     runs = pairs([0.5, 0.6], [0.5, 0.6])
     runs += [run for seed in range(60, 66) for run in (diverged(0, seed), made(1, seed))]
     text = said(runs)
@@ -212,8 +212,8 @@ def test_a_divergence_in_training_is_no_damage_by_quantization():
         " Softmax0 diverged in training in 6 of 8 pairs, softmax1 in 0, before any quantization: sign test p = 0.031 "
         "(seed 60: softmax0 diverged at step 1,200; seed 61: "
     ) in text
-    one = findings(runs)[0].compared["softmax1"][PRIMARY]
-    assert (one.seeds, one.baseline_not_finite, one.not_finite) == ([42, 43], [], [])
+    comparison = findings(runs)[0].compared["softmax1"][PRIMARY]
+    assert (comparison.seeds, comparison.baseline_not_finite, comparison.not_finite) == ([42, 43], [], [])
     # A loss of a trained model that is not finite stays in the sign test, over the pairs that were trained.
     text = said([*pairs([NAN] * 6, [1.0] * 6), made(0, 60), diverged(1, 60)])
     assert text.startswith(
@@ -257,14 +257,14 @@ def test_two_diverged_models():
     assert "nothing to rescue" not in text
 
 
-def test_an_arm_that_only_diverged_corrects_nothing():
+def test_an_arm_whose_runs_all_diverged_does_not_count_for_the_correction():
     halves = [diverged(0.5, seed) for seed in (42, 43, 44)]
     twos = [made(2, seed, gap) for seed, gap in zip((42, 43, 44), (1.0, 1.2, 1.1), strict=True)]
-    found = findings([*pairs(*LESS), *halves, *twos])[0]
-    assert list(found.compared) == ["softmax1", "softmax2"]
-    assert found.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
+    finding = findings([*pairs(*LESS), *halves, *twos])[0]
+    assert list(finding.compared) == ["softmax1", "softmax2"]
+    assert finding.compared["softmax2"][PRIMARY].confidence == pytest.approx(0.95)
     assert "None about softmax0.5: both arms were trained in 0 of 3 pairs" in " ".join(
-        answer(found.group.runs, [found])
+        answer(finding.group.runs, [finding])
     )
 
 
@@ -278,15 +278,15 @@ def with_floors(runs, floor, arm):
     return runs
 
 
-def test_a_mean_gap_below_its_noise_is_no_number():
+def test_a_mean_gap_below_its_noise_is_not_printed():
     runs = with_floors(pairs([0.010, -0.012, 0.011], [1.0, 1.2, 1.1]), 0.03, "softmax0")
-    one = findings(runs)[0].compared["softmax1"]
-    assert one[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
+    compared = findings(runs)[0].compared["softmax1"]
+    assert compared[PRIMARY].baseline_floor == pytest.approx(0.03 / math.sqrt(3))  # sqrt(3 * 0.03^2) / 3
     assert (
         "costs softmax1 1.10 ± 0.1000 nats of held-out loss, softmax0 an amount below its noise of 0.0173 nats ("
         in (said(runs))
     )
-    row = comparison_table(one, "softmax1", [PRIMARY])
+    row = comparison_table(compared, "softmax1", [PRIMARY])
     assert "| below its noise of 0.0173 |" in row and "1.10 ± 0.10" in row
     runs = with_floors(pairs([1.0], [0.001]), 0.002, "softmax1")
     assert "costs softmax1 an amount below its noise of 0.0020 nats of held-out loss, softmax0 1.00, a" in said(runs)
@@ -313,7 +313,7 @@ def test_a_failed_self_check_stops_the_answer():
     )
 
 
-def test_an_undecided_control_is_said():
+def test_an_undecided_control_is_reported():
     ends = (
         " The positive control is undecided on these models: they have learnt too little that quantization could "
         "destroy."
@@ -331,14 +331,14 @@ def test_no_pair():
     assert "was not measured" in said([made(0, 42, None), made(1, 42, None)])
 
 
-def test_the_pipeline_test_answers_nothing_and_spoils_nothing():
+def test_test_runs_give_no_answer_and_change_no_other():
     smoke = pairs([1.0], [2.0], test_pipeline=True)
     assert said(smoke).startswith("None: --test_pipeline made these runs")
     real = pairs(*LESS)
     assert said(real + smoke) == said(smoke[:1] + real) == said(real)
 
 
-def test_the_pair_that_is_trained_longest_answers_first():
+def test_the_set_that_is_trained_longest_comes_first():
     full = pairs([2.0], [1.0], training__steps=285_899)
     short = [made(0, 1, training__steps=600), made(1, 2, training__steps=600), made(1, 3, training__steps=600)]
     assert said(full + short) == said(full)
@@ -371,7 +371,7 @@ def test_other_arms_are_exploratory_and_share_the_error():
     assert "95% interval" in second and "Bonferroni" not in second
     compared = findings(twos + runs + halves)[0].compared
     assert list(compared) == ["softmax1", "softmax2", "softmax0.5"]
-    assert [one[PRIMARY].confidence for one in compared.values()] == pytest.approx([0.95, 0.975, 0.975])
+    assert [metrics[PRIMARY].confidence for metrics in compared.values()] == pytest.approx([0.95, 0.975, 0.975])
     text = said(runs + halves + twos)
     assert text.count("Exploratory: ") == 2 and text.count("corrected for 2 exploratory arms, Bonferroni") == 2
     assert text.count("97.5% interval from") == 4  # of the gap and of the loss, in either arm
@@ -381,27 +381,27 @@ def test_other_arms_are_exploratory_and_share_the_error():
     assert alone.startswith("None about softmax1, the arm named beforehand: it has no pair here. Exploratory: ")
 
 
-def test_near_arms_have_names_of_their_own():
+def test_arms_with_nearly_equal_n_have_different_names():
     runs = [*pairs(*LESS), *(made(1.0000001, seed) for seed in (42, 43, 44))]
     assert list(findings(runs)[0].compared) == ["softmax1", "softmax1.0000001"]
 
 
-def test_the_class_is_never_looked_at():
-    """n = 1e-30 is softmax in the other class: the same figures give no difference, whatever the class is called."""
+def test_the_class_of_a_model_does_not_matter():
+    """n = 1e-30 is softmax in another class: equal figures give no difference, whatever the name of the class."""
     text = said(pairs([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], n=1e-30))
     assert "no spread over 3 pairs" in text and "Exploratory: Undecided" in text
-    one = said(pairs(*LESS, n=1e-30)).replace("oftmax1e-30", "oftmax0.5")
-    assert one == said(pairs(*LESS, n=0.5))
+    tiny_n = said(pairs(*LESS, n=1e-30)).replace("oftmax1e-30", "oftmax0.5")
+    assert tiny_n == said(pairs(*LESS, n=0.5))
 
 
 # -------------------------------------------------------------------------------------------------- interval over texts
 
 
-def test_the_interval_over_texts_stands_beside(monkeypatch):
-    """Of several pairs, the texts' losses are averaged first: all runs score the same texts."""
+def test_the_interval_over_texts_is_printed_too(monkeypatch):
+    """With several pairs, the losses of each text are averaged first: all runs score the same texts."""
 
     def bootstrap(before, after, scheme):
-        gap = [np.subtract(one["texts"][scheme], one["texts"]["float32"]) for one in (before, after)]
+        gap = [np.subtract(losses["texts"][scheme], losses["texts"]["float32"]) for losses in (before, after)]
         gap = np.sum(gap[1] - gap[0]) / np.sum(before["masked"])
         return gap - 1, gap + 1
 
@@ -416,10 +416,10 @@ def test_the_interval_over_texts_stands_beside(monkeypatch):
     runs = with_texts(pairs([2.0], [1.5]))
     assert "(95% interval over texts, this pair only: -1.50 to 0.50)" in said(runs)
     runs = with_texts(pairs(*LESS))
-    one = findings(runs)[0].compared["softmax1"]
-    assert (one[PRIMARY].texts_low, one[PRIMARY].texts_high) == pytest.approx((-2, 0))
+    compared = findings(runs)[0].compared["softmax1"]
+    assert (compared[PRIMARY].texts_low, compared[PRIMARY].texts_high) == pytest.approx((-2, 0))
     assert "; 95% interval over texts: -2.00 to 0.00; " in said(runs)
-    rows = comparison_table(one, "softmax1", METRICS).splitlines()
+    rows = comparison_table(compared, "softmax1", METRICS).splitlines()
     assert rows[0].rstrip("| ").endswith("95% interval over texts")
     assert [row.rstrip("| ")[-13:] for row in rows[2:4]] == ["-2.00 to 0.00", rows[3].rstrip("| ")[-13:]]
     assert all(row.rstrip("| ").endswith("–") for row in rows[3:])
@@ -430,9 +430,9 @@ def test_the_interval_over_texts_stands_beside(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_comparison_table_drops_nothing():
+def test_the_comparison_table_has_rows_without_an_interval():
     runs = pairs([NAN, 1.0, 2.0], [0.5, 0.5, 0.5])
-    (compared,) = (found.compared["softmax1"] for found in findings(runs))
+    (compared,) = (finding.compared["softmax1"] for finding in findings(runs))
     table = [[cell.strip() for cell in row.strip("|").split("|")] for row in
              comparison_table(compared, "softmax1", METRICS).splitlines()]  # fmt: skip
     gap = next(row for row in table if row[0].startswith("**W8A8 static"))
@@ -447,7 +447,7 @@ def test_the_comparison_table_drops_nothing():
 
 
 def test_every_rule_is_written_down():
-    """The table in DEFINITIONS.md names what the code says."""
+    """The table in DEFINITIONS.md contains the phrases that the code prints."""
     text = (Path(module.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rules = text.partition("## What is concluded")[2].partition("\n## ")[0]
     for phrase in (
@@ -468,7 +468,7 @@ def test_every_rule_is_written_down():
     assert re.search(r"^\| condition", rules, re.MULTILINE)
 
 
-def test_the_headline_of_models_without_results_is_all_of_them():
+def test_models_without_results_are_all_in_the_headline():
     runs = [made(0, 42), made(1, 42)]
     runs[1].results = None
     assert headline(runs) == runs

@@ -15,7 +15,7 @@ EIGHT = ["clipped", "softmax0", "softmax0.1", "softmax0.5", "softmax1", "softmax
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, in order; the bytes of a picture are its number."""
+    """The figures that were drawn, in order; the bytes of each picture are its index in this list."""
     drawn = []
 
     def keep(figure):
@@ -28,7 +28,7 @@ def figures(monkeypatch):
 
 
 def watched(n, seed, **changes):
-    """A run with what is watched during training: step / 1000 in layer 0 and one more in layer 1."""
+    """A run with statistics from training: step / 1000 in layer 0, and step / 1000 + 1 in layer 1."""
     emergence = [
         {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in keys}}
         for keys in [pictures.EMERGING | pictures.SEEDS]
@@ -43,9 +43,9 @@ def watched(n, seed, **changes):
     return run
 
 
-def named(found, figures):
+def named(drawn, figures):
     """{file name: figure}"""
-    return {name: figures[int(picture.png)] for name, picture in found.items()}
+    return {name: figures[int(picture.png)] for name, picture in drawn.items()}
 
 
 def lines(axes):
@@ -60,28 +60,28 @@ def lines(axes):
 def test_every_picture_has_a_short_title_and_a_caption(figures, arms):
     """With one, two and six arms of two seeds; one run has diverged."""
     runs = [watched(n, seed) for n in arms for seed in (42, 43)] + [diverged(1, 44)]
-    found = pictures.pictures(runs, 4)
-    assert list(found) == [
+    drawn = pictures.pictures(runs, 4)
+    assert list(drawn) == [
         *("emergence_seeds.png", "loss.png", "damage.png", "kurtosis.png", "norms.png", "histograms.png"),
         *("attention_map.png", "emergence.png"),
     ]
-    assert "Thin lines are runs" in found["emergence_seeds.png"].caption
-    for name, figure in named(found, figures).items():
+    assert "Thin lines are runs" in drawn["emergence_seeds.png"].caption
+    for name, figure in named(drawn, figures).items():
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         assert max(map(len, titles)) <= 50 and any(titles), name
-        assert len(found[name].title) <= 50 and found[name].caption.endswith("."), name
+        assert len(drawn[name].title) <= 50 and drawn[name].caption.endswith("."), name
         assert name == "attention_map.png" or figure.axes[0].get_ylabel() + figure.axes[0].get_xlabel(), name
 
 
-def test_pictures_are_png_whatever_an_arm_is_called():
+def test_pictures_are_png_with_any_name_of_an_arm():
     run = watched(0, 42)
     run.name, run.results = r"a-model-of-somebody-else-$\frac$-with-a-long-name", None  # an arm by itself
     run.maps[0][1][1] = "$$"
-    found = pictures.pictures([run, watched(1, 42)], 4)
-    assert len(found) == 8 and all(picture.png.startswith(b"\x89PNG") for picture in found.values())
+    drawn = pictures.pictures([run, watched(1, 42)], 4)
+    assert len(drawn) == 8 and all(picture.png.startswith(b"\x89PNG") for picture in drawn.values())
 
 
-def test_an_arm_looks_the_same_in_every_picture_and_the_two_in_question_lead():
+def test_an_arm_looks_the_same_in_every_picture_and_the_two_main_arms_lead():
     looks = plots.looks(EIGHT, pictures.LEADING)
     assert list(looks)[:2] == ["softmax0", "softmax1"]
     for what in ("colour", "marker"):
@@ -94,14 +94,14 @@ def test_an_arm_looks_the_same_in_every_picture_and_the_two_in_question_lead():
 
 
 def test_the_median_of_an_arm_and_its_runs_are_drawn(figures):
-    """A step that a run did not reach, or where it is no number, does not count for that run."""
+    """A step counts for a run only if the run reached it with a finite value."""
     curves = [("softmax0", values, [0, 1, 2][: len(values)]) for values in ([1, 5, 9], [2, 6, 7], [6, math.nan])]
     curves += [("gated", [3, 9], [0, 1]), ("gated", [5], [0])]  # half of the runs is not enough
     looks = plots.looks(EIGHT, pictures.LEADING)
     plots.panels({"place": curves}, looks, "title", "step", {"place": ("label", "linear")})
     axes = figures[0].axes[0]
     drawn = lines(axes)
-    assert [one.tolist() for one in map(np.array, drawn["softmax0"])] == [[0, 1, 2], [2, 5.5, 8]]
+    assert [numbers.tolist() for numbers in map(np.array, drawn["softmax0"])] == [[0, 1, 2], [2, 5.5, 8]]
     assert drawn["gated"][1].tolist() == [4]
     thin = [line for line in axes.get_lines() if line.get_label().startswith("_")]
     assert [line.get_ydata().tolist()[:2] for line in thin[:2]] == [[1, 5], [2, 6]] and len(thin) == 3  # no gated one
@@ -111,14 +111,14 @@ def test_the_median_of_an_arm_and_its_runs_are_drawn(figures):
 # --------------------------------------------------------------------------------------------------------- in training
 
 
-def test_emergence_starts_before_the_first_update_and_says_of_which_texts(figures):
-    found = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
-    figure = named(found, figures)["emergence.png"]
+def test_emergence_starts_before_the_first_update_and_names_its_texts(figures):
+    drawn = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
+    figure = named(drawn, figures)["emergence.png"]
     panels = {axes.get_title(): axes for axes in figure.axes}
     steps, values = lines(panels["null mass"])["softmax0"]
     assert (list(steps), values.tolist()) == ([0, 1000, 3000], [50, 150, 350])  # % means of two layers
     assert lines(panels["FFN output: norm"])["softmax1"][1].tolist() == [1, 2, 4]  # the larger of two layers
-    assert "64 texts evenly spread over the held-out split, unmasked" in found["emergence.png"].caption
+    assert "64 texts evenly spread over the held-out split, unmasked" in drawn["emergence.png"].caption
     assert [axes.get_ylabel() for axes in figure.axes] == [
         *("excess kurtosis", "", "infinity norm", "", "% of heads and texts", "% of the attention")
     ]  # a panel without a label shares the scale of its neighbour
@@ -126,7 +126,7 @@ def test_emergence_starts_before_the_first_update_and_says_of_which_texts(figure
 
 
 def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(figures):
-    """Step 0 first, and a run that diverged does not cut the others' median."""
+    """Curves start at step 0, and the median continues where one of the runs diverged."""
     steps = [0, 100, 200]
     seeds = {"softmax0": ([0, 1, 9], [0, 2, 8], [0, 3]), "softmax1": ([0, 1, 1], [0, 1, 3])}
     seeds |= {arm: ([0, 5, 5], [0, 7, 7]) for arm in ("softmax4", "gated")}
@@ -148,11 +148,11 @@ def test_every_seed_of_both_arms_is_drawn_and_the_median_of_each_arm(figures):
     assert min(widths[:2]) > 2 * max(widths[2:])
 
 
-def test_the_first_picture_is_of_sinks_in_percent_and_of_the_largest_layer(figures):
-    found = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
-    assert next(iter(found)) == "emergence_seeds.png" and "64 held-out texts" in found["emergence_seeds.png"].caption
-    assert "Thin line" not in found["emergence_seeds.png"].caption  # every arm has one run
-    sinks, norm = named(found, figures)["emergence_seeds.png"].axes
+def test_the_first_picture_shows_sinks_in_percent_and_the_largest_layer(figures):
+    drawn = pictures.pictures([watched(0, 42), watched(1, 42)], 4)
+    assert next(iter(drawn)) == "emergence_seeds.png" and "64 held-out texts" in drawn["emergence_seeds.png"].caption
+    assert "Thin line" not in drawn["emergence_seeds.png"].caption  # every arm has one run
+    sinks, norm = named(drawn, figures)["emergence_seeds.png"].axes
     assert lines(sinks)["softmax0: one run"][1].tolist() == [50, 150, 350]  # the mean of two layers
     assert lines(norm)["softmax1: one run"][1].tolist() == [1, 2, 4]  # the larger of two layers
 
@@ -192,8 +192,8 @@ def test_damage_is_in_millinats_with_the_interval_over_texts_of_the_mean_of_an_a
     axes = figures[0].axes[0]
     drawn = [line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata()
              for line in axes.get_lines() if line.get_marker() in ("o", "s", "None")]  # fmt: skip
-    assert any(np.allclose(sorted(one), [100, 500]) for one in drawn if len(one) == 2)  # a mark a run
-    assert any(np.allclose(one, [300, 300]) for one in drawn if len(one) == 2)  # the interval
+    assert any(np.allclose(sorted(xs), [100, 500]) for xs in drawn if len(xs) == 2)  # a mark a run
+    assert any(np.allclose(xs, [300, 300]) for xs in drawn if len(xs) == 2)  # the interval
     first.damage["texts"]["w8a8_static"] = [3.0, 8.0, 3.0, 6.0]
     low, high = pictures.over_texts([first], "w8a8_static")
     assert low == 0 and 0.3 < high <= 1  # two nats in one text of two masked tokens
@@ -202,7 +202,7 @@ def test_damage_is_in_millinats_with_the_interval_over_texts_of_the_mean_of_an_a
     assert pictures.over_texts([made(0, 42)], "w8a8_static") is None  # losses of texts are not known
 
 
-def test_a_run_whose_damage_is_no_number_leaves_its_arm_without_a_mean(figures):
+def test_an_arm_with_a_gap_that_is_not_finite_has_no_mean(figures):
     runs = [watched(0, 42, gap=math.nan), watched(0, 43, gap=0.2), watched(1, 42), diverged(1, 43)]
     runs[0].damage["texts"]["w8a8_static"] = [math.nan] * 4
     picture = pictures.damage(runs, plots.looks(["softmax0", "softmax1"], pictures.LEADING))
@@ -214,15 +214,15 @@ def test_a_run_whose_damage_is_no_number_leaves_its_arm_without_a_mean(figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["softmax0", "softmax1"]
 
 
-def test_the_damage_picture_takes_gaps_of_any_size():
+def test_the_damage_picture_accepts_gaps_of_any_size():
     gaps = {
         "a": {"softmax0": ([1.5, 1.2], (1.1, 1.6)), "softmax1": ([0.001], None)},
         "b": {"softmax0": ([math.nan], None), "softmax1": ([-0.002], (-0.004, 0.0))},
         "c": {"softmax0": ([math.inf], None)},
     }
     looks = plots.looks(["softmax0", "softmax1"], pictures.LEADING)
-    for some in (gaps, {"b": {"softmax0": ([math.nan], None)}}):
-        assert plots.damage(some, looks).startswith(b"\x89PNG")
+    for of_schemes in (gaps, {"b": {"softmax0": ([math.nan], None)}}):
+        assert plots.damage(of_schemes, looks).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["kurtosis.png", "norms.png"])

@@ -25,21 +25,24 @@ def with_values(before: dict, after: dict, start: float | None = 0.0, **changes)
     runs = []
     for i, seed in enumerate(SEEDS[: len(next(iter(before.values())))]):
         for n, values in ((0, before), (1, after)):
-            one = {key: some[i] for key, some in values.items()}
-            run = made(n, seed, one.get("gap", 0.5 + 0.1 * n), one.get("loss", 3.0), **changes)
-            raw = one.get("sinks", 0.0) / 100
-            rates = {"sink_rate_any": raw, "sink_rate_any_renormalised": one.get("renormalised", 100 * raw) / 100}
+            values_of_seed = {key: of_seeds[i] for key, of_seeds in values.items()}
+            run = made(n, seed, values_of_seed.get("gap", 0.5 + 0.1 * n), values_of_seed.get("loss", 3.0), **changes)
+            raw = values_of_seed.get("sinks", 0.0) / 100
+            rates = {
+                "sink_rate_any": raw,
+                "sink_rate_any_renormalised": values_of_seed.get("renormalised", 100 * raw) / 100,
+            }
             layer = run.attention["layer.0"] | {key: [rate, rate] for key, rate in rates.items()}
-            layer["context_kurtosis_attending"] = one.get("attending", 1.0)
+            layer["context_kurtosis_attending"] = values_of_seed.get("attending", 1.0)
             run.attention = dict.fromkeys(run.attention, layer)
             run.places = {name: dict(values) for name, values in run.places.items()}
             for name, values in run.places.items():
                 if name.endswith("ffn_residual"):
-                    values["inf_norm"] = one.get("norm", 5.0)
+                    values["inf_norm"] = values_of_seed.get("norm", 5.0)
                 if name.endswith("ffn_output"):
-                    values["kurtosis_sequence"] = one.get("kurtosis", 1.0)
+                    values["kurtosis_sequence"] = values_of_seed.get("kurtosis", 1.0)
                 if name.endswith(".context"):
-                    values["kurtosis_sequence"] = one.get("context", 1.0)
+                    values["kurtosis_sequence"] = values_of_seed.get("context", 1.0)
             if start is not None:
                 before_training = layer | {key: [start / 100] * 2 for key in rates}
                 run.untrained = {"places": run.places, "attention": {"layer.0": before_training}}
@@ -69,28 +72,31 @@ MANY, FEW, NONE = [20.0, 23.0, 25.0], [5.0, 7.0, 9.0], [0.0, 0.0, 0.0]
     ],
 )  # fmt: skip
 def test_sinks(before, after, kind, begins):
-    found = ask(with_values({"sinks": before}, {"sinks": after}), "sinks")
-    assert found.kinds["sink_rate_any"] == kind and found.said.startswith(begins)
+    answered = ask(with_values({"sinks": before}, {"sinks": after}), "sinks")
+    assert answered.kinds["sink_rate_any"] == kind and answered.said.startswith(begins)
     assert (REMOVAL.keys() | {"one pair"}) >= {kind}
-    one = found.comparisons["sink_rate_any_above_start"]
-    assert one.confidence == pytest.approx(1 - 0.05 / 4)
-    if one.low is not None:
+    comparison = answered.comparisons["sink_rate_any_above_start"]
+    assert comparison.confidence == pytest.approx(1 - 0.05 / 4)
+    if comparison.low is not None:
         low, high = scipy.stats.ttest_1samp(np.subtract(after, before), 0).confidence_interval(1 - 0.05 / 4)
-        assert (one.low, one.high) == pytest.approx((low, high)) and "98.8% interval from" in found.said
-    assert f"over {'one pair' if len(before) == 1 else '3 pairs'} of 3,000 steps" in found.said
+        assert (comparison.low, comparison.high) == pytest.approx(
+            (low, high)
+        ) and "98.8% interval from" in answered.said
+    assert f"over {'one pair' if len(before) == 1 else '3 pairs'} of 3,000 steps" in answered.said
 
 
-def test_step_0_is_taken_away():
-    """20 % of which 19.9 were there before training are no sinks that training made."""
+def test_the_rate_at_step_0_is_subtracted():
+    """A rate of 20 % of which 19.9 % existed before training is not a sign of sinks that training made."""
     runs = with_values({"sinks": [20.0, 20.1, 20.2]}, {"sinks": [19.9, 20.0, 20.1]}, start=19.9)
-    found = ask(runs, "sinks")
+    answered = ask(runs, "sinks")
     assert (
-        found.kinds["sink_rate_any"] == "nothing in either arm" and "minus that share at step 0 (19.9 %)" in found.said
+        answered.kinds["sink_rate_any"] == "nothing in either arm"
+        and "minus that share at step 0 (19.9 %)" in answered.said
     )
     runs[0].untrained = {}
-    found = ask(runs, "sinks")
-    assert found.kinds["sink_rate_any"] == "undecided" and "step 0 is not known" in found.said
-    assert found.comparisons.keys() == {"sink_rate_any", "sink_rate_any_renormalised"}
+    answered = ask(runs, "sinks")
+    assert answered.kinds["sink_rate_any"] == "undecided" and "step 0 is not known" in answered.said
+    assert answered.comparisons.keys() == {"sink_rate_any", "sink_rate_any_renormalised"}
 
 
 @pytest.mark.parametrize(
@@ -104,11 +110,11 @@ def test_step_0_is_taken_away():
 )
 def test_fewer_sinks_by_the_null_slot_alone(renormalised, kind, said):
     before = {"sinks": MANY}
-    found = ask(with_values(before, {"sinks": FEW, "renormalised": renormalised}), "sinks")
-    assert found.kinds == {"sink_rate_any": "reduced", "sink_rate_any_renormalised": kind} and said in found.said
+    answered = ask(with_values(before, {"sinks": FEW, "renormalised": renormalised}), "sinks")
+    assert answered.kinds == {"sink_rate_any": "reduced", "sink_rate_any_renormalised": kind} and said in answered.said
     # It is tested only where the first is shown.
-    found = ask(with_values(before, {"sinks": [0.0, 40.0, 20.0], "renormalised": renormalised}), "sinks")
-    assert found.kinds == {"sink_rate_any": "undecided"} and "among the attention" not in found.said
+    answered = ask(with_values(before, {"sinks": [0.0, 40.0, 20.0], "renormalised": renormalised}), "sinks")
+    assert answered.kinds == {"sink_rate_any": "undecided"} and "among the attention" not in answered.said
 
 
 LARGE, SMALLER, SMALL = [30.0, 90.0, 300.0], [9.0, 28.0, 88.0], [4.0, 4.1, 4.2]
@@ -128,29 +134,33 @@ LARGE, SMALLER, SMALL = [30.0, 90.0, 300.0], [9.0, 28.0, 88.0], [4.0, 4.1, 4.2]
     ],
 )
 def test_outliers(key, shift, before, after, kind):
-    """Both by ratios; full kurtosis is 3 more than the excess that is measured, and the bound is 6 for both."""
+    """Both are compared by ratios. Full kurtosis is excess kurtosis plus 3; the bound is 6 for both metrics."""
     metric = {"norm": "residual_inf_norm", "kurtosis": "ffn_output_kurtosis"}[key]
     runs = with_values({key: np.subtract(before, shift)}, {key: np.subtract(after, shift)})
-    found = ask(runs, "outliers")
-    assert found.kinds[metric] == kind
+    answered = ask(runs, "outliers")
+    assert answered.kinds[metric] == kind
     other = "ffn_output_kurtosis" if key == "norm" else "residual_inf_norm"
-    assert found.kinds[other] == ("one pair" if len(before) == 1 else "nothing in either arm")
-    assert found.said.lower().count("outliers (") == 2  # a verdict each
+    assert answered.kinds[other] == ("one pair" if len(before) == 1 else "nothing in either arm")
+    assert answered.said.lower().count("outliers (") == 2  # a verdict each
     ratios = np.log(after) - np.log(before)
-    assert found.comparisons[metric].difference == pytest.approx(ratios.mean())
+    assert answered.comparisons[metric].difference == pytest.approx(ratios.mean())
     if len(before) > 1:
         interval = scipy.stats.ttest_1samp(ratios, 0).confidence_interval(1 - 0.05 / 4)
-        one = found.comparisons[metric]
-        assert (one.low, one.high) == pytest.approx(tuple(interval))
-        ends = f"98.8% interval from {module.figure(math.exp(one.low))} to {module.figure(math.exp(one.high))}"
-        assert f"ratio {module.figure(math.exp(one.difference))} ({ends})" in found.said
+        comparison = answered.comparisons[metric]
+        assert (comparison.low, comparison.high) == pytest.approx(tuple(interval))
+        ratio, low, high = (
+            module.figure(math.exp(log)) for log in (comparison.difference, comparison.low, comparison.high)
+        )
+        assert f"ratio {ratio} (98.8% interval from {low} to {high})" in answered.said
         table = findings(runs)[0].compared["softmax1"][metric]
-        assert table.ratio == pytest.approx(math.exp(ratios.mean())) and table.ratio_low > math.exp(one.low)
+        assert table.ratio == pytest.approx(math.exp(ratios.mean())) and table.ratio_low > math.exp(comparison.low)
 
 
-def test_a_norm_that_is_no_number():
-    found = ask(with_values({"norm": [math.inf, 30.0, 31.0]}, {"norm": SMALL}), "outliers")
-    assert found.kinds["residual_inf_norm"] == "undecided" and "not finite in 1 of 3 pairs; sign test" in found.said
+def test_a_norm_that_is_not_finite():
+    answered = ask(with_values({"norm": [math.inf, 30.0, 31.0]}, {"norm": SMALL}), "outliers")
+    assert (
+        answered.kinds["residual_inf_norm"] == "undecided" and "not finite in 1 of 3 pairs; sign test" in answered.said
+    )
 
 
 BASE = [3.00, 3.10, 3.05]
@@ -180,22 +190,22 @@ BASE = [3.00, 3.10, 3.05]
 def test_held_out_loss(differences, kind, begins):
     before = BASE[: len(differences)]
     runs = with_values({"loss": before}, {"loss": np.add(before, differences)})
-    found = ask(runs, "held_out_loss")
-    assert found.kinds == {"held_out_loss": kind} and found.said.startswith(begins)
+    answered = ask(runs, "held_out_loss")
+    assert answered.kinds == {"held_out_loss": kind} and answered.said.startswith(begins)
     if len(differences) > 1:
-        one = found.comparisons["held_out_loss"]
+        comparison = answered.comparisons["held_out_loss"]
         test = scipy.stats.ttest_1samp(differences, 0)
-        assert (one.low, one.high) == pytest.approx(tuple(test.confidence_interval(1 - 0.05 / 4)))
-        assert (one.low90, one.high90) == pytest.approx(tuple(test.confidence_interval(1 - 0.1 / 4)))
-        assert ("not inside the margin" in found.said) == (kind != "kept")
+        assert (comparison.low, comparison.high) == pytest.approx(tuple(test.confidence_interval(1 - 0.05 / 4)))
+        assert (comparison.low90, comparison.high90) == pytest.approx(tuple(test.confidence_interval(1 - 0.1 / 4)))
+        assert ("not inside the margin" in answered.said) == (kind != "kept")
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_a_loss_is_not_kept_where_a_run_diverged(n):
+def test_a_divergence_leaves_held_out_loss_undecided(n):
     runs = with_values({"loss": BASE}, {"loss": np.add(BASE, [0.0010, -0.0005, 0.0002])})
-    found = ask([*runs, diverged(n, 60), made(1 - n, 60)], "held_out_loss")
-    assert found.kinds == {"held_out_loss": "undecided"} and f"seed 60: softmax{n} diverged at step" in found.said
-    assert "over 3 pairs of 3,000 steps in which both arms were trained" in found.said
+    answered = ask([*runs, diverged(n, 60), made(1 - n, 60)], "held_out_loss")
+    assert answered.kinds == {"held_out_loss": "undecided"} and f"seed 60: softmax{n} diverged at step" in answered.said
+    assert "over 3 pairs of 3,000 steps in which both arms were trained" in answered.said
 
 
 @pytest.mark.parametrize(
@@ -213,17 +223,17 @@ def test_a_loss_is_not_kept_where_a_run_diverged(n):
     ],
 )  # fmt: skip
 def test_int8(before, after, kind, begins):
-    found = ask(pairs(before, after), "int8")
-    assert found.kinds == {"w8a8_static_gap": kind} and found.said.startswith(begins)
+    answered = ask(pairs(before, after), "int8")
+    assert answered.kinds == {"w8a8_static_gap": kind} and answered.said.startswith(begins)
     if len(before) > 1 and np.isfinite(before).all():
-        assert "(95% interval from" in found.said  # the primary question shares its error with none
+        assert "(95% interval from" in answered.said  # the primary question shares its error with none
     if begins.startswith("There is nothing to rescue in softmax0"):
-        assert "; whether the arms differ cannot be said: " in found.said
+        assert "; whether the arms differ cannot be said: " in answered.said
 
 
-def test_int8_takes_back_and_stops_as_the_whole_answer_does():
-    found = ask(pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], after_loss=5.0), "int8")
-    assert found.said.startswith("Softmax1 makes quantization less harmful here, but the quantized model is worse: ")
+def test_int8_is_qualified_and_withdrawn_like_the_whole_answer():
+    answered = ask(pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], after_loss=5.0), "int8")
+    assert answered.said.startswith("Softmax1 makes quantization less harmful here, but the quantized model is worse: ")
     runs = pairs([2.0, 2.1, 2.2], [1.0, 1.2, 1.1])
     runs[0].damage["self_check"] = {"passed": None}
     assert ask(runs, "int8").said.endswith("they have learnt too little that quantization could destroy.")
@@ -253,36 +263,36 @@ PLAIN = [3.0, 3.4, 3.8]
 )  # fmt: skip
 def test_explanation(context, attending, kind, begins):
     before = {key: PLAIN[: len(context)] for key in ("context", "attending")}
-    found = ask(with_values(before, {"context": context, "attending": attending}), "explanation")
-    assert found.kinds == {"context_kurtosis": kind} and found.said.startswith(begins)
+    answered = ask(with_values(before, {"context": context, "attending": attending}), "explanation")
+    assert answered.kinds == {"context_kurtosis": kind} and answered.said.startswith(begins)
     whole, alone = np.add(context, 3), np.add(attending, 3)
-    rest = found.comparisons["context_kurtosis_attending_over_context_kurtosis"]
+    rest = answered.comparisons["context_kurtosis_attending_over_context_kurtosis"]
     assert rest.difference == pytest.approx(np.log(alone / whole).mean())  # 0 in softmax0
     assert rest.confidence == pytest.approx(1 - 0.05 / 3)
-    assert "entries near zero (at most 1% of the root mean square), softmax1 10.0 %, softmax0 10.0 %" in found.said
+    assert "entries near zero (at most 1% of the root mean square), softmax1 10.0 %, softmax0 10.0 %" in answered.said
 
 
-def test_without_a_place_where_anything_attends_nothing_is_explained():
+def test_without_attending_queries_nothing_is_explained():
     runs = with_values({"context": PLAIN}, {"context": PLAIN, "attending": [math.nan] * 3})
     assert ask(runs, "explanation").kinds == {"context_kurtosis": "not measured"}
     assert explained(None, None, None) == keeping(None, False) == "not measured"
 
 
-def test_every_sentence_says_at_which_scale():
+def test_every_sentence_states_the_scale():
     runs = with_values({"sinks": MANY}, {"sinks": FEW}, model__parameters=5_310_000, training__tokens=21_345_678)
-    for one in questions(findings(runs)).values():
-        assert "over 3 pairs of 3,000 steps (5.3M parameters, 21M tokens a run)" in one.said
+    for answered in questions(findings(runs)).values():
+        assert "over 3 pairs of 3,000 steps (5.3M parameters, 21M tokens a run)" in answered.said
     assert [module.shorter(count) for count in (7, 4_200, 420_000, 83_529_024, 2.1e9)] == [
         *("7", "4.2k", "420k", "84M", "2.1G")
     ]
 
 
-def test_two_pairs_say_so_at_the_corrected_level():
+def test_two_pairs_are_named_with_their_t_at_the_corrected_level():
     runs = with_values({"sinks": MANY[:2]}, {"sinks": FEW[:2]})
     assert "cannot be said, from two pairs only (t = 50.9)" in ask(runs, "sinks").said
 
 
-def test_nothing_is_asked_without_pairs_of_softmax1():
+def test_there_are_no_answers_without_pairs_of_softmax1():
     assert questions([]) == {} == questions(findings([made(0, 42), made(0.5, 42)]))
     assert questions(findings(pairs([1.0], [2.0], test_pipeline=True))) == {}
     assert questions(findings([made(0, 42), diverged(1, 42)])) == {}
@@ -295,7 +305,9 @@ def test_other_arms_change_no_sentence():
 
 
 def test_the_answers_are_plain_json():
-    text = json.dumps({key: asdict(one) for key, one in questions(findings(pairs([2.0, 2.1], [1.0, 1.2]))).items()})
+    text = json.dumps(
+        {key: asdict(answered) for key, answered in questions(findings(pairs([2.0, 2.1], [1.0, 1.2]))).items()}
+    )
     assert json.loads(text).keys() == module.LABELS.keys()
 
 
@@ -347,7 +359,7 @@ def test_all_arms_side_by_side():
 
 
 def test_every_rule_is_written_down():
-    """The tables in DEFINITIONS.md name every kind and the words that go with it."""
+    """The tables in DEFINITIONS.md contain every kind of conclusion and its words."""
     text = (Path(module.__file__).parent / "DEFINITIONS.md").read_text(encoding="utf-8")
     rules = text.partition("## One sentence for each question")[2].partition("\n## ")[0]
     decisions = [module.removal, module.rescued, module.explained]

@@ -34,13 +34,13 @@ def test_zero_has_no_sign(value):
     assert gap_cell(gap) == ("0.0000 ± 0.0000" if value else "–")
 
 
-def test_other_numbers_keep_theirs():
+def test_other_numbers_keep_their_sign():
     assert (signed(-0.00006), signed(1.5), number(-0.01)) == ("-0.0001", "+1.5000", "-0.01")
     assert figure(-0.0) == "0.00" and figure(-4e-5) == "-4.0e-05" and figure(-1200.4) == "-1,200"
     assert figure(-math.inf) == "-inf" and signed(-math.inf) == "-inf"
 
 
-def test_a_border_in_a_name_does_not_end_the_cell():
+def test_a_stroke_in_a_name_does_not_end_the_cell():
     assert table(["", "a|b"], [["x", "1"]]).splitlines()[0] == r"|     | a\|b |"
     assert ">a|b</th>" in html_page(table(["", "a|b"], [["x", "1"]]), {})
 
@@ -77,7 +77,7 @@ def many() -> list:
     return [*runs, diverged(1, 46), made(0, 46, 1.0, training__wall_seconds=70.0)]
 
 
-def test_many_runs_are_shown_by_arm_and_one_a_row_behind():
+def test_many_runs_are_shown_by_arm_and_then_one_in_a_row():
     text = whole(many())
     summary = section(text, "Summary of the runs")
     assert summary[""][2:] == ["softmax0 (mean of 5 runs)", "softmax1 (mean of 4 runs, 1 diverged)"]
@@ -181,7 +181,7 @@ def test_the_contents_of_the_page_lead_to_every_section():
 def test_what_learned_sinks_became():
     runs = pairs([2.0, 2.1], [1.0, 1.2], n="learned")
     for run, (low, high) in zip(runs[1::2], ((-1.0, 0.0), (0.0, 2.0)), strict=True):
-        run.attention = {layer: {**one, "log_n": [low, high]} for layer, one in run.attention.items()}
+        run.attention = {layer: {**of_layer, "log_n": [low, high]} for layer, of_layer in run.attention.items()}
     text = whole(runs)
     assert "| layer 1, softmax_learned |     0.37 |   1.00 |    7.39 |" in text and "Runs of an arm: 2." in text
     assert "| softmax_n " in text and "learned" in text.partition("## Summary of the runs")[2].partition("##")[0]

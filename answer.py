@@ -1,6 +1,6 @@
-"""What is compared between the arms, and what follows: the metrics of a run, the comparisons, the answer in words.
+"""The metrics of a run, their comparison between arms, and the answer in words.
 
-The rules of the answer stand as one table in DEFINITIONS.md ("What is concluded"); a function here decides each.
+DEFINITIONS.md ("What is concluded") has the rules of the answer as a table; each rule is a function here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from runs import Run
 from sets import ComparisonSet, comparison_sets, in_a_pair
 from tables import below_noise, ends, figure, spread
 
-# One metric and one arm were named beforehand, because the hypothesis ends there: outliers matter for what they do to
-# quantization, static per-tensor ranges are what they break, and softmax1 is the remedy that was proposed. The other
-# metrics and arms help to explain it; the more of them there are, the likelier it is that one stands out by chance.
+# One metric and one arm were named beforehand. They follow from the hypothesis: outliers matter because they damage
+# quantization with static per-tensor ranges, and softmax1 is the remedy that was proposed. The other metrics and arms
+# help to explain the result; the more of them there are, the likelier it is that one of them differs by chance.
 PRIMARY = "w8a8_static_gap"
 QUANTIZED = "w8a8_static_loss"
 FLOAT32 = "held_out_loss"
-MARGIN = 0.01  # nats; a change of the perplexity by one per cent, which nobody would quantize differently for
+MARGIN = 0.01  # nats: one per cent of the perplexity, too little to change how anybody would quantize
 
 GAPS = {f"{scheme}_gap": scheme for scheme in SCHEMES if scheme != "float32"}
 METRICS = {  # key: label
@@ -71,16 +71,16 @@ GLANCE = (
     "context_kurtosis_attending",
 )
 SHARES = [key for key in METRICS if key.startswith("sink_rate") and not key.endswith("_above_start")]
-SHARES += ["null_mass", "context_near_zero", "attending_share"]  # of every head, shown as %
-# Metrics that differ between seeds by factors are compared by ratios too: {metric: what is added first, so that all
-# values are above 0}. Full kurtosis is 3 more than excess kurtosis.
+SHARES += ["null_mass", "context_near_zero", "attending_share"]  # shares of each head, shown as %
+# Metrics that differ between seeds by factors are compared by ratios too. {metric: the number that is added first, so
+# that all values are above 0}: full kurtosis is excess kurtosis plus 3.
 RATIOS = {key: 3.0 if "kurtosis" in key else 0.0 for key in METRICS if "kurtosis" in key or key.endswith("inf_norm")}
 
 
 def metrics(run: Run) -> dict[str, float | None]:
     """Every metric of METRICS; None where it was not measured, for example because the model lacks the place.
 
-    All are None for a run that diverged: it left no model that could be measured and quantized.
+    All are None for a run that diverged: it left no model to measure.
     """
     if run.diverged:
         return dict.fromkeys(METRICS)
@@ -97,12 +97,12 @@ def metrics(run: Run) -> dict[str, float | None]:
 
 
 def at_step_0(run: Run) -> dict[str, float | None]:
-    """The metrics of activations and attention before the first update; empty where that model is not known."""
+    """The metrics of activations and attention before the first update; empty where they were not measured."""
     return activation_metrics(run.untrained["places"], run.untrained["attention"]) if run.untrained else {}
 
 
 def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> dict[str, float | None]:
-    """The metrics of METRICS that need one model and no quantization.
+    """The metrics of METRICS that come from activations and attention, without quantization.
 
     Args:
         places, attention: of outliers.measure_model.
@@ -117,7 +117,7 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
         return np.array(values, dtype=float) if values else None
 
     def contexts(statistic: str) -> np.ndarray | None:
-        """One number a layer, and none in a layer where nothing attends."""
+        """One number for each layer in which a query attends to a token."""
         values = np.array([layer.get(statistic, np.nan) for layer in attention.values()], dtype=float)
         return values[~np.isnan(values)] if not np.isnan(values).all() else None
 
@@ -146,9 +146,9 @@ def activation_metrics(places: dict[str, dict], attention: dict[str, dict]) -> d
 
 @dataclass
 class Finding:
-    """A set of runs that agree, and what its pairs show: {arm: {metric: comparison with softmax0}}.
+    """A set of runs that agree, and the comparisons of its pairs: {arm: {metric: comparison with softmax0}}.
 
-    An arm of which no pair was trained in both arms is in `group.pairs`, and not in `compared`.
+    An arm is missing in `compared` if in each of its pairs in `group.pairs` one run or both diverged.
     """
 
     group: ComparisonSet
@@ -156,12 +156,12 @@ class Finding:
 
     @property
     def exploratory(self) -> int:
-        """How many arms share the error of 5 %: those compared, but the one named beforehand."""
+        """The number of compared arms that share an error of 5 %: all but the one named beforehand."""
         return sum(arm != PRIMARY_ARM for arm in self.compared)
 
 
 def findings(runs: list[Run]) -> list[Finding]:
-    """A Finding for each set with a pair, the headline's first. Sets of test runs only where there are no others."""
+    """A Finding for each set with a pair, the headline's first. Sets of test runs count only if there are no others."""
     sets = comparison_sets(runs)
     return [
         Finding(group, comparisons(group))
@@ -171,9 +171,9 @@ def findings(runs: list[Run]) -> list[Finding]:
 
 
 def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
-    """{arm: {metric: comparison with softmax0}} of all arms with a pair trained in both arms, the primary arm first.
+    """{arm: {metric: comparison with softmax0}} of all arms with a pair in which no run diverged, primary arm first.
 
-    The arms but the primary one share an error of 5 % (Bonferroni).
+    All arms except the primary one share an error of 5 % (Bonferroni).
     """
     by_arm = {arm: pairs for arm in ordered(group) if (pairs := trained_pairs(group, arm))}
     compared: dict[str, dict[str, Comparison]] = {arm: {} for arm in by_arm}
@@ -198,13 +198,13 @@ def comparisons(group: ComparisonSet) -> dict[str, dict[str, Comparison]]:
 
 
 def ratio(logs: Comparison | None) -> tuple[float | None, float | None, float | None]:
-    """Ratio of geometric means, arm over softmax0, and its interval, of a comparison of logarithms."""
+    """The ratio of geometric means (arm / softmax0) and its interval, from a comparison of logarithms."""
     ends = (None, None, None) if logs is None else (logs.difference, logs.low, logs.high)
     return tuple(None if end is None else float(np.exp(end)) for end in ends)
 
 
 def ordered(group: ComparisonSet) -> list[str]:
-    """The arms that have a pair; the primary arm comes first."""
+    """The arms that have a pair, the primary arm first."""
     return sorted(group.pairs, key=lambda arm: arm != PRIMARY_ARM)
 
 
@@ -214,20 +214,20 @@ def trained_pairs(group: ComparisonSet, arm: str) -> dict[int, tuple[Run, Run]]:
 
 
 def noise(runs: list[Run], scheme: str) -> float | None:
-    """Noise of the mean gap of runs in nats; None where a floor is unknown."""
+    """The noise of the runs' mean gap, in nats; None where the floor of a run is unknown."""
     return noise_of_mean([run.damage["schemes"][scheme].get("floor") for run in runs])
 
 
 def noise_of_mean(floors: list[float | None]) -> float | None:
-    """sqrt(sum of squared floors) / runs; None where a floor is unknown."""
+    """sqrt(sum of squared floors) / number of runs; None where a floor is unknown."""
     known = np.array(floors, dtype=float)  # None becomes NaN
     return float(np.sqrt((known**2).sum()) / len(known)) if np.isfinite(known).all() else None
 
 
 def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None, float | None]:
-    """95 % bootstrap interval over the held-out texts of the mean difference of the gaps; (None, None) without data.
+    """95 % bootstrap interval, over held-out texts, of the mean difference of the gaps; (None, None) without data.
 
-    The texts are the same in every run, and are drawn for all runs together.
+    All runs have the same texts, so each bootstrap sample draws the same texts for all of them.
     """
     before, after = (mean_losses(list(of_arm), scheme) for of_arm in zip(*pairs, strict=True))
     if before is None or after is None or before["masked"] != after["masked"]:
@@ -237,10 +237,10 @@ def over_texts(pairs: list[tuple[Run, Run]], scheme: str) -> tuple[float | None,
 
 
 def mean_losses(runs: list[Run], scheme: str) -> dict | None:
-    """The losses of every text in float32 and in a scheme, averaged over the runs.
+    """The loss of every text in float32 and in a scheme, averaged over the runs, for bootstrap_difference.
 
-    quantization.bootstrap_difference takes them: the mean difference of any draw of texts follows from the averages.
-    None where the runs were not scored on the same texts.
+    The averages are enough: the mean difference over any sample of texts follows from them. None where the runs were
+    not scored on the same texts.
     """
     damages = [run.damage for run in runs]
     masked = damages[0].get("masked")
@@ -264,15 +264,15 @@ VERDICTS = {  # conclusion about the gap of static W8A8: its words
 }
 
 
-def shown(comparison: Comparison) -> bool:
-    """Whether the interval of the difference excludes 0 (or the sign test is significant, where it is the test)."""
+def excludes_zero(comparison: Comparison) -> bool:
+    """Whether a difference is shown: its interval excludes 0, or the sign test, where it is used, is significant."""
     if comparison.test == SIGN_TEST:
         return comparison.p < 1 - comparison.confidence
     return comparison.low is not None and not comparison.low <= 0 <= comparison.high
 
 
-def less(comparison: Comparison) -> bool:
-    """Whether a difference that was shown is negative."""
+def is_lower(comparison: Comparison) -> bool:
+    """Whether a difference that is shown is negative."""
     return comparison.lower > comparison.higher if comparison.test == SIGN_TEST else comparison.difference < 0
 
 
@@ -282,24 +282,24 @@ def within_margin(comparison: Comparison) -> bool:
 
 
 def harmless(comparison: Comparison) -> tuple[bool, bool]:
-    """(softmax0, the arm): whether the upper end of the interval of its own mean gap is below MARGIN."""
+    """(softmax0, the arm): whether the interval of the arm's own mean gap ends below MARGIN."""
     uppers = (comparison.baseline_upper, comparison.upper)
     return tuple(comparison.finite and upper is not None and upper < MARGIN for upper in uppers)
 
 
 def conclusion(comparison: Comparison) -> str:
-    """What a difference in nats is, beside 0 and beside MARGIN: a key of VERDICTS."""
-    if not shown(comparison):
+    """How a difference in nats compares with 0 and with MARGIN: a key of VERDICTS."""
+    if not excludes_zero(comparison):
         return "equivalent" if within_margin(comparison) else "undecided"
     if within_margin(comparison):
         return "differs within the margin"
-    sign = "less" if less(comparison) else "more"
+    sign = "less" if is_lower(comparison) else "more"
     beyond = comparison.test == SIGN_TEST or comparison.low >= MARGIN or comparison.high <= -MARGIN
     return sign if beyond else f"{sign}, perhaps within the margin"
 
 
 def direction(comparison: Comparison) -> int:
-    """Direction of the difference that the verdict claims: -1 lower, 1 higher; 0 for none, or one below the margin."""
+    """The direction that the verdict claims: -1 lower, 1 higher, 0 none or a difference within the margin."""
     return {"less": -1, "more": 1}.get(conclusion(comparison).partition(",")[0], 0)
 
 
@@ -309,9 +309,10 @@ def verdict(comparison: Comparison, arm: str) -> str:
 
 
 def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
-    """The beginning of a sentence: that there is nothing to rescue. Empty where there may be something.
+    """The beginning of a sentence, which says that there is nothing to rescue; empty where there may be something.
 
-    An arm with a run that diverged, in a pair or not, never counts as unharmed: its worst run was not quantized.
+    An arm with a run that diverged, in a pair or not, never counts as unharmed, because its worst run has no model
+    that could be quantized.
     """
     lost = {run.arm for run in group.runs if run.diverged}
     baseline, other = harmless(comparison)
@@ -324,17 +325,17 @@ def rescue(comparison: Comparison, arm: str, group: ComparisonSet) -> str:
 
 
 def retraction(gap: Comparison, loss: Comparison | None, arm: str) -> str:
-    """The end of a sentence, which limits the verdict on the gap: how the losses of the quantized models compare."""
+    """The end of a sentence, which limits the verdict on the gap by comparing the losses of the quantized models."""
     claimed = direction(gap)
-    if loss is None or not (claimed or shown(loss)):
+    if loss is None or not (claimed or excludes_zero(loss)):
         return ""
-    if not shown(loss):
+    if not excludes_zero(loss):
         no, lower = ("no better", "lower") if claimed < 0 else ("no worse", "higher")
         return f", but the quantized model is {no} (its loss is not shown to be {lower})"
-    if claimed == (-1 if less(loss) else 1):
+    if claimed == (-1 if is_lower(loss) else 1):
         return ""
     whose = "" if claimed else f" with {arm}"
-    return f", but the quantized model is {'better' if less(loss) else 'worse'}{whose}"
+    return f", but the quantized model is {'better' if is_lower(loss) else 'worse'}{whose}"
 
 
 def failed_check(group: ComparisonSet) -> str:
@@ -396,7 +397,7 @@ def losses(metric: dict[str, Comparison], arm: str) -> str:
 
 
 def failures(comparison: Comparison, arm: str) -> list[str]:
-    """For each arm with such a loss: in how many pairs the loss after quantization is not finite."""
+    """For each arm with a loss after quantization that is not finite: the number of such pairs, and their seeds."""
     said = []
     for name, lost in ((BASELINE, comparison.baseline_not_finite), (arm, comparison.not_finite)):
         if lost:
@@ -409,8 +410,8 @@ def failures(comparison: Comparison, arm: str) -> list[str]:
 def divergences(arm: str, group: ComparisonSet) -> str:
     """A sentence about the runs of both arms that diverged in training; empty where none did.
 
-    A divergence is not damage by quantization: it has its own exact two-sided sign test, over the pairs in which only
-    one arm diverged.
+    A divergence in training is no damage by quantization. It has an exact two-sided sign test of its own, over the
+    pairs in which one arm diverged and the other did not.
     """
     lost = [run for run in group.runs if run.diverged and run.arm in (BASELINE, arm)]
     if not lost:
@@ -445,7 +446,7 @@ def costs(comparison: Comparison, arm: str) -> str:
 
 
 def size(count: int, arm: str, group: ComparisonSet) -> str:
-    """The numbers of pairs and steps that a sentence is about."""
+    """How many pairs of how many steps a sentence is about."""
     said = "one pair" if count == 1 else f"{count} pairs"
     if not all(run.diverged for run in group.runs):  # runs that diverged did not complete their steps
         said += f" of {group.steps:,} steps"
@@ -475,7 +476,7 @@ def one_pair(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> s
 
 
 def by_sign(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> str:
-    """The sentences about several pairs, of which one has a loss that is not finite."""
+    """The sentences about several pairs, at least one of which has a loss that is not finite."""
     comparison = metric[PRIMARY]
     decided = comparison.lower + comparison.higher
     least = f"; {decided} pairs cannot give less than p = {min(1, 2 * 0.5**decided):.2g}" if decided else ""

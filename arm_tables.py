@@ -1,6 +1,6 @@
 """The sections of the report with a row for each arm: activations, attention, weights, others' figures.
 
-Each is a heading, a table and a caption. A cell is the mean over the runs of an arm that did not diverge.
+A section is a heading, a table and a caption. A cell is the mean over the runs of an arm that did not diverge.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ QUALCOMM = {
 
 
 def arm_sections(runs: list[Run], sequences: int) -> list[str]:
-    """All sections of this file, made of one set of runs that agree."""
+    """All sections of this file, for the runs of one set."""
     measured = [run for run in runs if not run.diverged]
     return [
         "## Beside others' figures",
         qualcomm_table(runs),
-        "*Full kurtosis here, Gaussian = 3 (ours elsewhere is excess kurtosis, 3 less): mean over layers, FFN output "
-        "and output LayerNorm; infinity norm: mean over sequences, largest layer of the FFN output. Another model, "
-        "language, text and tokenizer: perplexities do not compare across rows, the jump from the first to the last "
-        "column does (Bondarenko et al., NeurIPS 2023; their ±: two models, each quantized three times). Ours: mean ± "
-        "sample standard deviation over the runs of an arm.*",
+        "*Full kurtosis here, 3 for a Gaussian (our other tables have excess kurtosis, 3 less): mean over layers of "
+        "the FFN output and the output LayerNorm. Infinity norm: mean over sequences, in the largest layer of the FFN "
+        "output. Model, language, text and tokenizer differ: compare not the perplexities of different rows, but how "
+        "far each row rises from the first to the last columns (Bondarenko et al., NeurIPS 2023; their ±: two models, "
+        "each quantized three times). Ours: mean ± sample standard deviation over the runs of an arm.*",
         *(activation_sections(measured) if measured else []),
         *(attention_sections(measured, sequences) if any(run.attention for run in measured) else []),
         "## Weights",
         weights_table(runs),
-        "*Excess kurtosis over all entries of a parameter, mean over parameters; the other columns: the parameter with "
-        "the largest value. Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor and 4 bits per group.*",
+        "*Kurtosis: excess kurtosis over all entries of a parameter, mean over the parameters. The other columns show "
+        "the parameter with the largest value. Error: ||W - Q(W)|| / ||W||, symmetric, 8 bits per tensor or 4 bits per "
+        "group.*",
     ]
 
 
@@ -71,7 +72,7 @@ def by_arm(header: list[str], runs: list[Run], subjects: dict[str, Any], cells: 
     Args:
         header: of the columns, that of the row labels first.
         runs: of all arms.
-        subjects: {label of the row: what it is of}.
+        subjects: {label of the row: the first argument of `cells`}.
         cells: (subject, runs of an arm that did not diverge) -> the cells of the row.
     """
     return table(header, arm_rows(header, runs, subjects, cells))
@@ -89,12 +90,12 @@ def arm_rows(header: list[str], runs: list[Run], subjects: dict[str, Any], cells
 
 
 def same(names) -> dict[str, str]:
-    """Subjects that are their own labels."""
+    """Subjects of `by_arm` that are their own labels."""
     return {name: name for name in names}
 
 
 def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
-    """("layer <i>", statistics of the place) of every layer of the runs; of a place outside the layers it is once."""
+    """("layer <i>", statistics of the place) for every layer of the runs; one entry a run for places outside layers."""
     return [
         (name.removesuffix(f".{place}").replace(".", " "), statistics)
         for run in runs
@@ -104,7 +105,7 @@ def layers_of(runs: list[Run], place: str) -> list[tuple[str, dict]]:
 
 
 def mean_of(runs: list[Run], place: str, statistic: str, reduce=np.mean) -> float:
-    """Mean over runs of a statistic, whose layers `reduce` combines; NaN where a model lacks the place."""
+    """Mean over runs of a statistic that `reduce` combines over layers; NaN where a model lacks the place."""
     of_runs = [[layer[statistic] for _, layer in layers_of([run], place)] for run in runs]
     return float(np.mean([reduce(layers) if layers else np.nan for layers in of_runs]))
 
@@ -143,17 +144,18 @@ def activation_sections(runs: list[Run]) -> list[str]:
     return [
         "## Activations by place",
         places_table(runs),
-        "*Kurtosis is excess kurtosis (Gaussian = 0). Mean over layers; infinity norm (mean over sequences) and share "
-        "of the largest channel: the largest layer. Mean over the runs of an arm. The residual stream is what enters a "
-        "LayerNorm. DEFINITIONS.md defines every column.*",
+        "*Kurtosis is excess kurtosis, 0 for a Gaussian. Values are means over layers, except that the infinity norm "
+        "(mean over sequences) and the share of the largest channel are those of the largest layer; then the mean over "
+        "the runs of an arm. The residual stream is the input of a LayerNorm. DEFINITIONS.md defines every column.*",
         "## First token, separators, punctuation",
         classes_table(runs),
         "*Excess kurtosis over the channels of a token (mean over tokens, layers and runs of an arm), and the largest "
         "|x| of all tokens, layers and runs.*",
         "## Massive activations",
         massive_table(runs),
-        f"*Massive (Sun et al. 2024): |x| over {MASSIVE:g} and over {MASSIVE_RATIO:,.0f} times the median |x| of its "
-        "text. Counts of all layers, mean over the runs of an arm; then the largest with their tokens and positions.*",
+        f"*Massive (Sun et al. 2024): |x| is above {MASSIVE:g} and above {MASSIVE_RATIO:,.0f} times the median |x| of "
+        "its text. Counts are of all layers, mean over the runs of an arm; then follow the largest entries, with token "
+        "and position.*",
     ]
 
 
@@ -187,7 +189,7 @@ def classes_table(runs: list[Run]) -> str:
 
 
 def massive_table(runs: list[Run]) -> str:
-    """Sun et al.'s massive activations: how many there are in all layers, and the largest of every arm."""
+    """The number of massive activations (Sun et al.) in all layers, and the three largest of each arm."""
 
     def cells(place: str, of_arm: list[Run]) -> list[str]:
         layers = [(layer, statistics["massive"]) for layer, statistics in layers_of(of_arm, place)]
@@ -205,7 +207,7 @@ def massive_table(runs: list[Run]) -> str:
 
 
 def entry_cell(entry: dict, layer: str) -> str:
-    # In Markdown a token may be a tag, emphasis or the border of a cell.
+    # A token could be read as Markdown: as code, or as the border of a cell.
     token = entry["token"].strip().replace("`", "'").replace("|", "¦").replace("\ufffd", "·") or "_"
     return (
         f"{figure(entry['value'])} ({figure(entry['ratio'])} medians): `{token}` at {entry['position']}, "
@@ -220,35 +222,38 @@ def attention_sections(runs: list[Run], sequences: int) -> list[str]:
     return [
         "## Attention",
         attention_table(runs),
-        f"*Mean over real queries, then over heads. A sink is a token that gets more than {SINK:g} of the attention of "
-        f"a text's mean query (Gu et al. 2025), in texts of at least {SHORT} tokens. Renormalised: every query's "
-        "weights divided by their sum. Idle: what goes to the first token, separators, punctuation or nowhere.*",
+        f"*Mean over real queries (not padding), then over heads. A sink is a token that gets more than {SINK:g} of "
+        f"the attention of a text's mean query (Gu et al. 2025), in texts of at least {SHORT} tokens. Renormalised: "
+        "the weights of each query are divided by their sum. Idle: attention to the first token, to separators, to "
+        "punctuation or to no token.*",
         "## Sinks and null mass, beside step 0 and uniform attention",
         sinks_table(runs),
-        "*Null mass and raw sink rates differ between arms by construction: read them beside the model before its "
-        f"first update and beside attention that gives every key 1 / (n + T) on the same {sequences:,} texts. Short: "
-        f"texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
+        "*Null mass and raw sink rates differ between arms by construction: compare them with the model before its "
+        f"first update, and with uniform attention, which gives every key 1 / (n + T), on the same {sequences:,} "
+        f"texts. Short: texts of fewer than {SHORT} tokens. Nowhere: the null slot counts as one more key.*",
         *learned_section(runs),
         "## Vectors of the heads",
         vectors_table(runs),
-        "*Mean over heads and runs; the largest logit is that of all heads. Norms are L2 norms of value and key "
+        "*Mean over heads and runs; the largest logit is the largest of all heads. Norms are L2 norms of value and key "
         "vectors, by class of token. What the first token adds to the context is its weight times the norm of its "
         "value. The logit range is the largest minus the smallest logit of a query. Near zero: entries of a head's "
-        f"context of at most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis: of "
-        f"one head; of heads with an idle mass of at most {IDLE[0]:.0%} (active); of queries, head by head, of whose "
-        f"attention at most {ATTENDING:.0%} goes nowhere (attending queries); of heads of which that is true on "
-        "average (attending heads).*",
+        f"context of at most {NEAR_ZERO:.0%} of the layer's root mean square. Context kurtosis is excess kurtosis, of "
+        f"one head; active heads: those with an idle mass of at most {IDLE[0]:.0%}; attending queries: in each head, "
+        f"those of whose attention at most {ATTENDING:.0%} goes to no token; attending heads: those for which that "
+        "holds on average.*",
         "## Interventions",
         interventions_table(runs),
-        "*Each on the same masked held-out text, mean over the runs of an arm. In a sink head one token, or the null "
-        f"slot, gets more than {SINK:.0%} of the attention in more than {SINK:.0%} of the texts; without it means that "
-        f"its context is set to zero. As many other heads: mean of {RANDOM_DRAWS} random draws. A dash: a run has no "
-        "sink head, or too few others. The norm is that of the largest layer, the kurtosis the mean of the layers.*",
+        "*Each intervention is measured on the same masked held-out text, mean over the runs of an arm. A sink head "
+        f"gives one token, or the null slot, more than {SINK:.0%} of its attention in more than {SINK:.0%} of the "
+        "texts; "
+        '"without" it, its context is set to zero. As many other heads: mean of '
+        f"{RANDOM_DRAWS} random draws. A dash: a run has no sink head, or too few other heads. The norm is that of the "
+        "largest layer, the kurtosis the mean over layers.*",
     ]
 
 
 def layers_table(runs: list[Run], statistics: dict[str, tuple]) -> str:
-    """Attention by layer; `statistics` is {label: (statistic, how the heads of a layer are reduced, factor)}."""
+    """Attention by layer; `statistics` is {label: (statistic, function that combines the heads, factor)}."""
     depth = max(len(run.attention) for run in runs)
 
     def cells(statistic: tuple, of_arm: list[Run]) -> list[str]:
@@ -280,7 +285,7 @@ def attention_table(runs: list[Run]) -> str:
 
 
 def sinks_table(runs: list[Run]) -> str:
-    """Sink rates and null mass beside what they were before training and what uniform attention gives."""
+    """Sink rates and null mass, beside those before training and those of uniform attention."""
 
     def cells(key: str, of_arm: list[Run]) -> list[str]:
         columns = []
@@ -295,7 +300,7 @@ def sinks_table(runs: list[Run]) -> str:
 
 
 def learned_section(runs: list[Run]) -> list[str]:
-    """The trained n of the heads of every layer; an empty list where no run trained its n."""
+    """The trained n of the heads of each layer; nothing if no run trained its n."""
     learned = [run for run in runs if any("log_n" in layer for layer in run.attention.values())]
     if not learned:
         return []

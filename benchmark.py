@@ -204,11 +204,11 @@ def benchmark_step(args: argparse.Namespace, device: torch.device) -> Iterator[d
         rungs = ladder(inputs, scratch, device)
         samples = [{"input_ids": ids} for ids in inputs.train["input_ids"]]
         first, *batches = (samples[i : i + EFFECTIVE_BATCH_SIZE] for i in range(0, len(samples), EFFECTIVE_BATCH_SIZE))
-        # A compiled model is compiled anew for some shapes, and a shape's CUDA graph is recorded at its second step:
-        # from the third step on, all that is timed is the step.
-        warm_up = [first, *batches] * 3 if device.type == "cuda" else [first]
+        # The graph of a shape is compiled at its first step, perhaps again when others have been seen, and recorded at
+        # the step after that. From the fourth step on, all that is timed is the step.
+        warm_up = [first, *batches] * 4 if device.type == "cuda" else [first]
         bytes_taken, measured, plain = {}, {}, {}  # seconds of the rounds, with and without statistics
-        for label, step in rungs.items():
+        for label, step in tqdm(rungs.items(), desc="warm-up", unit="rung"):  # compiling takes minutes
             for batch in warm_up:
                 step(batch, False)
             bytes_taken[label] = peak(partial(step, first, True))

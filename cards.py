@@ -1,4 +1,4 @@
-"""The cards (README.md) of a model and of the dataset on the Hub: all that they say comes from our own files."""
+"""The cards (README.md) of a model and of the dataset on the Hub, made of nothing but our own files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from record import by_layer, look_up
 from tables import shortest
 
 DATASET = "esperanto"  # name of its repository
-# Every card of ours carries the first tag; cards of test runs and of the sample carry the second tag too. hub.py reads
-# the tags before it overwrites a repository.
+# All our cards have the first tag; those of test runs and of the sample have the second tag too. hub.py reads the tags
+# before it overwrites a repository.
 OUR_TAG, TEST_TAG = "esperberto", "test-pipeline"
 LEARNED = "learned"  # what softmax1.py calls a trained n for each head
 
@@ -25,7 +25,7 @@ LEARNED = "learned"  # what softmax1.py calls a trained n for each head
 # -------------------------------------------------------------------------------------------------------- model cards
 
 WIDGETS = ["La suno <mask>.", "Mi <mask> vin.", "Esperanto estas internacia <mask>.", "La urbo estas tre <mask>."]
-# Of the FFN output, which the published tables leave out: rows of the kurtosis table.
+# Rows of the kurtosis table about the FFN output, which the published tables leave out.
 FFN_ROWS = [("FFN output: dense, activations", "output.dense"), ("FFN output: LayerNorm, activations", "output")]
 KURTOSIS_ROWS = {  # by the dictionary of the results file: (label, name behind `layer.<i>.`)
     "weight_excess_kurtosis": [(f"attention output: {label}", name) for label, name, *_ in WEIGHTS],
@@ -58,7 +58,7 @@ def front_matter(data: ModelCardData | dict) -> str:
 
 
 def model_card(repo: str, config: dict, results: dict | None) -> str:
-    """README.md of a model: its metadata for the Hub and what a reader must know, all of it from its own files.
+    """README.md of a model: metadata for the Hub, and what a reader must know.
 
     Args:
         repo: "namespace/name".
@@ -135,7 +135,7 @@ def model_metadata(namespace: str, run: str, n: float | str, test: bool, results
 
 
 def tag_of(n: float | str) -> str:
-    """The name of the arm, as experiment.arm_name has it; that module takes seconds to import."""
+    """The name of the arm, as in experiment.arm_name, which is not used because importing it takes seconds."""
     return "softmax_learned" if n == LEARNED else f"softmax{shortest(n)}"
 
 

@@ -25,8 +25,8 @@ nav ul {{ max-width: none; columns: 17rem; margin: 0; padding-left: 1rem; }}
 figure {{ display: inline-block; vertical-align: top; width: 38rem; max-width: 100%; margin: 1rem 0.5rem 1rem 0; }}
 img {{ width: 100%; height: auto; display: block; }}
 em, figcaption {{ color: #444; font-size: 0.9rem; }}
-/* A table wider than the screen is scrolled by itself: a shadow says so, and its first column stays. One that is narrow
-   enough stands beside the picture before it. */
+/* A table that is wider than the screen scrolls by itself: a shadow at its edge shows that, and its first column stays
+   in view. A narrow table stands beside the picture before it. */
 .wide {{ display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; margin: 0.5rem 0;
   background: linear-gradient(to left, #fff 40%, #fff0) right / 3rem 100% no-repeat local,
   linear-gradient(to left, #0004, #0000) right / 0.7rem 100% no-repeat scroll; }}
@@ -45,14 +45,14 @@ th:first-child, td:first-child {{ text-align: left; min-width: 8rem; position: s
 </body>
 </html>
 """
-# What in Markdown would make HTML, links or pictures of a text that a name contains.
+# Inline patterns of Markdown that are switched off, so that a name can never become HTML, a link or a picture.
 NOT_OURS = "html link image_link reference image_reference short_reference short_image_ref autolink automail".split()
 
 
 def html_page(text: str, pictures: dict[str, bytes]) -> str:
-    """The Markdown report as one page that needs no other file: `pictures` ({name: PNG}) are put into it.
+    """The Markdown report as one HTML page, which contains `pictures` ({name: PNG}) and needs no other file.
 
-    Names of models and texts are shown as they are: no HTML and no link comes out of them.
+    Names of models and texts are shown literally, whatever HTML or links they contain.
     """
     converter = markdown.Markdown(extensions=["tables", "toc"], extension_configs={"toc": {"toc_depth": "2-2"}})
     converter.preprocessors.deregister("html_block")
@@ -61,7 +61,7 @@ def html_page(text: str, pictures: dict[str, bytes]) -> str:
     body = converter.convert(text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = body.replace(" ± ", "&nbsp;±&nbsp;").replace("× ", "×&nbsp;")  # one number, in one line
-    body = re.sub(r"(\de-)(\d)", r"\1&#8288;\2", body)  # a word joiner: 1e-05 is not broken behind its hyphen
+    body = re.sub(r"(\de-)(\d)", r"\1&#8288;\2", body)  # a word joiner, against a line break after the hyphen of 1e-05
 
     def figure_of(match: re.Match) -> str:
         name, caption = match["name"], match["caption"]

@@ -1,7 +1,7 @@
-"""Paired differences: how two arms that share seed, text, tokenizer and steps differ in a metric, and how sure that is.
+"""Paired differences between two arms in a metric, with intervals and tests.
 
-Runs are paired by seed, because both runs of a seed start from the same weights and see the same batches and masks:
-what differs comes from the arm. sets.py decides which runs may be paired.
+Runs are paired by seed: both runs of a seed start from the same weights and see the same batches and masks, so a
+difference comes from the arm. sets.py decides which runs may be paired.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import scipy.stats
 from tables import below_noise, spread
 
 CONFIDENCE = 0.95
-POWER = 0.8  # of the smallest effect that the pairs could have shown
+POWER = 0.8  # probability with which the smallest detectable effect is shown
 TEST = "paired two-sided t-test over seeds"
 SIGN_TEST = "exact two-sided sign test over seeds"
 
 
 @dataclass
 class Comparison:
-    """One metric in two arms, by pairs. What could not be computed is None.
+    """One metric in two arms, by pairs. A figure that cannot be computed is None.
 
     A value that is not finite (NaN or infinite) counts as worse than every finite one. Where a value is not finite,
     `test` is the sign test, and the means, deviations and intervals that the value would enter are None.
@@ -31,7 +31,7 @@ class Comparison:
 
     pairs: int
     seeds: list[int]  # of the pairs
-    confidence: float  # of every interval here but low90 and high90; above CONFIDENCE after a correction
+    confidence: float  # of every interval except low90 to high90; above CONFIDENCE after a correction
     baseline_mean: float | None
     baseline_std: float | None  # sample standard deviation over seeds
     mean: float | None
@@ -50,12 +50,12 @@ class Comparison:
     high90: float | None = None
     p: float | None = None
     test: str | None = None
-    detectable: float | None = None  # smallest |mean difference| that this many pairs of this spread show at POWER
-    texts_low: float | None = None  # of the bootstrap interval over texts, where answer.py has made one
+    detectable: float | None = None  # smallest |mean difference| that so many pairs with this spread show at POWER
+    texts_low: float | None = None  # of the bootstrap interval over texts; answer.py sets this and all below
     texts_high: float | None = None
-    baseline_floor: float | None = None  # of gaps: noise of the baseline's mean, where answer.py knows it
+    baseline_floor: float | None = None  # for gaps: noise of the baseline's mean
     floor: float | None = None  # the same of the arm's mean
-    ratio: float | None = None  # of the geometric means, arm over baseline, where answer.py has made one
+    ratio: float | None = None  # of the geometric means, arm / baseline
     ratio_low: float | None = None  # of its interval, at `confidence`
     ratio_high: float | None = None
 
@@ -65,16 +65,16 @@ class Comparison:
 
 
 def compare(baseline: dict[int, float | None], arm: dict[int, float | None], tests: int = 1) -> Comparison | None:
-    """Compare the seeds that both arms have; None where there is no such seed.
+    """Compare the seeds that both arms have; None if there is no such seed.
 
-    Where all values are finite: Student's interval for the mean of the paired differences. It assumes that they are
-    Gaussian, and with two pairs (one degree of freedom, t = 12.7) it says little. With one pair, or where all
-    differences are equal, there is no interval and no test. Where a value is not finite: exact two-sided sign test over
-    the pairs without ties.
+    If all values are finite, the interval is Student's, for the mean of the paired differences. It assumes Gaussian
+    differences, and with two pairs (one degree of freedom, t = 12.7) it says little. With one pair, or if all
+    differences are equal, there is no interval and no test. If a value is not finite, the test is the exact two-sided
+    sign test over the pairs without ties.
 
     Args:
-        baseline, arm: {seed: value of the metric}, None where it was not measured, which leaves that seed out.
-        tests: number of comparisons that share the error of 5 % (Bonferroni): the level of each is 5 % / tests.
+        baseline, arm: {seed: value of the metric}; a seed whose value is None (not measured) is left out.
+        tests: number of comparisons that share an error of 5 % (Bonferroni): the level of each is 5 % / tests.
     """
     seeds = sorted(
         seed for seed in baseline.keys() & arm.keys() if baseline[seed] is not None and arm[seed] is not None
@@ -112,9 +112,9 @@ def compare_ratio(
 ) -> Comparison | None:
     """Compare the natural logarithms of value + shift, for values that differ between seeds by factors.
 
-    The seed with the largest value would decide a difference of means; logarithms are closer to a Gaussian. exp of
-    `difference`, `low` and `high` is the ratio of geometric means, arm over baseline, and its interval. None where
-    there is no seed, or where a value + shift is 0 or less.
+    The seed with the largest values would dominate a difference of means, and logarithms are closer to a Gaussian. exp
+    of `difference`, `low` and `high` is the ratio of geometric means (arm / baseline) and its interval. None if there
+    is no common seed, or if a value + shift is 0 or less.
 
     Args:
         baseline, arm, tests: as in `compare`.
@@ -130,7 +130,7 @@ def compare_ratio(
 
 
 def _own(seeds: list[int], values: np.ndarray, level: float) -> dict:
-    """The fields of a Comparison that describe one arm alone; None where there is no such number."""
+    """The fields of a Comparison that describe one arm alone; None for a figure that cannot be computed."""
     own = {"mean": None, "std": None, "upper": None, "not_finite": np.array(seeds)[~np.isfinite(values)].tolist()}
     if own["not_finite"]:
         return own
@@ -144,7 +144,7 @@ def _own(seeds: list[int], values: np.ndarray, level: float) -> dict:
 
 
 def _spread(values: np.ndarray, size: float = 0.0) -> bool:
-    """Whether values differ by more than float64's rounding error in numbers of their size, or of `size` if larger."""
+    """Whether values differ by more than the rounding error of float64 numbers of their size (or `size`, if larger)."""
     rounding = 8 * np.finfo(float).eps * max(np.abs(values).max(), size)
     return bool(np.ptp(values) > rounding)
 
@@ -182,7 +182,7 @@ def percent(confidence: float) -> str:
 
 
 def own_means(comparison: Comparison) -> list[str]:
-    """Of the baseline, then of the arm: mean and deviation over seeds, or that it is not finite or below its noise."""
+    """[baseline, arm]: mean ± deviation over seeds, or that values are not finite, or the mean below its noise."""
     arms = (
         (comparison.baseline_mean, comparison.baseline_std, comparison.baseline_floor, comparison.baseline_not_finite),
         (comparison.mean, comparison.std, comparison.floor, comparison.not_finite),
@@ -194,7 +194,7 @@ def own_means(comparison: Comparison) -> list[str]:
 
 
 def no_interval(comparison: Comparison) -> str | None:
-    """Why a comparison has no interval, in words; None where it has one."""
+    """The reason why a comparison has no interval, in words; None if it has one."""
     if comparison.low is not None:
         return None
     if not comparison.finite:

@@ -1,4 +1,4 @@
-"""The pictures of the report: which there are, their captions, and what of the runs they show. plots.py draws them."""
+"""The pictures of the report: their data, taken from the runs, and their captions. plots.py draws them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sets import BASELINE
 PANELS = ("context", "attention_output", "attention_layernorm", "ffn_intermediate", "ffn_output", "ffn_residual")
 KURTOSIS = (plots.KURTOSIS, "symlog")  # label of the axis, its scale
 NORM = ("infinity norm", "log")
-EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis, its scale))
+EMERGING = {  # panels of emergence.png: statistic: (title, factor, (label of the axis, its scale))
     "ffn_output.kurtosis_sequence": ("FFN output: kurtosis", 1, KURTOSIS),
     "ffn_residual.kurtosis_sequence": ("residual stream: kurtosis", 1, KURTOSIS),
     "ffn_output.inf_norm": ("FFN output: norm", 1, NORM),
@@ -28,11 +28,11 @@ EMERGING = {  # of emergence.png: statistic: (title, factor, (label of the axis,
     "attention.sink_rate_any_renormalised": ("sinks, renormalised", 100, ("% of heads and texts", "linear")),
     "attention.null_mass": ("null mass", 100, ("% of the attention", "linear")),
 }
-SEEDS = {  # of emergence_seeds.png, in the same way
+SEEDS = {  # panels of emergence_seeds.png, in the same form
     "attention.sink_rate_any": ("Attention sinks", 100, ("% of heads and texts", "linear")),
     "ffn_residual.inf_norm": ("Residual stream", 1, ("largest entry", "log")),
 }
-LEADING = (BASELINE, PRIMARY_ARM)  # what the question is about: drawn wide, with every run
+LEADING = (BASELINE, PRIMARY_ARM)  # the arms of the primary question are drawn wide, with every run
 
 
 class Picture(NamedTuple):
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 
 def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
-    """{file name: picture}, of the runs of one set; a picture without data is left out."""
+    """{file name: picture} for the runs of one set; pictures without data are left out."""
     trained = [run for run in runs if not run.diverged]
     looks = plots.looks(list(arms(runs)), LEADING)
     made = {
@@ -58,19 +58,21 @@ def pictures(runs: list[Run], sequences: int) -> dict[str, Picture]:
     return {name: picture for name, picture in made.items() if picture}
 
 
-def drawn_said(runs: list[Run], looks: dict[str, plots.Look]) -> str:
-    """A sentence about how several runs of an arm are drawn; empty where every arm has one run."""
+def lines_caption(runs: list[Run], looks: dict[str, plots.Look]) -> str:
+    """The meaning of thin and thick lines; empty if every arm has one run."""
     if len(runs) == len(arms(runs)):
         return ""
-    others = "" if all(look.leading for look in looks.values()) else " Of an arm without a thick line, only the median."
-    return f" Thin line: a run; thick line: the median of its arm.{others}"
+    others = (
+        "" if all(look.leading for look in looks.values()) else " Arms without a thick line: only the median is drawn."
+    )
+    return f" Thin lines are runs; a thick line is the median of its arm.{others}"
 
 
 # ------------------------------------------------------------------------------------------------- during the training
 
 
 def emergence_curves(runs: list[Run], statistics: dict[str, tuple]) -> tuple[dict[str, list[tuple]], str]:
-    """({title: curves}, how many texts they are of); `statistics` is {name: (title, factor, axis)}."""
+    """({title: curves}, the number of texts behind them); `statistics` is {name: (title, factor, axis)}."""
     trained = [run for run in runs if run.results]
     curves: dict[str, list[tuple]] = {}
     for statistic, (title, factor, _) in statistics.items():
@@ -90,9 +92,9 @@ def emergence_seeds(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | 
     if len(curves) < len(SEEDS):
         return None
     caption = (
-        f"Sinks: heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual stream: "
-        f"infinity norm of the largest layer. On {watched} held-out texts, from before the first update on."
-        f"{drawn_said(runs, looks)}"
+        f"Sinks: share of heads and texts in which one token gets more than {SINK:.0%} of the attention. Residual "
+        f"stream: infinity norm of the largest layer. Both on {watched} held-out texts, starting before the first "
+        f"update.{lines_caption(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in SEEDS.values()}
     return Picture("Sinks and outliers during training", caption, plots.bundles(curves, looks, axes_of))
@@ -104,16 +106,16 @@ def emergence(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
         return None
     title = "Outliers and attention during training"
     caption = (
-        f"{title}, from before the first update on: {watched} texts evenly spread over the held-out split, unmasked, "
+        f"{title}, starting before the first update: {watched} texts evenly spread over the held-out split, unmasked, "
         "eval mode, padding left out, as in the analysis. Kurtosis and attention: mean of the layers; norms: the "
-        f"largest layer.{drawn_said(runs, looks)}"
+        f"largest layer.{lines_caption(runs, looks)}"
     )
     axes_of = {title: axis for title, _, axis in EMERGING.values()}
     return Picture(title, caption, plots.panels(curves, looks, title, "step", axes_of))
 
 
 def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """Both losses of every run, also of runs that diverged, and the differences of pairs of runs of one seed."""
+    """Training and held-out loss of all runs, also of those that diverged, and the differences within pairs."""
     trained = [run for run in runs if run.results]
     if not trained:
         return None
@@ -131,14 +133,14 @@ def loss(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     below = f" Below: held-out loss minus that of {BASELINE} with the same seed." if differences else ""
     gone = [f" {run.name} {run.ending}." for run in trained if run.diverged]
     caption = (
-        "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats a masked "
-        f"token.{below}{drawn_said(trained, looks)}{''.join(gone)}"
+        "Held-out loss (marked) and training loss (dotted: the median over the runs of an arm), in nats per masked "
+        f"token.{below}{lines_caption(trained, looks)}{''.join(gone)}"
     )
     return Picture("Masked-LM loss during training", caption, plots.loss(*curves, differences, BASELINE, looks))
 
 
 def history_of(run: Run, key: str) -> dict[int, float]:
-    """{step: loss} of a history in the results; NaN where the loss was no number."""
+    """{step: loss} from a history in the results; NaN where the loss was not finite."""
     return {step: np.nan if value is None else value for step, value in run.results[key]}
 
 
@@ -146,7 +148,7 @@ def history_of(run: Run, key: str) -> dict[int, float]:
 
 
 def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The gap of every scheme: of each run, and the mean of an arm with its interval over texts."""
+    """The gap of every scheme, for each run, and the mean of each arm with its interval over texts."""
     trained = [run for run in runs if not run.diverged]
     gaps: dict[str, dict[str, tuple]] = {}
     lost = [f"{run.name} (diverged)" for run in runs if run.diverged]
@@ -160,18 +162,18 @@ def damage(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
         return None
     several = len(trained) > len(arms(trained))
     caption = (
-        "Held-out loss of the quantized models over that in float32, in thousandths of a nat a masked token. "
-        + ("A small mark is a run, the large one the mean of an arm; bar" if several else "Bar")
-        + ": 95% interval over texts (bootstrap), for these models only."
+        "Held-out loss of the quantized models minus that of float32, in thousandths of a nat per masked token. "
+        + ("A small mark is a run, a large one the mean of an arm; a bar" if several else "A bar")
+        + " is the 95% interval over texts (bootstrap), for these models only."
         + (f" Without a mark: {'; '.join(lost)}." if lost else "")
     )
     return Picture("Quantization damage", caption, plots.damage(gaps, looks))
 
 
 def over_texts(runs: list[Run], scheme: str) -> tuple[float, float] | None:
-    """95 % bootstrap interval over texts of the mean gap of runs in nats; None where losses of texts are not known.
+    """95 % bootstrap interval over texts of the mean gap of runs, in nats; None if the losses of texts are unknown.
 
-    It is the interval of the difference to a model that the scheme does not change.
+    It is computed as the difference from a model that the scheme leaves unchanged.
     """
     harmed = mean_losses(runs, scheme)
     if harmed is None:
@@ -195,9 +197,10 @@ def by_place(
         return None
     title = f"{axis[0].capitalize()} of the activations"
     caption = (
-        f"{title} by layer and place, on {sequences:,} held-out texts, eval mode"
-        + (", a Gaussian has 0" if axis is KURTOSIS else "")
-        + f". All panels have one scale. The residual stream is what enters a LayerNorm.{drawn_said(runs, looks)}"
+        f"{title} by layer and place, on {sequences:,} held-out texts in eval mode"
+        + (" (a Gaussian has 0)" if axis is KURTOSIS else "")
+        + ". All panels have the same scale. The residual stream is the input of a LayerNorm."
+        + lines_caption(runs, looks)
     )
     return Picture(title, caption, plots.panels(curves, looks, title, "layer", dict.fromkeys(curves, axis)))
 
@@ -212,14 +215,14 @@ def histograms(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
     chosen = evenly_spread(len(of_layers), 6)  # of deeper models, some layers
     shown = {layer: curves for i, (layer, curves) in enumerate(of_layers.items()) if i in chosen}
     caption = (
-        f"Density of the entries of the FFN output, standardised, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
-        f"arm. What lies beyond ±{BINS[-1]:g} standard deviations is counted at the edge."
+        f"Density of the standardised entries of the FFN output, on {HISTOGRAM_TEXTS} texts: mean over the runs of an "
+        f"arm. Entries beyond ±{BINS[-1]:g} standard deviations are counted in the outermost bins."
     )
     return Picture("FFN output beside a Gaussian", caption, plots.histograms(shown, looks))
 
 
 def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | None:
-    """The first run of every arm: two arms side by side on every text, more arms on the first text only."""
+    """Maps of the first run of each arm: of up to two arms on every text, of more arms on the first text only."""
     first = {arm: of_arm[0].maps for arm, of_arm in arms(runs).items()}
     shown = {arm: first[arm] for arm in looks if first.get(arm)}
     if not shown:
@@ -233,7 +236,8 @@ def attention_map(runs: list[Run], looks: dict[str, plots.Look]) -> Picture | No
         ]
         rows += [maps[i : i + 2] for i in range(0, len(maps), 2)]
     caption = (
-        "Attention of the head that does least (largest idle mass), first run of every arm. A row is a query; the last "
-        "column is what goes nowhere (null mass). Grey shows the square root of the weight, up to the largest weight."
+        "Attention of the head that does least (largest idle mass), in the first run of each arm. A row is a query; "
+        "the last column is the attention that goes to no token (null mass). The grey level is the square root of the "
+        "weight, relative to the largest weight."
     )
     return Picture("Attention of the head that does least", caption, plots.attention(rows))

@@ -1,8 +1,7 @@
 """The pictures of the report, as PNG: readable in grey (lightness, markers and dashes differ) and on a phone (narrow).
 
-A picture has a short title; the report prints its caption, with the details, below it. An arm looks the same in every
-picture (`looks`). A curve is (arm, values, steps) of one run: it is drawn thin, and the median over the runs of an arm
-thick.
+A picture has a short title; the report prints a caption with the details below it. An arm looks the same in every
+picture (`looks`). A curve is (arm, values, steps) of one run. Curves are drawn thin, and the median of an arm thick.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Look:
     colour: str
     marker: str
     dash: str
-    leading: bool  # drawn wide, and its runs with it; of other arms a thin median only
+    leading: bool  # with a wide median and its single runs; other arms have a thin median only
 
     def line(self, **more) -> dict:
         """Arguments for Axes.plot."""
@@ -65,7 +64,7 @@ class Look:
 
 
 def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
-    """The look of every arm, leading arms first. All arms lead if there are at most three, or none is in `leading`."""
+    """The look of every arm, leading arms first. All lead if they are at most three, or if none is in `leading`."""
     few = len(arms) <= 3 or not set(arms) & set(leading)
     ordered = sorted(arms, key=lambda arm: leading.index(arm) if arm in leading else len(leading))
     return {arm: Look(*COLOURS[i % len(COLOURS)], few or arm in leading) for i, arm in enumerate(ordered)}
@@ -75,7 +74,7 @@ def looks(arms: list[str], leading: tuple[str, ...]) -> dict[str, Look]:
 
 
 def _legend(figure, axes, more: list[Line2D] | tuple = ()) -> None:
-    """One legend below all panels, with an entry for each label; `more` are additional handles."""
+    """One legend below all panels, with one entry for each label; `more` are additional handles."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True)) | {handle.get_label(): handle for handle in more}
     longest = max(map(len, unique), default=0)
@@ -117,7 +116,7 @@ def _of_arm(curves: list[tuple], arm: str) -> list[tuple]:
 
 
 def _median(runs: list[tuple]) -> tuple[list, np.ndarray]:
-    """(steps that more than half of the runs reached, the median of these runs there); only finite numbers count."""
+    """(steps that more than half of the runs reached, the median of their finite values at each of these steps)."""
     reached = [dict(zip(steps, values, strict=True)) for steps, values in runs]
     at_step = {step: [of_run[step] for of_run in reached if step in of_run] for step in sorted(set().union(*reached))}
     common = {step: np.array(values, float) for step, values in at_step.items() if 2 * len(values) > len(reached)}
@@ -126,10 +125,10 @@ def _median(runs: list[tuple]) -> tuple[list, np.ndarray]:
 
 
 def _draw(axes, curves: list[tuple], looks: dict[str, Look], label: Callable = lambda arm, runs: arm, **more) -> None:
-    """The median of every arm, below it a thin line for each run of a leading arm with several.
+    """Draw the median of every arm and, behind it, a thin line for each run of a leading arm that has several runs.
 
-    Arms are drawn in order: where two coincide, the earlier one shows between the dashes of the later one. `label` is
-    (arm, number of its runs) -> its text in the legend.
+    Arms are drawn in order: where two coincide, the earlier arm is visible between the dashes of the later one. `label`
+    maps (arm, number of its runs) to the text in the legend.
     """
     for arm, look in looks.items():
         if not (runs := _of_arm(curves, arm)):
@@ -138,7 +137,7 @@ def _draw(axes, curves: list[tuple], looks: dict[str, Look], label: Callable = l
             for steps, values in runs:
                 axes.plot(steps, values, **look.line(marker="", linestyle="-", linewidth=0.8, alpha=0.45, zorder=1.5))
         steps, median = _median(runs)
-        every = max(1, len(steps) // 7)  # markers at some of many steps
+        every = max(1, len(steps) // 7)  # at most 14 markers on a line
         axes.plot(steps, median, **look.line(label=label(arm, len(runs)), markevery=every, **more))
 
 
@@ -146,9 +145,10 @@ def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
     """Make an axis logarithmic where its values span a wide range.
 
     Args:
-        kind: "linear" leaves it linear. "log" makes it logarithmic if the values are above 0 and differ by a factor of
-            10. "symlog" makes it linear up to `linear_to`, so that 0 is shown, and logarithmic beyond, if the largest
-            size is over 30 times `linear_to` and the lower quartile of all sizes.
+        kind: "linear" leaves the axis linear. "log" makes it logarithmic if all values are above 0 and the largest is
+            more than 10 times the smallest. "symlog" makes it linear between -`linear_to` and `linear_to`, so that 0 is
+            shown, and logarithmic beyond, if the largest magnitude is more than 30 times `linear_to` and more than 30
+            times the lower quartile of the magnitudes.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -162,7 +162,7 @@ def _scale(axis, kind: str, values: np.ndarray, linear_to: float = 1) -> None:
     elif kind == "symlog" and sizes.max() > 30 * max(np.quantile(sizes, 0.25), linear_to):
         set_scale("symlog", linthresh=linear_to)
         ends = 1.6 * min(values.min(), 0) - 0.3 * linear_to, 1.6 * max(values.max(), 0) + 0.3 * linear_to
-        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # otherwise the margins are those of a linear axis
+        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # matplotlib's own margins are those of a linear axis
     else:
         return
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))  # 100 and not 10^2
@@ -179,7 +179,8 @@ def loss(
 
     Args:
         training, held_out: curves, in nats a token.
-        differences: curves of the loss minus that of the baseline with the same seed; without any, no second panel.
+        differences: curves of the loss minus that of the baseline with the same seed; if empty, the second panel is
+            left out.
     """
     heights = (1.5, 1) if differences else (1.5,)
     size = WIDTH, 7.0 if differences else 4.4
@@ -235,7 +236,7 @@ def panels(
 
 @plt.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13})
 def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dict[str, tuple[str, str]]) -> bytes:
-    """Panels side by side, readable at half the width: medians of arms, and thin lines for the runs of leading arms.
+    """Panels side by side, readable at half the page width: medians of arms, thin lines for runs of leading arms.
 
     Args:
         curves: {title of the panel: curves}.
@@ -262,15 +263,15 @@ def bundles(curves: dict[str, list[tuple]], looks: dict[str, Look], axes_of: dic
 
 @plt.rc_context(STYLE)
 def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
-    """Gap of the held-out loss to float32 in thousandths of a nat: a row for each scheme and arm.
+    """Held-out loss minus that of float32, in thousandths of a nat: a row for each scheme and arm.
 
-    A small mark is a run. The large mark is the mean of the runs of an arm, drawn if all of them are finite.
+    A small mark is a run. A large mark is the mean of an arm; it is left out if the gap of a run is not finite.
 
     Args:
         gaps: {scheme: {arm: ([gap of each run], (low, high): interval of their mean, or None)}}, all in nats.
     """
     looks = {arm: look for arm, look in looks.items() if any(arm in of_arms for of_arms in gaps.values())}
-    pitch = len(looks) + 1  # rows of a scheme, one of them empty
+    pitch = len(looks) + 1  # rows of a scheme: its arms and an empty row
     height = (0.24 if len(looks) <= 3 else 0.17) * pitch * len(gaps) + 1.7
     figure, axes = plt.subplots(figsize=(WIDTH, height))
     every = []
@@ -306,9 +307,10 @@ def damage(gaps: dict[str, dict[str, tuple]], looks: dict[str, Look]) -> bytes:
 
 @plt.rc_context({**STYLE, "axes.grid": False})
 def attention(rows: list[list[tuple[str, list[str], np.ndarray, np.ndarray]]]) -> bytes:
-    """Attention maps in grey, at most two in a row, with the null mass as the last column.
+    """Attention maps in grey, at most two side by side, with the null mass as the last column.
 
-    Grey is the square root of a weight over the largest weight of all maps, so that small weights are visible too.
+    The grey level is the square root of a weight, relative to the largest weight of all maps: so small weights stay
+    visible.
 
     Args:
         rows: of (caption, tokens, weights (T, T), null mass (T,)).

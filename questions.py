@@ -1,7 +1,7 @@
 """One sentence for each question about softmax1, each from its own interval: sinks, outliers, held-out loss, INT8.
 
-The rules stand in DEFINITIONS.md ("One sentence for each question"); a function here decides each. INT8 is the primary
-question, of which answer.py says more. The others are secondary, and their intervals share an error of 5 %.
+DEFINITIONS.md ("One sentence for each question") has the rules; each rule is a function here. INT8 is the primary
+question, and answer.py says more about it. The others are secondary: their intervals share an error of 5 %.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from answer import (
     costs,
     direction,
     divergences,
+    excludes_zero,
     failed_check,
     failures,
     few_pairs,
-    less,
+    is_lower,
     metrics,
     rescue,
     retraction,
-    shown,
     size,
     trained_pairs,
     undecided_check,
@@ -48,16 +48,16 @@ from sets import BASELINE
 from tables import ends, figure, number, spread
 
 SECONDARY = 4  # intervals: sinks, infinity norm, kurtosis, held-out loss
-EXPLAINING = 3  # intervals of the explanation of the context's kurtosis: exploratory, an error of 5 % by themselves
-SINKS = ("sink_rate_any", "sink_rate_any_renormalised")  # in this order: see `sinks`
+EXPLAINING = 3  # intervals that explain the context's kurtosis: exploratory, they share another error of 5 %
+SINKS = ("sink_rate_any", "sink_rate_any_renormalised")  # in the order in which `sinks` tests them
 NORM, KURTOSIS = "residual_inf_norm", "ffn_output_kurtosis"
 CONTEXT, ATTENDS = "context_kurtosis", "context_kurtosis_attending"
 
-# Below these an arm has nothing that could be removed. Stated before any pair was trained to the end.
+# Below these bounds an arm has nothing that could be removed. They were fixed before any pair was completely trained.
 NO_SINKS = 1.0  # % of heads and texts (above step 0, where that is known)
 NO_OUTLIERS = {  # of geometric means
     NORM: OUTLIER,  # no entry is an outlier of Dettmers et al. 2022
-    KURTOSIS: 3.0 + RATIOS[KURTOSIS],  # excess kurtosis 3: the tails of a Laplace distribution
+    KURTOSIS: 3.0 + RATIOS[KURTOSIS],  # excess kurtosis of 3, that of a Laplace distribution
 }
 
 LABELS = {
@@ -99,15 +99,15 @@ class Answered:
 
 @dataclass
 class Pairs:
-    """The pairs of softmax0 and softmax1 in one set in which both were trained."""
+    """The pairs of softmax0 and softmax1 in one set in which neither run diverged."""
 
     finding: Finding
     before: dict[int, dict[str, float | None]]  # {seed: metrics} of softmax0
     after: dict[int, dict[str, float | None]]
-    started: list[dict[str, float | None]]  # metrics of every run at step 0; empty where that model is not known
+    started: list[dict[str, float | None]]  # metrics of every run at step 0; empty where they were not measured
 
     def compare(self, key: str, tests: int = SECONDARY) -> Comparison | None:
-        """Compare a metric; None where it was not measured, or is NaN because there was nothing to measure it on."""
+        """Compare a metric; None where it was not measured, or is NaN because no entry belongs to it."""
         both = [{seed: _known(values[key]) for seed, values in arm.items()} for arm in (self.before, self.after)]
         if key in RATIOS:
             return compare_ratio(*both, shift=RATIOS[key], tests=tests)
@@ -144,11 +144,11 @@ def questions(all_findings: list[Finding]) -> dict[str, Answered]:
 
 
 def removal(comparison: Comparison | None, bound: float) -> str:
-    """The conclusion about something that softmax1 is to remove: a key of REMOVAL, ONE_PAIR or NOT_MEASURED.
+    """The conclusion about sinks or outliers, which softmax1 should remove: a key of REMOVAL, ONE_PAIR or NOT_MEASURED.
 
     Args:
         comparison: of a metric, or of its logarithms.
-        bound: on the same scale: an arm whose own mean is surely below it has nothing to remove.
+        bound: on the same scale; an arm has nothing to remove if the interval of its own mean ends below it.
     """
     if comparison is None:
         return NOT_MEASURED
@@ -157,19 +157,19 @@ def removal(comparison: Comparison | None, bound: float) -> str:
     before, after = surely_below(comparison, bound)
     if before and after:
         return "nothing in either arm"
-    if shown(comparison) and not less(comparison):
+    if excludes_zero(comparison) and not is_lower(comparison):
         return "increased"
     if before:
         return "nothing to remove"
-    if shown(comparison):
+    if excludes_zero(comparison):
         return "removed" if after else "reduced"
     return "undecided"
 
 
 def surely_below(comparison: Comparison, bound: float) -> tuple[bool, bool]:
-    """(softmax0, softmax1): whether the upper end of the interval of the arm's own mean is below the bound.
+    """(softmax0, softmax1): whether the interval of the arm's own mean ends below the bound.
 
-    Where all values of an arm are equal (no seed has a sink, for example), it has no interval: the value itself counts.
+    An arm whose values are all equal (no seed has a sink, for example) has no interval: then the value itself counts.
     """
     if not comparison.finite:
         return False, False
@@ -180,7 +180,7 @@ def surely_below(comparison: Comparison, bound: float) -> tuple[bool, bool]:
 def keeping(comparison: Comparison | None, diverged: bool) -> str:
     """The conclusion about held-out loss: kept, worse, better (perhaps within the margin) or undecided.
 
-    Undecided where a run diverged in training: it has no loss, and the other runs of its arm do not stand for it.
+    Undecided where a run diverged in training: it has no loss, and the other runs of its arm cannot represent it.
     """
     if comparison is None:
         return NOT_MEASURED
@@ -199,22 +199,23 @@ def rescued(comparison: Comparison, rescues: str) -> str:
 
 
 def explained(whole: Comparison | None, attending: Comparison | None, rest: Comparison | None) -> str:
-    """Whether nulled attention explains a kurtosis of the context that is higher under softmax1.
+    """Whether queries whose attention goes nowhere explain that the context has a higher kurtosis with softmax1.
 
     Args:
-        whole, attending: of the logarithms of the context's kurtosis: of all, and of the queries that attend.
-        rest: of the difference of the two.
+        whole: comparison of the logarithm of the context's kurtosis.
+        attending: the same of the queries that attend.
+        rest: comparison of the difference of these two logarithms.
     """
     if whole is None or attending is None or rest is None:
         return NOT_MEASURED
     if whole.pairs == 1:
         return ONE_PAIR
-    if not shown(whole):
+    if not excludes_zero(whole):
         return "no rise shown"
-    if less(whole):
+    if is_lower(whole):
         return "nothing to explain"
-    smaller = shown(rest) and less(rest)
-    still = shown(attending) and not less(attending)
+    smaller = excludes_zero(rest) and is_lower(rest)
+    still = excludes_zero(attending) and not is_lower(attending)
     if smaller:
         return "in part" if still else "supported"
     return "not supported" if still else "undecided"
@@ -226,9 +227,9 @@ def explained(whole: Comparison | None, attending: Comparison | None, rest: Comp
 def sinks(pairs: Pairs) -> Answered:
     """Sink rate of any token, minus that at step 0 where it is known, in two ways.
 
-    First of all attention, as Gu et al. define a sink. Then of the attention that goes to tokens: the null slot lowers
-    the share of every token, so only this second rate compares tokens with each other. It is tested only where the
-    first one is shown (a fixed sequence of tests, which needs no further correction).
+    The first rate is of all attention, as Gu et al. define a sink. The second is of the attention that goes to tokens:
+    the null slot lowers the share of every token, so only this rate compares tokens with each other. It is tested only
+    where the first difference is shown (a fixed sequence of tests, which needs no further correction).
     """
     metrics_of_runs = [*pairs.before.values(), *pairs.after.values()]
     known = None not in [of_run[f"{key}_above_start"] for key in SINKS for of_run in metrics_of_runs]
@@ -305,7 +306,7 @@ def held_out_loss(pairs: Pairs) -> Answered:
 
 
 def int8(pairs: Pairs) -> Answered:
-    """The primary question in one sentence; answer.py has all that is concluded about it."""
+    """The primary question in one sentence; answer.py has all conclusions about it."""
     group, metric = pairs.finding.group, pairs.finding.compared[PRIMARY_ARM]
     comparison = metric.get(PRIMARY)
     if failed := failed_check(group):
@@ -330,7 +331,7 @@ def int8(pairs: Pairs) -> Answered:
 
 
 def explanation(pairs: Pairs) -> Answered:
-    """Is the kurtosis of the attention context higher because of the zeros where attention goes nowhere?"""
+    """Whether the context's kurtosis is higher because its entries are near zero where attention goes nowhere."""
     whole, attending = (pairs.compare(key, EXPLAINING) for key in (CONTEXT, ATTENDS))
     both = [
         {seed: _log_ratio(values[ATTENDS], values[CONTEXT]) for seed, values in arm.items()}
@@ -362,7 +363,7 @@ def explanation(pairs: Pairs) -> Answered:
 
 
 def _log_ratio(above: float | None, below: float | None) -> float | None:
-    """Log of the ratio of two full kurtoses, given as excess kurtoses; None where one was not measured."""
+    """The logarithm of the ratio of two full kurtoses, given as excess kurtoses; None where one was not measured."""
     if _known(above) is None or _known(below) is None or min(above, below) <= -3:
         return None
     return math.log(above + 3) - math.log(below + 3)
@@ -408,7 +409,7 @@ def points(comparison: Comparison) -> str:
 
 
 def factor(comparison: Comparison, sure: bool = True) -> str:
-    """Geometric means of both arms, and the ratio, of a comparison of logarithms; `sure`: with its interval."""
+    """The geometric means of both arms and their ratio, from a comparison of logarithms; `sure` adds its interval."""
     if not comparison.finite:
         return no_interval(comparison)
     after, before = (figure(math.exp(mean)) for mean in (comparison.mean, comparison.baseline_mean))
@@ -417,7 +418,7 @@ def factor(comparison: Comparison, sure: bool = True) -> str:
 
 
 def times(comparison: Comparison) -> str:
-    """A ratio and its interval, of a comparison of logarithms."""
+    """A ratio and its interval, from a comparison of logarithms."""
     if not comparison.finite:
         return no_interval(comparison)
     ratio = figure(math.exp(comparison.difference))
@@ -430,12 +431,12 @@ def times(comparison: Comparison) -> str:
 
 
 def losses(mean: float | None, std: float | None) -> str:
-    """Losses with the decimals that the margin needs."""
+    """A mean loss with four decimals, enough to see the margin."""
     return number(mean, 4) + ("" if std is None else f" ± {number(std, 4)}")
 
 
 def seen(comparison: Comparison | None, pairs: Pairs) -> str:
-    """The scale for which a sentence holds: pairs, steps, parameters, tokens."""
+    """The scale of the experiment behind a sentence: pairs, steps, parameters, tokens."""
     over = size(comparison.pairs if comparison else len(pairs.before), PRIMARY_ARM, pairs.finding.group)
     run = next(iter(trained_pairs(pairs.finding.group, PRIMARY_ARM).values()))[0]
     counts = {"parameters": "model.parameters", "tokens a run": "training.tokens"}
@@ -445,7 +446,7 @@ def seen(comparison: Comparison | None, pairs: Pairs) -> str:
 
 
 def shorter(count: int) -> str:
-    """5.3M, 84M, 420k."""
+    """A count in a few characters: 5.3M, 84M, 420k."""
     for size_of, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size_of:
             return f"{count / size_of:.{1 if count < 10 * size_of else 0}f}{letter}"

@@ -1,7 +1,7 @@
 """The report as Markdown: question, answers, comparisons, and tables with the published figures beside ours.
 
-Everything in it comes from runs that were measured (runs.py) and from comparisons of their pairs (pairs.py). Tables
-with a column for each run are in run_tables.py, those with a row for each arm in arm_tables.py.
+It is made of measured runs (runs.py) and of comparisons of their pairs (answer.py). run_tables.py has the tables with a
+column for each run, arm_tables.py those with a row for each arm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from run_tables import (
     lead_section,
     published_sections,
     run_by_run,
-    scored_said,
+    scored_texts,
     summary_section,
 )
 from runs import Run, arms, ranges
@@ -31,22 +31,23 @@ NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from unco
 
 
 def comparison_table(compared: dict[str, Comparison], arm: str, keys) -> str:
-    """A row for each metric: both arms, the difference, its interval over seeds and, of a gap, that over texts."""
+    """A row for each metric: both arms, the difference, its interval over seeds and, for gaps, that over texts."""
 
     def ratio(text: str) -> str:
-        """A ratio of geometric means, or its ends, behind a difference; empty where there is none."""
+        """The text of a ratio of geometric means, or of its interval, in brackets; empty where there is none."""
         return "" if text == "–" else f" (× {text})"
 
     rows = []
     for key in (key for key in keys if key in compared):
-        label, one = METRICS[key], compared[key]
+        label, comparison = METRICS[key], compared[key]
         rows.append(
             [
                 f"**{label}**" if key == PRIMARY and arm == PRIMARY_ARM else label,
-                *own_means(one),
-                figure(one.difference) + ratio(figure(one.ratio)),
-                no_interval(one) or ends(one.low, one.high) + ratio(ends(one.ratio_low, one.ratio_high)),
-                ends(one.texts_low, one.texts_high),
+                *own_means(comparison),
+                figure(comparison.difference) + ratio(figure(comparison.ratio)),
+                no_interval(comparison)
+                or ends(comparison.low, comparison.high) + ratio(ends(comparison.ratio_low, comparison.ratio_high)),
+                ends(comparison.texts_low, comparison.texts_high),
             ]
         )
     level = percent(next(iter(compared.values())).confidence)
@@ -57,7 +58,7 @@ VERDICTS = {True: "pass", False: "FAIL", None: "undecided"}
 
 
 def self_check_table(runs: list[Run]) -> str:
-    """What every part of the instrument's self-check found, on the first run of every arm: a row for each run."""
+    """The results of the instrument's self-check: a row for each checked run, a column for each check."""
     checked = {run.name: run.damage["self_check"] for run in runs if "self_check" in run.damage}
     rows = [
         [name, *(f"{VERDICTS[check[key]['passed']]}: {check[key]['said']}" for key in CHECKS)]
@@ -67,7 +68,7 @@ def self_check_table(runs: list[Run]) -> str:
 
 
 def self_check_notes(runs: list[Run]) -> list[str]:
-    """The first note of the report where the instrument failed on a model; nothing where it did not."""
+    """A note for each model on which the instrument failed its self-check."""
     return [
         f"THE INSTRUMENT FAILED ITS OWN CHECK on {run.name} "
         f"({', '.join(CHECKS[key] for key in CHECKS if run.damage['self_check'][key]['passed'] is False)}): "
@@ -81,24 +82,24 @@ def self_check_notes(runs: list[Run]) -> list[str]:
 
 
 def set_tables(finding: Finding, keys, only: str | None = None) -> list[str]:
-    """A table for every arm of a set, and below it what its intervals are. With `only`, that arm alone if compared."""
+    """A table for each arm of a set, with a caption about its intervals; of the arm `only` alone, if the set has it."""
     shown = {only} if only in finding.compared else finding.compared.keys()
     parts = []
     for arm, comparisons in finding.compared.items():
         if arm not in shown:
             continue
         first = next(iter(comparisons.values()))
-        over = (
+        caption = (
             "One pair of runs: no interval over seeds."
             if first.pairs == 1
             else f"Mean ± sample standard deviation over {first.pairs} seeds; interval: {TEST}."
         )
         if arm != PRIMARY_ARM:
-            over = f"Exploratory. {over}"
+            caption = f"Exploratory. {caption}"
             if finding.exploratory > 1:
-                over += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
+                caption += f" Corrected for {finding.exploratory} exploratory arms (Bonferroni)."
         heading = [f"### {arm} and {BASELINE}"] if len(shown) > 1 else []
-        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{over}*"]
+        parts += [*heading, comparison_table(comparisons, arm, keys), f"*{caption}*"]
     return parts
 
 
@@ -108,17 +109,18 @@ def answers(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]
         return [f"**Answer.** {' '.join(answer(runs, findings))}"]
     level, explaining = (percent(1 - (1 - CONFIDENCE) / tests) for tests in (SECONDARY, EXPLAINING))
     return [
-        f"**Answer.** What {PRIMARY_ARM} does, from pairs of runs of one seed:",
+        f"**Answer.** The effects of {PRIMARY_ARM}, from pairs of runs with the same seed:",
         "\n".join(f"- **{LABELS[key]}.** {answered.said}" for key, answered in asked.items()),
         f"*{trained_with(findings[0])} Sinks, outliers and held-out loss are secondary questions: their {SECONDARY} "
-        f"intervals share an error of 5% (Bonferroni, {level} each). The primary one, named beforehand, has its own. "
-        f"The last sentence explores a cause ({EXPLAINING} intervals of {explaining}). ± is the sample standard "
-        "deviation over seeds; means that are compared by a ratio are geometric. DEFINITIONS.md has the rules.*",
+        f"intervals share an error of 5% (Bonferroni, {level} each). INT8 is the primary question, named beforehand: "
+        f"its interval has an error of 5% of its own. The last sentence explores a cause ({EXPLAINING} intervals of "
+        f"{explaining}). ± is the sample standard deviation over seeds; a ratio is one of geometric means, and the "
+        "means beside it are geometric too. DEFINITIONS.md has the rules.*",
     ]
 
 
 def trained_with(finding: Finding) -> str:
-    """The conditions of the runs besides their scale, in one sentence: length, batch, optimizer, number format."""
+    """A sentence about the conditions of the runs: batch, length, optimizer, number format."""
     run = finding.group.runs[0]
     conditions = {
         "effective_batch_size": "batches of {}",
@@ -134,30 +136,31 @@ def trained_with(finding: Finding) -> str:
 def opening(
     runs: list[Run], findings: list[Finding], asked: dict[str, Answered], sequences: int, record: bool
 ) -> list[str]:
-    """Question, answers, the headline's comparison at a glance."""
+    """The question, the answers, and a short table that compares the primary arm with softmax0."""
     glance = set_tables(findings[0], GLANCE, only=PRIMARY_ARM) if findings else []
     measured = [run for run in runs if not run.diverged]
     if glance:
         glance.append(
-            "*In bold the one metric that was named beforehand; the others explain it and are not corrected for their "
-            "number here. In brackets with ×: the ratio of geometric means; for kurtosis, of full kurtosis (excess "
-            f"+ 3). n = {sequences:,} held-out texts; losses: {scored_said(measured)}. The interval over texts is a "
-            "bootstrap: how far the difference depends on which texts were scored. Renormalised: every query's weights "
-            "divided by their sum. Null mass: attention that goes nowhere (of softmax, rounding error).*"
+            "*Bold: the one metric that was named beforehand. The other metrics help to explain it; their intervals "
+            "are not corrected for their number here. (× ...): the ratio of geometric means, for kurtosis the ratio of "
+            f"full kurtosis (excess + 3). n = {sequences:,} held-out texts; losses: {scored_texts(measured)}. The "
+            "interval over texts is a bootstrap interval: how much the difference depends on the choice of the scored "
+            "texts. Renormalised: the attention weights of each query are divided by their sum. Null mass: the share "
+            "of the attention that goes to no token (for softmax it is rounding error).*"
         )
     return [
         "# Does softmax_n remove outliers and rescue quantization?",
         *NO_RECORD[record],
-        '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes heads push activations to '
-        "extremes, and that an attention that may attend to nothing (softmax1) does not. Does 8-bit quantization with "
-        "static ranges, which extremes break, then cost less?",
+        '**Question.** "Attention Is Off By One" (Miller, 2023) says that softmax makes attention heads push '
+        "activations to extreme values, and that softmax1, with which a head may attend to nothing, does not. Static "
+        "8-bit quantization suffers from extreme activations: does it cost less with softmax1?",
         *answers(runs, findings, asked),
         *glance,
     ]
 
 
 def primary_section(runs: list[Run], findings: list[Finding], asked: dict[str, Answered]) -> list[str]:
-    """All that is concluded about the primary metric: other arms, other sets, losses, divergences."""
+    """All conclusions about the primary metric: other arms, other sets, losses, divergences."""
     return ["## INT8, the primary question: all that is concluded", *answer(runs, findings)] if asked else []
 
 
@@ -200,9 +203,10 @@ def comparisons_section(findings: list[Finding]) -> list[str]:
         parts += set_tables(finding, METRICS)
     return [
         *parts,
-        "*Exploratory except for the bold row: at 95%, one in twenty intervals misses 0 by chance. Lower is better, "
-        "except that sink rates, null mass and idle heads are neither better nor worse: they differ between arms by "
-        "construction, and a table below shows them beside step 0 and uniform attention.*",
+        "*Only the bold row tests a hypothesis named beforehand; the rest is exploratory: one in twenty intervals of "
+        "95% misses the true difference by chance. Lower is better, except for sink rates, null mass and idle heads, "
+        "which are neither good nor bad in themselves: they differ between arms by construction, and a table below "
+        "shows them beside step 0 and uniform attention.*",
     ]
 
 
@@ -211,15 +215,16 @@ def self_check_section(runs: list[Run]) -> list[str]:
     return [
         "## Self-check of the instrument",
         self_check_table(runs),
-        "*On a few of the texts and the first run of every arm that an analysis measured. The first two checks put a "
-        "compensated outlier into a layer: the model's function stays the same, and static quantization has to break "
-        "in that layer. The third computes the same function in another class. DEFINITIONS.md says when a check "
-        "passes; it is undecided where a model has learnt too little that quantization could destroy."
-        + (f" Of {', '.join(unchecked)} no run was checked.*" if unchecked else "*"),
+        "*Checked on a few of the texts, with the first run of every arm that an analysis measured. The first two "
+        "checks add an outlier to a layer and compensate it in the next weights: the function of the model stays the "
+        "same, but static quantization has to fail in that layer. The third check computes the same function in "
+        "another class. DEFINITIONS.md says when a check passes. A check is undecided where a model has learnt so "
+        "little that quantization can hardly damage it."
+        + (f" No run of these arms was checked: {', '.join(unchecked)}.*" if unchecked else "*"),
     ]
 
 
-# The first picture stands behind the answer; every other one above the table of its section.
+# The first picture follows the answer; the others stand between the heading and the table of their section.
 LEAD_PICTURE = "emergence_seeds.png"
 PICTURED = {
     "## Summary of the runs": ["loss.png"],
@@ -241,8 +246,8 @@ def report(
 ) -> str:
     """The whole report as Markdown; `pictures` is {file name: (title, caption)}.
 
-    `findings` comes from answer.findings; `record` says whether what made the figures can be looked up in the history.
-    Tables with a column a run show all runs, tables of arms the headline's alone.
+    `findings` comes from answer.findings; `record` says whether all code behind the figures is committed. Tables with a
+    column for each run show all runs, tables by arm those of the headline's set.
     """
     measured = [run for run in runs if not run.diverged]
     asked = questions(findings)
@@ -266,7 +271,7 @@ def report(
 
 
 def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """The parts of a report, with its pictures behind the heading of each section."""
+    """The parts of a report, with the pictures of each section after its heading."""
     whole = []
     for part in parts:
         whole.append(part)
@@ -277,7 +282,7 @@ def illustrated(parts: list[str], pictures: dict[str, tuple[str, str]]) -> list[
 
 
 def shown(names: list[str], pictures: dict[str, tuple[str, str]]) -> list[str]:
-    """The pictures of these names that exist, each with its caption below."""
+    """Those of these pictures that exist, each followed by its caption."""
     there = {name: pictures[name] for name in names if name in pictures}
     return [part for name, (title, caption) in there.items() for part in (f"![{title}]({name})", f"*{caption}*")]
 
@@ -301,10 +306,10 @@ DAMAGE_OF_A_MODEL = ("bfloat16", "w8a8_static", "w8a8_percentile", "w8a8_dynamic
 
 
 def absent_notes(runs: list[Run]) -> list[str]:
-    """A line for each model whose attention cannot be reached."""
+    """A note for each model whose attention cannot be measured."""
     return [
-        f"{run.name} does not take its attention from transformers' attention interface: attention, static "
-        "quantization and what needs them are absent."
+        f"{run.name} does not use transformers' attention interface: attention, static quantization and what needs "
+        "them are absent."
         for run in runs
         if not run.diverged and not run.attention
     ]
@@ -328,9 +333,9 @@ def headline_of_models(runs: list[Run]) -> str:
 def models_report(
     runs: list[Run], warned: list[str], sequences: int, source, pictures: dict[str, tuple[str, str]], record: bool
 ) -> str:
-    """The report of models that are not a pair of the experiment; `source` is the dataset or the text file.
+    """The report on models that are not a pair of the experiment; `source` is the dataset folder or the text file.
 
-    Arguments else as in `report`; none of the runs has diverged.
+    The other arguments are those of `report`; no run has diverged.
     """
     names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} models"
     text = f"every other line of {source}" if source.is_file() else f"the validation split of {source}"
@@ -343,12 +348,13 @@ def models_report(
         f"# Outliers, attention sinks and quantization damage: {names}",
         *NO_RECORD[record],
         headline_of_models(runs),
-        f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode, "
-        "padding left out. Infinity norm: largest magnitude of a text, mean over the texts. Excess kurtosis: 0 for a "
-        f"Gaussian. A sink is a token that gets more than {SINK:.0%} of the mean query's attention: % of heads and "
-        f"texts of at least {SHORT} tokens. Losses in nats per masked token, of {scored_said(runs)}; a loss over "
-        f"float32 stands with its standard error. Static quantization is calibrated on {calibration}. A dash: the "
-        f"model lacks it, or it cannot be reached. DEFINITIONS.md defines every row. {rows}*",
+        f"*{sequences:,} texts, evenly spread over {text}, cut at {cut} tokens ({tokens} real tokens), in eval mode; "
+        "padding is left out. Infinity norm: the largest magnitude in a text, averaged over the texts. Excess kurtosis "
+        f"is 0 for a Gaussian. A sink is a token that gets more than {SINK:.0%} of the attention of a text's mean "
+        f"query; its rate is the % of heads and texts, of texts of at least {SHORT} tokens. Losses are in nats per "
+        f"masked token, of {scored_texts(runs)}; the ± of a loss over float32 is its standard error. Static "
+        f"quantization is calibrated on {calibration}. A dash: the model has no such part, or it cannot be reached. "
+        f"DEFINITIONS.md defines every row. {rows}*",
         *(f"**Note.** {line}" for line in warned),
         *shown([LEAD_PICTURE], pictures),
         *(summary_section(runs) if any(run.results for run in runs) else []),

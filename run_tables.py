@@ -1,6 +1,7 @@
 """The sections of the report with a column for each run: summary, quantization damage, INT8 executed, published tables.
 
-Of more than FEW_RUNS runs the columns are the arms of the headline, and `run_by_run` has the single runs, one a row.
+If there are more than FEW_RUNS runs, the columns are the arms of the headline's set, and `run_by_run` has the single
+runs, one in each row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ OF_ARMS = "Mean ± sample standard deviation over the runs of an arm that did no
 def columns_of(runs: list[Run]) -> dict[str, list[Run]]:
     """{heading of a column: its runs}.
 
-    A column is one run. Of more than FEW_RUNS runs it is an arm of the headline: its runs that did not diverge.
+    A column is one run; if there are more than FEW_RUNS, it is an arm of the headline's set: its runs that did not
+    diverge.
     """
     if len(runs) <= FEW_RUNS:
         return {run.title: [run] for run in runs}
@@ -52,13 +54,13 @@ def columns_of(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def measured_in(columns: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """The columns without runs that diverged, of which nothing was measured; a column without any other is left out."""
+    """The columns without the runs that diverged, because these were not measured; an empty column is left out."""
     left = {heading: [run for run in of_column if not run.diverged] for heading, of_column in columns.items()}
     return {heading: of_column for heading, of_column in left.items() if of_column}
 
 
 def averaged(columns: dict[str, list[Run]]) -> bool:
-    """Whether a column is of more than one run, so that a cell is a mean."""
+    """Whether a column has more than one run, so that its cells are means."""
     return any(len(of_column) > 1 for of_column in columns.values())
 
 
@@ -66,7 +68,7 @@ def averaged(columns: dict[str, list[Run]]) -> bool:
 
 
 def trained_on(runs: list[Run]) -> str:
-    """Steps, text and hardware of the runs, and --test_pipeline where they are test runs; once where they agree."""
+    """Steps, text and hardware of the runs, and --test_pipeline for test runs; stated once if all runs agree."""
     said = []
     for results in (run.results for run in runs if run.results):
         training, text = results["training"], results["dataset"]
@@ -119,7 +121,7 @@ def summary(columns: dict[str, list[Run]]) -> list[list[str]]:
 
 
 def states(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """Rows that only some reports have: to which comparison set a run belongs, and whether it diverged."""
+    """Rows that only some reports have: the comparison set of each run, and how its training ended."""
     if any(len(of_column) != 1 for of_column in columns.values()):
         return []
     runs = [run for (run,) in columns.values()]
@@ -137,40 +139,40 @@ def summary_section(runs: list[Run]) -> list[str]:
     columns = columns_of(runs)
     over = OF_ARMS if averaged(columns) else "n = 1 run a column."
     if len(columns) < len(runs) and len(comparison_sets(runs)) > 1:
-        over += " These are the runs of the headline's set; the last section has those of other sets too."
+        over += " These are the runs of the headline's set; the last section has the runs of other sets too."
     return [
         "## Summary of the runs",
         table(["", *PUBLISHED, *columns], summary(columns)),
-        f"*{over} Ours: {trained_on(runs)}. Losses in nats per masked token; the last logged loss is the mean since "
-        "the one logged before; the masks of the held-out loss are the same in every run. Published: EsperBERTo "
-        f"(2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
+        f"*{over} Ours: {trained_on(runs)}. Losses are in nats per masked token. The last logged loss is the mean over "
+        "the steps since the previous log entry. The held-out loss has the same masks in every run. Published: "
+        f"EsperBERTo (2023), one seed, {STEPS:,} steps of 16 sentences of OSCAR and Leipzig text.*",
     ]
 
 
 # ----------------------------------------------------------------------------------------------- quantization damage
 
 
-def scored_said(runs: list[Run]) -> str:
-    """How many texts and masked tokens the losses are of."""
+def scored_texts(runs: list[Run]) -> str:
+    """The numbers of texts and masked tokens over which the losses are means."""
     damages = [run.damage for run in runs]
     return each_once(
         sorted(f"{of['sequences']:,} of the texts, {of['masked_tokens']:,} masked tokens" for of in damages)
     )
 
 
-def calibrated_said(runs: list[Run]) -> str:
-    """How much calibration text the static ranges of the runs come from."""
+def calibration_text(runs: list[Run]) -> str:
+    """The amount of text with which the static ranges were calibrated."""
     of_runs = [run.damage["calibration_tokens"]["draws"] for run in runs]
     return each_once(f"mean of {len(draws)} draws of {min(draws):,} to {max(draws):,} real tokens" for draws in of_runs)
 
 
-def published_said(runs: list[Run]) -> str:
-    """How much text the setting "as published" was calibrated on."""
+def published_calibration(runs: list[Run]) -> str:
+    """The amount of text with which the setting "as published" was calibrated."""
     return each_once(f"{run.damage['calibration_tokens']['published']:,}" for run in runs)
 
 
 def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """Rows: label, then loss, perplexity and gap of a scheme for each column."""
+    """Rows: label, then the loss, perplexity and gap of a scheme in each column."""
 
     def cell(schemes: list[dict | None]) -> str:
         if None in schemes:
@@ -187,7 +189,7 @@ def schemes_table(columns: dict[str, list[Run]]) -> list[list[str]]:
 
 
 def parts_table(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """Rows: label, then the gap where static W8A8 quantizes one part of the model alone."""
+    """Rows: label, then the gap in each column, where static W8A8 quantizes only one part of the model."""
 
     def gaps(of_column: list[Run], part: str) -> list[dict]:
         damage = [run.damage for run in of_column]
@@ -198,9 +200,10 @@ def parts_table(columns: dict[str, list[Run]]) -> list[list[str]]:
 
 
 def gap_over(gaps: list[dict]) -> str:
-    """The gap of a run with its standard error, or of several the mean ± deviation over them, unless below its noise.
+    """The gap of one run with its standard error; of several runs mean ± deviation, or that it is below its noise.
 
-    `gaps` is of {"gap", "floor"} and, where it is known, "error".
+    Args:
+        gaps: {"gap", "floor"} of each run, and "error" where it is known.
     """
     values = [of_run["gap"] for of_run in gaps]
     if len(gaps) == 1:
@@ -218,14 +221,14 @@ def damage_section(runs: list[Run]) -> list[str]:
     return [
         "## Quantization damage",
         table(["loss / perplexity / gap", *columns], schemes_table(columns) + parts_table(columns)),
-        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and the gap to float32; "
-        f"{scored_said(measured)}. {plus_minus_of_gaps(columns)} "
-        "W8A8 static: weights symmetric, activations asymmetric, one range a tensor, fixed beforehand on text that is "
-        f"not scored (running minimum and maximum, momentum {MOMENTUM}, {calibrated_said(measured)}), arithmetic "
-        "simulated. Percentile, least squares: other ranges from the first draw. As published: the setting of "
-        f"Bondarenko et al. 2023, calibrated on {published_said(measured)} tokens of held-out text (there 65,536). "
-        f"Dynamic: one scale for each token and each row of weights. W4: weights only, one scale for {GROUP_SIZE} "
-        "inputs. The last rows quantize one part alone, on some of the texts.*",
+        "*Held-out masked-LM loss (nats per masked token), perplexity exp(loss), and gap: the loss minus that of "
+        f"float32; {scored_texts(measured)}. {plus_minus_of_gaps(columns)} W8A8 static: weights symmetric, activations "
+        "asymmetric, one range for each tensor, determined beforehand on text that is not scored (running minimum and "
+        f"maximum, momentum {MOMENTUM}, {calibration_text(measured)}); the arithmetic is simulated. Percentile, least "
+        "squares: other ways to choose the ranges, on the first draw. As published: the setting of Bondarenko et al. "
+        f"2023, calibrated on {published_calibration(measured)} tokens of held-out text (65,536 in their paper). "
+        "Dynamic: one scale for each token and each row of weights. W4: 4-bit weights, one scale for each "
+        f"{GROUP_SIZE} inputs. The last rows quantize one part of the model alone, on a part of the texts.*",
     ]
 
 
@@ -233,8 +236,8 @@ def plus_minus_of_gaps(columns: dict[str, list[Run]]) -> str:
     if averaged(columns):
         return f"{OF_ARMS} A mean gap that is smaller than its own noise is not shown."
     return (
-        "± is the gap's standard error over texts (and over draws of calibration texts); a gap below twice that is "
-        "noise."
+        "± is the standard error of the gap over texts (and over draws of calibration texts); a gap below twice its "
+        "standard error is noise."
     )
 
 
@@ -242,7 +245,7 @@ def plus_minus_of_gaps(columns: dict[str, list[Run]]) -> str:
 
 
 def executed_section(runs: list[Run]) -> list[str]:
-    """What ONNX Runtime made of the runs in 8 bits; nothing where it was not asked for."""
+    """The runs as ONNX Runtime executes them in 8 bits; nothing without --onnxruntime."""
     refused = [
         f"**{run.name} was not executed in INT8**: {run.damage['executed']['error']}"
         for run in runs
@@ -250,7 +253,7 @@ def executed_section(runs: list[Run]) -> list[str]:
     ]
     parts = [*refused]
     if columns := columns_of(executed_runs(runs)):
-        parts += [executed_table(columns), executed_said(columns)]
+        parts += [executed_table(columns), executed_caption(columns)]
     return ["## INT8 that is executed", *parts] if parts else []
 
 
@@ -259,7 +262,7 @@ def executed_runs(runs: list[Run]) -> list[Run]:
 
 
 def executed_table(columns: dict[str, list[Run]]) -> str:
-    """A row for each column of the other tables and format."""
+    """A row for each column of the other tables and each format."""
     header = "|loss|gap|minus simulated|correlation|minus rounding alone|MB|milliseconds|speedup".split("|")
     rows = [
         [f"{label}, {heading}", *executed_cells([run.damage["executed"] for run in of_column], scheme)]
@@ -270,7 +273,7 @@ def executed_table(columns: dict[str, list[Run]]) -> str:
 
 
 def executed_cells(results: list[dict], scheme: str) -> list[str]:
-    """A row's cells: what executed.execute returned of one scheme; of several runs, means and deviations over them."""
+    """The cells of a scheme, from what executed.execute returned; of several runs, mean ± deviation."""
     executed = [result["schemes"][scheme] for result in results]
     speeds = [result["latency"]["formats"][scheme] for result in results]
     twins = [result["agreement"].get(scheme) for result in results]
@@ -293,14 +296,14 @@ def executed_cells(results: list[dict], scheme: str) -> list[str]:
     ]
 
 
-def kernels_said(result: dict) -> str:
-    """Which kernels run in which format, of one model."""
+def kernels_caption(result: dict) -> str:
+    """The kernels of one model, by number format."""
     counts = {kind: result["operators"]["kernels"][kind] for kind in ("int8", "float32")}
     listed = {kind: ", ".join(f"{count} {name}" for name, count in of_kind.items()) for kind, of_kind in counts.items()}
     return " and ".join(f"{names} in {kind}" for kind, names in listed.items())
 
 
-def latency_said(result: dict) -> str:
+def latency_caption(result: dict) -> str:
     latency = result["latency"]
     return (
         f"one text of {latency['tokens']} tokens, {latency['predicted']} of them predicted, one thread, median and "
@@ -308,19 +311,20 @@ def latency_said(result: dict) -> str:
     )
 
 
-def executed_said(columns: dict[str, list[Run]]) -> str:
+def executed_caption(columns: dict[str, list[Run]]) -> str:
     results = [run.damage["executed"] for of_column in columns.values() for run in of_column]
-    latency, kernels = (each_once(map(said, results)) for said in (latency_said, kernels_said))
+    latency, kernels = (each_once(map(said, results)) for said in (latency_caption, kernels_caption))
     over = "with its standard error over texts"
     if averaged(columns):
         over = "± of every column is the sample standard deviation over the runs of an arm"
     return (
-        "*ONNX Runtime, static QDQ quantization, one range a tensor, the texts and masks of the table above. Gap: to "
-        f"float32 by ONNX Runtime, {over}. Minus simulated: gap minus that of W8A8 static (MinMax) or W8A8 percentile; "
-        "correlation: of the losses' changes, text by text; where the gaps are below their noise it says little. Minus "
-        "rounding alone: gap minus that of the same 8-bit graph computed in float32, which is what integer arithmetic "
-        f"itself does. Latency: {latency}; speedup: of the times in one turn. Kernels that run: {kernels}. "
-        "DEFINITIONS.md has what each covers.*"
+        "*Executed by ONNX Runtime: static QDQ quantization, one range for each tensor, the texts and masks of the "
+        f"table above. Gap: the loss minus that of float32 in ONNX Runtime, {over}. Minus simulated: the gap minus "
+        "that of W8A8 static (MinMax) or of W8A8 percentile. Correlation: between the executed and the simulated "
+        "changes of the loss, text by text; it says little where the gaps are below their noise. Minus rounding alone: "
+        "the gap minus that of the same 8-bit graph computed in float32, which leaves the effect of integer "
+        f"arithmetic. Latency: {latency}; speedup: the ratio of times of the same turn. Kernels that run: {kernels}. "
+        "DEFINITIONS.md has what each figure covers.*"
     )
 
 
@@ -328,7 +332,7 @@ def executed_said(columns: dict[str, list[Run]]) -> str:
 
 
 def watched_in_training(runs: list[Run]) -> str:
-    """What the training-time kurtosis of the runs was taken from: padded or packed batches, all steps or some."""
+    """The batches and steps from which the training-time kurtosis comes."""
     said = []
     for settings in (run.results["settings"] for run in runs if run.results):
         batches = "padding counted" if settings["padded"] else "packed batches, so no padding counted"
@@ -337,22 +341,22 @@ def watched_in_training(runs: list[Run]) -> str:
     return each_once(said) or "no results file"
 
 
-def definition_said(runs: list[Run], sequences: int, data_dir) -> str:
+def kurtosis_caption(runs: list[Run], sequences: int, data_dir) -> str:
     tokens, cut = (
         "/".join(f"{number:,}" for number in sorted({getattr(run, name) for run in runs if not run.diverged}))
         for name in ("tokens", "max_length")
     )
     return (
-        "Excess kurtosis of each sequence, its tokens and channels pooled, then the mean over the sequences. Training: "
-        f"train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
+        "Excess kurtosis of all entries (tokens and channels) of a sequence, then the mean over the sequences. "
+        f"Training: train mode (dropout on); published: padding counted, every step; ours: {watched_in_training(runs)} "
         f"({trained_on(runs)}). Held-out: the final model in eval mode, padding left out, n = {sequences:,} sequences "
         f"(evenly spread over the validation split of {data_dir}, cut at {cut} tokens, as in training; {tokens} real "
         "tokens)."
     )
 
 
-def spread_said(runs: list[Run], columns: dict[str, list[Run]]) -> str:
-    """What ± covers in the published tables and ours beside them."""
+def spread_caption(runs: list[Run], columns: dict[str, list[Run]]) -> str:
+    """The meaning of ± in the published tables and in ours beside them."""
     layers = "/".join(sorted({str(len(by_layer(run.held_out, FFN))) for run in runs if not run.diverged}))
     over = f"mean ± population standard deviation over the layers of one run (n = {layers} layers; published: 6); "
     if averaged(columns):
@@ -361,7 +365,7 @@ def spread_said(runs: list[Run], columns: dict[str, list[Run]]) -> str:
 
 
 def kurtosis_rows(columns: dict[str, list[Run]], of: str, modules: list[tuple], when: str = "") -> list[list[str]]:
-    """Rows: label, published softmax0, published softmax1, ours; `of` is the attribute of a run with the kurtoses."""
+    """Rows: label, published softmax0, published softmax1, ours; `of` names the attribute of Run with the kurtoses."""
     return [
         [
             label + when,
@@ -377,7 +381,7 @@ def weights_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
 
 
 def activations_rows(columns: dict[str, list[Run]]) -> list[list[str]]:
-    """Activations during training, then of held-out text, of which nothing was published."""
+    """Activations during training, then on held-out text, for which nothing was published."""
     unpublished = [(label, name, "–", "–") for label, name, *_ in ACTIVATIONS]
     training = kurtosis_rows(columns, "training", ACTIVATIONS, ", training")
     return training + kurtosis_rows(columns, "held_out", unpublished, ", held-out")
@@ -391,17 +395,17 @@ def published_sections(runs: list[Run], sequences: int, data_dir) -> list[str]:
         "## Weights of attention.output, as published",
         table(header, weights_rows(columns)),
         f"*Excess kurtosis over all entries of one parameter of the saved model ({trained_on(runs)}): "
-        f"{spread_said(runs, columns)}*",
+        f"{spread_caption(runs, columns)}*",
         "## Activations of attention.output, as published",
         table(header, activations_rows(columns)),
-        f"*{definition_said(runs, sequences, data_dir)} Shown: {spread_said(runs, columns)} The dropout row carries no "
-        "information: with dropout 0.1 it is (K + 3) / 0.9 - 3 of the dense row, and in eval mode dropout is the "
-        "identity.*",
+        f"*{kurtosis_caption(runs, sequences, data_dir)} Shown: {spread_caption(runs, columns)} The dropout row adds "
+        "no information: with dropout 0.1 it is (K + 3) / 0.9 - 3, where K is the dense row, and in eval mode dropout "
+        "changes nothing.*",
     ]
 
 
 def lead_table(columns: dict[str, list[Run]], published: bool = True) -> str:
-    """The FFN output, layer by layer: a row for each column of the other tables, in training and held-out."""
+    """The FFN output by layer: two rows for each column of the other tables, in training and on held-out text."""
     rows = []
     if published:
         rows = [[f"{arm}, training", *layers] for arm, layers in zip(PUBLISHED, PUBLISHED_FFN, strict=True)]
@@ -424,9 +428,9 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
     return [
         "## A lead, not a result: the FFN output (output.dense), layer by layer",
         lead_table(columns),
-        f"*{definition_said(runs, sequences, data_dir)}{over} Last column: {spread_said(runs, columns)} The published "
-        "table leaves this module out, though the hypothesis points at the residual stream and the FFN output; the "
-        "published rows above come from its result files.*",
+        f"*{kurtosis_caption(runs, sequences, data_dir)}{over} Last column: {spread_caption(runs, columns)} The "
+        "published table leaves this module out, although the hypothesis is about the residual stream and the FFN "
+        "output; the published rows above come from its result files.*",
     ]
 
 
@@ -434,7 +438,7 @@ def lead_section(runs: list[Run], sequences: int, data_dir) -> list[str]:
 
 
 def run_by_run(runs: list[Run]) -> list[str]:
-    """A row for each run, where the tables above have a column for each arm; otherwise nothing."""
+    """Tables with a row for each run; nothing where the tables above have a column for each run already."""
     if len(columns_of(runs)) == len(runs):
         return []
     columns = {run.title: [run] for run in runs}
@@ -442,7 +446,7 @@ def run_by_run(runs: list[Run]) -> list[str]:
     parts = [
         "## Run by run",
         "*The single runs behind the tables above, which have a column for each arm; the captions there define the "
-        "figures. What is the same in all runs is left out.*",
+        "figures. Rows with the same value in all runs are left out.*",
         "### Summary",
         transposed(["run", *columns], [[label, *ours] for label, _, _, *ours in summary(columns) if len({*ours}) > 1]),
         "### Quantization damage: loss / perplexity / gap",
@@ -452,14 +456,14 @@ def run_by_run(runs: list[Run]) -> list[str]:
     if parts_rows := parts_table(measured):
         parts += ["### Static W8A8 in one part alone: gap", transposed(["run", *measured], parts_rows)]
     if executed := {run.title: [run] for run in executed_runs(runs)}:
-        over = "*± is the standard error over texts; in brackets behind a latency are its quartiles.*"
+        over = "*± is the standard error over texts; the quartiles of a latency follow it in brackets.*"
         parts += ["### INT8 that is executed", executed_table(executed), over]
     for title, rows in (("Weights", weights_rows(columns)), ("Activations", activations_rows(columns))):
         ours = [[label, *cells] for label, _, _, *cells in rows]
         parts += [f"### {title} of attention.output: excess kurtosis", transposed(["run", *columns], ours)]
     return [
         *parts,
-        f"*Shown: {spread_said(runs, columns)}*",
+        f"*Shown: {spread_caption(runs, columns)}*",
         "### The FFN output, layer by layer",
         lead_table(columns, published=False),
     ]

@@ -1,4 +1,4 @@
-"""The runs that an analysis compares: what training wrote about each, and what we measured on its model."""
+"""The runs that an analysis compares: the results file of each, and what was measured on its model."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ OPTIONAL = {
     "diverged.step": COUNT,
     "log_n": HEADS,
 }
-BINS = np.linspace(-20, 20, 161)  # of the histograms, in standard deviations; what lies beyond is in the outermost ones
+BINS = np.linspace(-20, 20, 161)  # edges of the histograms, in standard deviations; the outermost bins count the rest
 FEW_RUNS = 6  # so many can be named in a sentence, and their columns can be read side by side
-MEASURED_DIR = "measured"  # in the folder of the results: what was measured of each run, for the next analysis
+MEASURED_DIR = "measured"  # inside the folder of the results: the measurements of each run, for later analyses
 
 
-@dataclass(eq=False)  # two runs are never equal, whatever was measured of them
+@dataclass(eq=False)  # runs are compared by identity, and can be keys of a dict
 class Run:
-    """One model, what training wrote about it, and what we measured on it (DEFINITIONS.md has the statistics)."""
+    """A model, the results of its training, and our measurements of it (DEFINITIONS.md defines the statistics)."""
 
     name: str
     model: str  # folder or Hub name
@@ -94,7 +94,7 @@ class Run:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)  # by parameter
     places: dict[str, dict] = field(default_factory=dict)  # of the activations, on held-out text
     attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by layer: a list over its heads
-    attention_uniform: dict = field(default_factory=dict)  # of attention that tells no key from another
+    attention_uniform: dict = field(default_factory=dict)  # the same figures of uniform attention
     untrained: dict = field(default_factory=dict)  # {"places", "attention"} before the first update, where known
     interventions: dict = field(default_factory=dict)  # by intervention
     damage: dict = field(default_factory=dict)  # by quantization
@@ -104,17 +104,17 @@ class Run:
     tokens: int = 0  # real ones in the held-out text, by this model's tokenizer
     file: Path | None = None  # where the results were read
     digest: str | None = None  # SHA-256 of the weights that were measured
-    made_with: dict = field(default_factory=dict)  # texts, settings, code and packages it was measured with
-    measured_at: dict = field(default_factory=dict)  # record.git_state() of the checkout it was measured in
+    made_with: dict = field(default_factory=dict)  # texts, settings, code and packages of the measurement
+    measured_at: dict = field(default_factory=dict)  # record.git_state() of the measurement's checkout
 
     @property
     def arm(self) -> str:
-        """softmax0, softmax1, ..., clipped, gated; a model without results file is an arm by itself."""
+        """softmax0, softmax1, ..., clipped, gated; a model without a results file is an arm by itself."""
         return arm_name(*self._design) if self.results else self.name
 
     @property
     def arm_order(self) -> tuple:
-        """The sort key of the arms of runs with results."""
+        """The key by which arms are sorted; only for runs with results."""
         return arm_order(*self._design)
 
     @property
@@ -123,19 +123,19 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether training ended without a model, because the loss became NaN or infinite: nothing is measured."""
+        """Whether training stopped because the loss became NaN or infinite: there is no model to measure."""
         return bool(self.results) and self.results.get("status") == "diverged"
 
     @property
     def ending(self) -> str:
-        """How training ended, as far as it is known."""
+        """How training ended; a dash where there is no results file."""
         if self.diverged:
             return f"diverged at step {self.results['diverged']['step']:,}"
         return "complete" if self.results else "–"
 
     @property
     def title(self) -> str:
-        """The name, with "(diverged)" behind it where the run diverged."""
+        """The name, followed by "(diverged)" if the run diverged."""
         return f"{self.name} (diverged)" if self.diverged else self.name
 
     @property
@@ -150,7 +150,7 @@ class Run:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """Excess kurtosis of a sequence by the names of the modules that the published tables have."""
+        """Excess kurtosis of a sequence on held-out text, by the module names of the published tables."""
         kurtosis = {}
         for place, values in self.places.items():
             layer, dot, place = place.rpartition(".")
@@ -191,7 +191,7 @@ def named(runs: list[Run]) -> str:
 
 
 def read_results(path: Path) -> dict:
-    """The results file of one run, checked: exits with one line where a key is missing or of another kind."""
+    """The results file of a run. Exits with one line if a key is missing or holds a value of another kind."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -217,26 +217,30 @@ def _refuse(constant: str):
 
 
 def refuse_missing(model: str) -> None:
-    """Exit with one line where `model` is no folder and cannot be the name of a model on the Hub."""
+    """Exit with one line if `model` is not a folder and cannot be the name of a model on the Hub."""
     if not Path(model or "-").is_dir() and (os.path.lexists(model) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)):
         what = ": that is a file, or a link that leads nowhere" if os.path.lexists(model) else ""
         sys.exit(f"error: no model folder {model}{what}")
 
 
 def unused_layer(loading: dict) -> str | None:
-    """A parameter of a layer that the model of `from_pretrained(output_loading_info=True)` lacks; None without one."""
+    """The first saved parameter of a layer that the loaded model does not have; None if there is none.
+
+    Args:
+        loading: what `from_pretrained(output_loading_info=True)` returned besides the model.
+    """
     return min((key for key in loading["unexpected_keys"] if re.search(r"\blayer\.\d+\.", key)), default=None)
 
 
 def folder_name(model: str) -> str:
-    """The last part of a model folder, `.` and `..` resolved, or of a Hub name."""
+    """The last part of the path of a model folder, with `.` and `..` resolved, or of a Hub name."""
     return Path(os.path.abspath(model) if Path(model).is_dir() else model).name or "model"
 
 
 def labelled(models: list[str]) -> list[str]:
-    """A name for the files of each model: the name of its folder, or its whole path where several folders share it.
+    """A name for the files of each model: the name of its folder, or its whole path if several folders share that name.
 
-    The name has no slash, so that it can be the name of a file. Exits with one line where two models have the same.
+    A slash becomes "--", so that the name can be that of a file. Exits with one line if two models get the same name.
     """
     names = [folder_name(model) for model in models]
     labels = [
@@ -250,9 +254,9 @@ def labelled(models: list[str]) -> list[str]:
 
 
 def find_runs(models: list[str], results_dir: Path, models_dir: Path) -> list[Run]:
-    """The models named, or else every results file with its model folder, ordered by arm and seed.
+    """The named models, or, if none is named, the runs of all results files, ordered by arm and seed.
 
-    A run that diverged has no model folder, and a run that was measured before needs none.
+    Exits with one line if a run needs a model folder and has none: it did not diverge and was not measured before.
     """
     if models:
         runs = []

@@ -1,7 +1,7 @@
 """Which runs may be compared: sets of runs that agree in everything that shapes the weights, and the pairs in a set.
 
-A pair is a run of softmax0 and one of another arm with the same seed, in one set. Every table of arms is made of one
-set, the headline's. DEFINITIONS.md ("Pairs of runs") says the rules in words.
+A pair is a run of softmax0 and a run of another arm that belong to the same set and have the same seed. Tables by arm
+show one set only, the headline's. DEFINITIONS.md ("Pairs of runs") explains the rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from experiment import BASELINE
 from record import look_up
 from runs import FEW_RUNS, Run, arms, named, ranges
 
-# What determines the weights, besides n and the seed: {key in the results file: its name in a note}.
+# Everything besides the arm and the seed that determines the trained weights: {key in the results file: its name}.
 SHAPING = {
     "dataset.sha256": "training text",
     "dataset.train_samples": "samples of the training text",
@@ -58,18 +58,18 @@ SHAPING = {
     "model.parameters": "number of parameters",
     "test_pipeline": "--test_pipeline",
 }
-PROCESSES = "processes"  # computed from the batch sizes, because a results file does not hold their number
-REACHED = ("steps", "samples seen")  # which a run that diverged did not complete
-# What has to agree within a pair, and may differ between the pairs of a set.
+PROCESSES = "processes"  # their number follows from the batch sizes, because results files do not record it
+REACHED = ("steps", "samples seen")  # a run that diverged stopped before it reached those of its set
+# Must agree within a pair, but may differ between the pairs of a set.
 OF_A_PAIR = {"settings.data_seed": "data seed", "model.initial_weights": "initial weights"}
-# What may change a result without being meant to: a note says so, and the runs are compared nevertheless.
+# Should not change a result, but may: a note names the difference, and the runs are compared nevertheless.
 CIRCUMSTANCES = {"git.commit": "commit", "hardware.device": "device", "hardware.name": "hardware"}
 NOT_RECORDED = "not recorded"
 
 
 @dataclass
 class ComparisonSet:
-    """Runs that agree in everything that shapes the weights but n and seed.
+    """Runs that agree in everything that determines the weights, except the arm and the seed.
 
     `pairs` is {arm: {seed: (run of softmax0, run of the arm)}}; `refused` has a sentence for each refused pair.
     """
@@ -84,7 +84,7 @@ class ComparisonSet:
 
     @property
     def samples(self) -> int:
-        """Sequences that a run is trained on: steps x effective batch."""
+        """The number of sequences that a run is trained on: steps x effective batch size."""
         return self.steps * self.runs[0].results["effective_batch_size"]
 
     @property
@@ -93,23 +93,24 @@ class ComparisonSet:
 
 
 def recorded(run: Run, key: str) -> str:
-    """The value at a dotted key as text: equal texts mean equal values. A missing key counts as a value of its own."""
+    """The value at a dotted key as text; texts are equal exactly if the values are. A missing key is a value too."""
     value = look_up(run.results, key, NOT_RECORDED)
     if key == "settings.data_seed" and value is None:
-        value = run.results["seed"]  # which the batches then depend on
+        value = run.results["seed"]  # without --data_seed, the seed determines the batches
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def shaping(run: Run) -> dict[str, str]:
-    """{name: value as text} of everything that shapes the weights."""
+    """{name: value as text} of everything in SHAPING and the number of processes."""
     values = {label: recorded(run, key) for key, label in SHAPING.items()}
     settings = run.results.get("settings", {})
     shares = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
     known = all(isinstance(share, int) and share > 0 for share in shares)
     model = _dict(run.results.get("model"))
-    if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):  # which make the arm
+    # Gates and sinks belong to the arm: models are compared without them.
+    if own := sum(model.get(name) or 0 for name in ("gate_parameters", "sink_parameters")):
         values[SHAPING["model.parameters"]] = str(model["parameters"] - own)
     values[PROCESSES] = f"{run.results['effective_batch_size'] / (shares[0] * shares[1]):g}" if known else NOT_RECORDED
     if run.diverged:
@@ -120,13 +121,13 @@ def shaping(run: Run) -> dict[str, str]:
 def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
     """The sets of the runs that have results, the headline's first.
 
-    Sets that --test_pipeline did not make come first; among them, sets with a pair; then those trained on most
-    sequences. A run that diverged belongs to the set that it agrees with in everything but the steps it completed; of
-    several such sets, to the one trained on most sequences.
+    Sets of real runs come before sets of test runs (--test_pipeline), then sets with a pair before sets without, then
+    sets trained on more sequences before others. A run that diverged joins the set with which it agrees in everything
+    but steps and samples; if there are several, the one trained on most sequences.
     """
     trained = [run for run in runs if run.results]
     members_of: dict[tuple, list[Run]] = {}
-    for run in sorted(trained, key=lambda run: run.diverged):  # keeps the order otherwise
+    for run in sorted(trained, key=lambda run: run.diverged):  # those that diverged last; the order is kept otherwise
         own = shaping(run)
         key = tuple(own.items())
         if run.diverged:
@@ -142,7 +143,7 @@ def comparison_sets(runs: list[Run]) -> list[ComparisonSet]:
 
 
 def paired(group: ComparisonSet) -> ComparisonSet:
-    """The set with its pairs filled in. Two runs with the same arm and seed: see `refuse_duplicates`."""
+    """Fill in the pairs of a set. `refuse_duplicates` excludes two runs with the same arm and seed."""
     by_arm = {arm: {run.results["seed"]: run for run in runs} for arm, runs in arms(group.runs).items()}
     baseline = by_arm.pop(BASELINE, {})
     for arm, runs in by_arm.items():
@@ -159,9 +160,9 @@ def paired(group: ComparisonSet) -> ComparisonSet:
 
 
 def headline(runs: list[Run]) -> list[Run]:
-    """The runs in tables of arms: those of the first set, and models without results, each an arm by itself.
+    """The runs in tables by arm: those of the first set, and models without results, each of which is an arm by itself.
 
-    Of a set with pairs, only the runs that are in a pair, so that the arms of a table share their seeds.
+    Of a set with pairs, only the runs that are in a pair.
     """
     first = [run for group in comparison_sets(runs)[:1] for run in in_a_pair(group) or group.runs]
     return [run for run in runs if run in first or not run.results]
@@ -176,10 +177,7 @@ def in_a_pair(group: ComparisonSet) -> list[Run]:
 
 
 def refuse_duplicates(runs: list[Run]) -> None:
-    """Exit with one line where two runs of one set have the same arm and seed.
-
-    It is not known which of them belongs in the pair.
-    """
+    """Exit with one line if two runs of a set have the same arm and seed: the pair could be made with either."""
     for group in comparison_sets(runs):
         seen: dict[tuple, Run] = {}
         for run in group.runs:
@@ -191,7 +189,7 @@ def refuse_duplicates(runs: list[Run]) -> None:
 
 
 def refuse_copies(runs: list[Run]) -> None:
-    """Exit with one line where runs of different seeds have the same weights: copies of one model are no replicates."""
+    """Exit with one line if runs of different seeds have the same weights: copies of a model are no replicates."""
     for what, digest in (
         ("weights", lambda run: run.digest),
         ("initial weights", lambda run: recorded(run, "model.initial_weights")),
@@ -213,12 +211,12 @@ def refuse_copies(runs: list[Run]) -> None:
 
 
 def notes(runs: list[Run], data_dir: Path) -> list[str]:
-    """Sentences that a reader has to know before comparing columns."""
+    """Sentences that a reader has to know before comparing runs."""
     return [*_notes_on_sets(runs), *_notes_on_circumstances(runs), *_notes_on_models(runs, data_dir)]
 
 
 def _difference(what: str, values: dict[Run, str], then: str) -> list[str]:
-    """A sentence if the runs differ in `what`. It lists a few runs with their values, but of more the runs by value."""
+    """A sentence if the runs differ in `what`: a few runs with their values, or, if there are more, runs by value."""
     if len(set(values.values())) < 2:
         return []
     if len(values) <= FEW_RUNS:
@@ -265,12 +263,12 @@ def _notes_on_sets(runs: list[Run]) -> list[str]:
 
 
 def shortened(value: str) -> str:
-    """The first 12 digits of a commit or SHA-256; every other value whole, because its end may be what differs."""
+    """The first 12 digits of a commit or SHA-256; any other value as it is, because only its end may differ."""
     return value[:12] if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", value) else value
 
 
 def _notes_on_circumstances(runs: list[Run]) -> list[str]:
-    """Differences inside a set that should not matter."""
+    """Notes on differences within a set that should not change a result."""
     lines = []
     for group in comparison_sets(runs):
         packages = {package for run in group.runs for package in _dict(run.results.get("versions"))}
@@ -302,19 +300,22 @@ def _notes_on_models(runs: list[Run], data_dir: Path) -> list[str]:
     train_sha = train_text(data_dir)
     for run in (run for run in runs if run.results and not run.diverged):
         if train_sha and train_sha != run.results["dataset"]["sha256"]:
-            lines.append(f"{run.name} was not trained on {data_dir}, whose held-out text it may have seen in training.")
+            lines.append(
+                f"{run.name} was not trained on {data_dir}: it may have seen the held-out text there in training."
+            )
         theirs = run.results["weight_excess_kurtosis"]
         pairs = np.array([(value["kurtosis"], theirs.get(name)) for name, value in run.weights.items()], dtype=float)
-        # Both are float64 sums over the same float32 numbers: 1e-6 is far above rounding, far below another model.
+        # Both are float64 sums over the same float32 numbers: rounding differs by far less than 1e-6, another model by
+        # far more.
         if theirs.keys() != run.weights.keys() or not np.allclose(*pairs.T, rtol=1e-6, atol=1e-6, equal_nan=True):
             lines.append(
-                f"{run.name}: results file and {run.model} do not belong together: their weight kurtosis differs."
+                f"{run.name}: its results file and {run.model} do not belong together: their weight kurtosis differs."
             )
     return lines
 
 
 def train_text(data_dir: Path) -> str | None:
-    """SHA-256 of the training split that build_dataset.py wrote down; None where there is no manifest."""
+    """SHA-256 of the training split as recorded by build_dataset.py; None if there is no readable manifest."""
     try:
         return json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

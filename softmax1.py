@@ -97,9 +97,9 @@ def softmax_n(
 ) -> Tensor:
     """exp(x_i) / (n + sum_j exp(x_j)) along `dim`, with the signature of `torch.softmax` plus n.
 
-    Exact for all logits: each row is shifted by max(max_j x_j, log n), so nothing overflows. A row of -inf gives 0 with
-    gradient 0 (for n > 0). n = 0 is `torch.softmax` itself, bit for bit. Half precision is computed in float32 and
-    rounded once, as in torch's own kernel.
+    Exact for all logits: it is torch's softmax over one additional logit, log n, so nothing overflows. A row of -inf
+    gives 0 with gradient 0 (for n > 0). n = 0 is `torch.softmax` itself, bit for bit. Half precision is computed in
+    float32 and rounded once, as in torch's own kernel.
 
     Args:
         input: any shape, floating point (other dtypes need `dtype`).
@@ -122,16 +122,13 @@ def softmax_n(
     x = input if dtype is None else input.to(dtype)
     if not x.is_floating_point():
         raise TypeError(f"softmax_n needs a floating point input or a floating point dtype, got {x.dtype}")
-    result_dtype = x.dtype
-    x = x.to(torch.promote_types(result_dtype, torch.float32))
-    if x.numel() == 0:
-        return x.to(result_dtype)
-    # The result does not depend on the shift, so the shift needs no gradient.
-    shift = x.detach().amax(dim, keepdim=True)
-    shift = shift.clamp_min(log_n.detach() if isinstance(log_n, Tensor) else log_n)
-    exponentials = torch.exp(x - shift)
-    null = torch.exp(log_n - shift)
-    return (exponentials / (exponentials.sum(dim, keepdim=True) + null)).to(result_dtype)
+    if x.dim() == 0:
+        return softmax_n(x[None], log_n=log_n)[0]
+    scores = x.to(torch.promote_types(x.dtype, torch.float32))
+    shape = list(x.shape)
+    shape[dim] = 1
+    null = log_n.to(scores.dtype) if isinstance(log_n, Tensor) else scores.new_full((), log_n)
+    return torch.softmax(torch.cat([scores, null.expand(shape)], dim), dim).narrow(dim, 0, x.shape[dim]).to(x.dtype)
 
 
 def softmax1(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -740,10 +737,7 @@ def _null_logits(log_n: float | Tensor, query: Tensor) -> list[Tensor]:
 
 
 def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """The definition, for callers that need the weights too. Returns (output, weights).
-
-    The weights are those of torch's softmax over one additional logit, log n, without the last one.
-    """
+    """The definition, for callers that need the weights too. Returns (output, weights)."""
     attn_mask, dropout_p, is_causal, scale, log_n, *_ = call
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.dtype == torch.float16:  # its largest number is 65,504: scaled first, the product of q = k = 40 is less
@@ -754,11 +748,7 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> 
     if bias is not None:
         scores = scores + bias
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if _is_softmax(log_n):
-        weights = torch.softmax(scores, -1)
-    else:
-        null = log_n.to(scores.dtype)[:, None, None] if isinstance(log_n, Tensor) else scores.new_full((), log_n)
-        weights = torch.softmax(torch.cat([scores, null.expand(*scores.shape[:-1], 1)], -1), -1)[..., :-1]
+    weights = softmax_n(scores, log_n=log_n[:, None, None] if isinstance(log_n, Tensor) else log_n)
     weights = F.dropout(weights.to(value.dtype), dropout_p)
     return weights @ value, weights
 
@@ -947,7 +937,7 @@ def _set_configs(model: nn.Module, attention: str, n: float | str, heads: dict[s
 
 def _choose_attention(model: PreTrainedModel, n: float | str | None) -> None:
     """Try the model out and set its configs. Raises ValueError if it is refused; its configs are then in any state."""
-    kind, refusal = type(model).__name__, None
+    kind = type(model).__name__
     no_interface = f"{kind} does not take its attention from transformers' attention interface"
     _set_configs(model, "eager", 0.0)
     if model.config._attn_implementation != "eager":  # the class of its config decides, whatever is asked for
@@ -967,17 +957,15 @@ def _choose_attention(model: PreTrainedModel, n: float | str | None) -> None:
             break
     heads = {type(module).__name__: count for module, count in watch.ours.items()}
     if not inputs and not (model._supports_attention_backend and isinstance(n, float)):
-        refusal = f"{no_interface}, or it could not be tried: {expected}"
-    elif inputs and (watch.others or not watch.ours):
-        refusal = f"{no_interface}{watch.where(model)}, so softmax_n cannot be put into it"
-    elif difference:
-        refusal = f"softmax_n cannot be put into {kind}: with n = 0, {difference}"
-    elif n is None and not watch.sinks:
-        refusal = f"{kind} has no attention sinks of its own: give n, or {LEARNED!r}"
-    elif n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
-        refusal = f"{kind} has attention of several numbers of heads: {heads}"
-    if refusal:
-        raise ValueError(refusal)
+        raise ValueError(f"{no_interface}, or it could not be tried: {expected}")
+    if inputs and (watch.others or not watch.ours):
+        raise ValueError(f"{no_interface}{watch.where(model)}, so softmax_n cannot be put into it")
+    if difference:
+        raise ValueError(f"softmax_n cannot be put into {kind}: with n = 0, {difference}")
+    if n is None and not watch.sinks:
+        raise ValueError(f"{kind} has no attention sinks of its own: give n, or {LEARNED!r}")
+    if n == LEARNED and any(heads[type(module).__name__] != count for module, count in watch.ours.items()):
+        raise ValueError(f"{kind} has attention of several numbers of heads: {heads}")
     _set_configs(model, attention, OWN if n is None else n, heads if n == LEARNED else None)
     for part in model.modules():  # for example the image encoder of a model that was tried with text alone
         if isinstance(part, PreTrainedModel) and watch.seen.isdisjoint(part.modules()):

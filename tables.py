@@ -8,12 +8,12 @@ import numpy as np
 
 
 def shortest(n: float | str) -> str:
-    """n as the shortest decimal that reads back as the same number: 0, 1, 0.5, 1.0000001; a word as it is."""
+    """n as the shortest decimal that is read back as the same number: 0, 1, 0.5, 1.0000001. A word stays as it is."""
     return n if isinstance(n, str) else repr(float(n) + 0.0).removesuffix(".0")  # + 0.0, so that -0.0 is 0
 
 
 def figure(value: float | None) -> str:
-    """A number with about three significant digits, and a dash for none."""
+    """A number with about three significant digits; a dash for None and NaN."""
     if value is None or np.isnan(value):
         return "–"
     size = abs(value)
@@ -30,28 +30,28 @@ def spread(mean: float, std: float | None) -> str:
 
 
 def ends(low: float | None, high: float | None) -> str:
-    """The two ends of an interval, and a dash for none."""
+    """The two ends of an interval; a dash if there is none."""
     return "–" if low is None else f"{figure(low)} to {figure(high)}"
 
 
 def each_once(texts: Iterable[str]) -> str:
-    """Different texts, separated by strokes; a text that is there several times stands once."""
+    """The different texts, separated by slashes; a text that occurs several times is printed once."""
     return " / ".join(dict.fromkeys(texts))
 
 
 def below_noise(mean: float | None, floor: float | None) -> str:
-    """The words for a mean gap that is below its noise; empty where it is not, or where one of the two is unknown."""
+    """That a mean gap is below its noise, in words; empty if it is not, or if one of the two is unknown."""
     if mean is None or floor is None or abs(mean) >= floor:
         return ""
     return f"below its noise of {figure(floor)}"
 
 
 def over_runs(values: list[float | None], show: Callable = figure, floor: float | None = None) -> str:
-    """Mean ± sample standard deviation over runs; the value of a single run; how many are not finite, if any is.
+    """Mean ± sample standard deviation over runs; of one run its value; if some are not finite, how many.
 
     Args:
-        values: of the runs; None where it was not measured, and a dash where none was.
-        floor: noise of the mean, for gaps: a mean below it is not shown.
+        values: of the runs, None where one was not measured. Without any value, the result is a dash.
+        floor: for gaps, the noise of the mean: a mean below it is not shown.
     """
     known = np.array([value for value in values if value is not None], dtype=float)
     if not len(known):
@@ -68,7 +68,7 @@ def number(value: float | None, decimals: int = 2) -> str:
 
 
 def gap_cell(scheme: dict) -> str:
-    """The gap of a quantization scheme with its standard error; where it is smaller than its noise, only that it is."""
+    """The gap of a quantization scheme with its standard error, or that it is below its noise."""
     gap, floor, error = scheme["gap"], scheme["floor"], scheme.get("error", np.nan)
     if not gap:
         return "–"
@@ -80,19 +80,19 @@ def gap_cell(scheme: dict) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign and four decimals; one that rounds to 0 has no sign."""
+    """A difference with its sign and four decimals; without a sign if it rounds to 0."""
     return unsigned_zero(f"{value:+.4f}")
 
 
 def unsigned_zero(text: str) -> str:
-    """A formatted number, without its sign if its digits are all 0: -0.0000 and +0.0000 are 0.0000."""
+    """A formatted number; if all its digits are 0, without its sign: -0.0000 and +0.0000 become 0.0000."""
     return text if text.strip("+-0.,") else text.lstrip("+-")
 
 
 def plus_minus(*of_runs: np.ndarray) -> str:
-    """`mean ± population standard deviation` of a run's layers; of several runs the mean of both.
+    """`mean ± population standard deviation` over the layers of a run; of several runs, the means of both figures.
 
-    A third decimal where both are small, as published.
+    Small figures have a third decimal, as in the published tables.
     """
     if not of_runs or any(not len(values) or np.isnan(values).any() for values in of_runs):
         return "–"
@@ -113,7 +113,7 @@ def machine(hardware: dict) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal. A | in a cell is escaped, or it would end the cell."""
+    """A Markdown table whose columns also line up in a terminal. A | inside a cell is escaped."""
     header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in (header, *rows))
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -218,11 +218,15 @@ def inputs_of(experiment: ExperimentArguments, args: TrainingArguments) -> Input
             "--dataloader_drop_last leaves none: choose a smaller batch"
         )
     validation = data["validation"]
-    # Evenly spread, because the sources are one after another in the split.
-    watched = validation[evenly_spread(len(validation), EMERGENCE_TEXTS)]["input_ids"]
+    watched = emergence_texts(validation)
     if experiment.max_eval_samples is not None:
         validation = validation.select(evenly_spread(len(validation), experiment.max_eval_samples))
     return Inputs(data["train"], validation, watched, tokenizer, tokenizer_sha, manifest)
+
+
+def emergence_texts(validation: datasets.Dataset) -> list[list[int]]:
+    """Token ids of EMERGENCE_TEXTS samples, evenly spread: in the split, one source follows another."""
+    return validation[evenly_spread(len(validation), EMERGENCE_TEXTS)]["input_ids"]
 
 
 def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:

@@ -1,13 +1,13 @@
-"""Kill the experiment at drawn moments, start it again until it ends, and compare what it leaves with a run in peace.
+"""Kill the experiment at random moments, restart it until it ends, and compare its files with an undisturbed run.
 
     python tests/crash_harness.py                         six kills, one training at a time
-    python tests/crash_harness.py --kills 100 --seed 1    what docs/reliability.md shows
+    python tests/crash_harness.py --kills 100 --seed 1    the kills in docs/reliability.md
 
 Runs the project's own runner.sh on a tiny experiment: download (from a server on loopback), split, BPE, tokenization,
-two arms, results, push (to a Hub on loopback), analysis. A stage is drawn first, so that short ones are met too, and
-then a moment within it; every process of the experiment gets SIGKILL at once, as when the machine goes away. In the end
-every file must be the same, byte by byte; what cannot be, wall times, stands in CUT_OUT. Every other experiment runs
-its two trainings at a time. Linux only.
+two arms, results, push (to a Hub on loopback), analysis. First a stage is drawn, so that short stages are killed too,
+then a moment within it. All processes of the experiment get SIGKILL at once, as if the machine was switched off. At the
+end every file must have the same bytes, except for the parts in CUT_OUT, for example times. In every second experiment
+the two trainings run at the same time. Linux only.
 
 Importing PyTorch takes seconds, so the scripts are forked from a process that has imported everything. With
 --import_each_time they start as on a user's machine, which takes several times as long.
@@ -37,12 +37,12 @@ from hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 TOKEN, USER = "hf_KrasxasSedRevenas1", "zamenhof"
-MARK = "ESPERBERTO_CRASH_HARNESS"  # in the environment of every process of the experiment, with a value of its own
+MARK = "ESPERBERTO_CRASH_HARNESS"  # environment variable that identifies the processes of one experiment
 LOOK_SECONDS = 0.002
 LIMIT_SECONDS = 300  # of one start of the runner
 KILLS_PER_EXPERIMENT = 6
 
-# In the order in which they come; a stage is also what a kill is counted under.
+# In this order. Kills are counted by stage.
 STAGES = ["download", "split", "BPE", "tokenization", "training", "checkpoint", "final save", "results", "push"]
 STAGES += ["analysis"]
 BETWEEN = "between stages"
@@ -60,12 +60,12 @@ seeds=1
 """
 SIZE = "num_hidden_layers=1,hidden_size=16,num_attention_heads=2,intermediate_size=32,max_position_embeddings=26"
 
-# What differs between two undisturbed runs, cut out before files are compared: (names of files, what, why).
+# Parts that differ between two undisturbed runs, removed before files are compared: (names of files, pattern, why).
 CUT_OUT = [
     (r"results/.*\.json", rb'"(wall_seconds|cost_usd)": [^,\n]+', "time"),
     (r"results/measured/.*\.json", rb'"results": "\w+"', "digest of the results file, which holds times"),
     (r"results/report\.(md|html)", rb" *\d+ m \d+ s", "time"),
-    (r"data/.*state\.json", rb'"_fingerprint": "\w+"', "datasets makes it out of the time"),
+    (r"data/.*state\.json", rb'"_fingerprint": "\w+"', "computed from the time by datasets"),
 ]
 NOT_COMPARED = (
     r".*\.lock|results/logs/.*|results/analysed\.txt"  # ids of processes; lines with the time left; digests of results
@@ -74,7 +74,7 @@ NOT_COMPARED = (
 
 # ------------------------------------------------------------------------------- scripts that are forked, not started
 
-# Stands for Python in runner.sh and train_runs.py: has the server fork the script, and ends as the script does.
+# Replaces Python in runner.sh and train_runs.py: lets the server fork the script, and ends with its status.
 CLIENT = """#!{python} -SE
 import os, socket, sys
 if sys.argv[1] == "-":
@@ -99,7 +99,7 @@ def run(connection, argv, cwd, environment):
     os.environ.clear()
     os.environ.update(environment)
     sys.argv, sys.executable = argv, CLIENT
-    for reseed in (random.seed, numpy.random.seed, torch.seed):  # as a process of its own would be
+    for reseed in (random.seed, numpy.random.seed, torch.seed):  # as in a new process
         reseed()
     code = 0
     try:
@@ -122,7 +122,7 @@ CLIENT, path = sys.argv[1:]
 listening = socket.socket(socket.AF_UNIX)
 listening.bind(path)
 listening.listen()
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who ends is forgotten
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
 while True:
     connection, _ = listening.accept()
     length, descriptors, *_ = socket.recv_fds(connection, 4, 3)
@@ -130,7 +130,7 @@ while True:
         what = stream.read(int.from_bytes(length, "big"))
     connection.setblocking(False)
     try:
-        alive = bool(what) and connection.recv(1) and False  # nothing is sent to us: b"" says that the client has gone
+        alive = bool(what) and connection.recv(1) and False  # b"" means that the client has ended
     except BlockingIOError:
         alive = True
     connection.setblocking(True)
@@ -148,7 +148,7 @@ while True:
 
 @contextlib.contextmanager
 def forking(project: Path, environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen]]:
-    """(what stands for Python, the server's process), the server having imported everything."""
+    """(the replacement of Python, the process of the server, which has imported everything)."""
     with tempfile.TemporaryDirectory() as folder:
         path, client = str(Path(folder) / "socket"), Path(folder) / "python"
         client.write_text(CLIENT.format(python=sys.executable, path=path))
@@ -158,7 +158,7 @@ def forking(project: Path, environment: dict[str, str]) -> Iterator[tuple[str, s
         try:
             while not Path(path).exists():
                 if server.poll() is not None:
-                    sys.exit("error: the process to fork from has not started")
+                    sys.exit("error: the process that forks the scripts has not started")
                 time.sleep(0.05)
             yield str(client), server
         finally:
@@ -170,7 +170,7 @@ def forking(project: Path, environment: dict[str, str]) -> Iterator[tuple[str, s
 
 
 def text_server(text: bytes) -> ThreadingHTTPServer:
-    """Serves the corpus, from any byte on, slowly enough to be interrupted."""
+    """Serves the corpus from any byte, slowly enough to be interrupted."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -180,7 +180,7 @@ def text_server(text: bytes) -> ThreadingHTTPServer:
                 self.send_header("Content-Range", f"bytes {start}-{len(text) - 1}/{len(text)}")
             self.send_header("Content-Length", str(len(text) - start))
             self.end_headers()
-            with contextlib.suppress(OSError):  # whoever asked has been killed
+            with contextlib.suppress(OSError):  # the client was killed
                 for i in range(start, len(text), len(text) // 10):
                     self.wfile.write(text[i : i + len(text) // 10])
                     self.wfile.flush()
@@ -196,7 +196,7 @@ def text_server(text: bytes) -> ThreadingHTTPServer:
 
 
 class Experiment:
-    """The tiny experiment in a folder of its own, with a Hub of its own; `begin` runs runner.sh once."""
+    """The tiny experiment in its own folder and with its own Hub; `begin` starts runner.sh once."""
 
     def __init__(self, project: Path, python: str, server: subprocess.Popen | None, hub: HubServer):
         self.project, self.work, self.log = project, project / "work", project / "log"
@@ -205,7 +205,7 @@ class Experiment:
         self.began, self.printed_before = 0.0, 0
 
     def new(self) -> None:
-        """Forget everything: the next start is the first."""
+        """Delete all results, so that the next start is the first."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         self.hub.repos.clear()
@@ -226,7 +226,7 @@ class Experiment:
         return {**os.environ, **settings, "NO_PROXY": "127.0.0.1"}
 
     def fresh(self, *patterns: str) -> bool:
-        """Whether something below work/ matches that this start has made or changed, rather than an earlier one."""
+        """Whether this start of the runner created or changed a path below work/ that matches a pattern."""
         for pattern in patterns:
             for path in self.work.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):
@@ -235,7 +235,7 @@ class Experiment:
         return False
 
     def stage(self) -> str:
-        """Which of STAGES the experiment is in, by what lies on the disk and by the last line that it printed."""
+        """The current stage of the experiment, according to its files and the last line that it printed."""
         printed = self.log.read_bytes()[self.printed_before :]
         if printed.rstrip().rpartition(b"\n")[2].startswith(b"== Push of"):
             return "push"
@@ -249,35 +249,35 @@ class Experiment:
             return "BPE"
         if self.fresh("data/tokenized-*.partial"):
             return "tokenization"
-        found = BETWEEN
+        current = BETWEEN
         for lock in self.work.glob("models/*.lock"):
             if not self.fresh(f"models/{lock.name}"):
                 continue
             run = lock.stem
-            if self.fresh(f"models/{run}/tokenizer.json"):  # which is written last of the model
+            if self.fresh(f"models/{run}/tokenizer.json"):  # the last file of the model
                 return "results"
             if self.fresh(f"models/{run}/*.*"):
                 return "final save"
             if any(not (path / "SHA256SUMS").exists() for path in self.work.glob(f"models/{run}/checkpoint-*")):
                 return "checkpoint"
-            found = "training"
-        return found
+            current = "training"
+        return current
 
     def processes(self) -> Iterator[int]:
-        """All that belong to the experiment and still run; first those that the server has forked: they do the work."""
+        """The ids of all running processes of the experiment; first those that the server forked, which do the work."""
         if self.server:
             children = Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children")
             yield from map(int, children.read_text().split())
         for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                 ours = entry.name.isdecimal() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes()
                 if ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                     yield int(entry.name)
 
     def kill(self) -> None:
-        """SIGKILL to every process of the experiment."""
+        """Send SIGKILL to every process of the experiment."""
         if self.server:
-            self.server.send_signal(signal.SIGSTOP)  # it forks no more
+            self.server.send_signal(signal.SIGSTOP)  # so that it forks nothing more
         left = True
         while left:
             left = False
@@ -292,7 +292,7 @@ class Experiment:
             self.server.send_signal(signal.SIGCONT)
 
     def watched(self, parallel: int) -> dict[str, list[float]]:
-        """Run undisturbed to its end; how many seconds each stage took, each time that it came."""
+        """Run undisturbed to the end; returns the seconds of each stage, once for each time that it occurred."""
         seconds: dict[str, list[float]] = {}
         process, last, since = self.begin(parallel), None, 0.0
         while process.poll() is None:
@@ -306,9 +306,9 @@ class Experiment:
         return seconds
 
     def killed(self, parallel: int, stage: str, skip: int, moment: float) -> str | None:
-        """Run, and kill it `moment` seconds into a stage, the `skip` first times of which pass.
+        """Run, and kill it `moment` seconds after a stage began, not counting the first `skip` times of that stage.
 
-        Returns the stage that it was in, None when it came to its end before.
+        Returns the stage in which it was killed; None if it ended before.
         """
         process, deadline, inside = self.begin(parallel), None, False
         limit = time.monotonic() + LIMIT_SECONDS
@@ -334,7 +334,7 @@ class Experiment:
             sys.exit(f"error: runner.sh ended with {process.returncode}:\n{self.log.read_text()[-3000:]}")
 
     def artefacts(self) -> dict[str, bytes]:
-        """{name: content} of everything that the experiment has left, on the disk and on the Hub, without times."""
+        """{name: content} of all files of the experiment, on the disk and on the Hub, without the parts in CUT_OUT."""
         files = {str(path.relative_to(self.work)): path for path in self.work.rglob("*") if path.is_file()}
         found = {name: path.read_bytes() for name, path in files.items() if not re.fullmatch(NOT_COMPARED, name)}
         for kind, repo in self.hub.repos:
@@ -371,21 +371,22 @@ def experiment(import_each_time: bool) -> Iterator[Experiment]:
 
 
 def differing(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
-    """Names of files that are not the same, or that only one of them has."""
+    """Names of files that differ, or that exist on one side only."""
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 def survive(made: Experiment, kills: int, seed: int, keep: Path | None = None) -> tuple[Counter, int, int]:
-    """Kill so many times; ({stage: kills that fell into it}, experiments, files that were compared in each).
+    """Kill experiments `kills` times; returns ({stage: kills}, number of experiments, number of files in each).
 
-    Exits with one line where an experiment does not come to its end, or does not leave what an undisturbed one leaves.
+    Exits with one line if an experiment does not end, or if its files differ from those of an undisturbed one, which
+    are then copied to `keep`.
     """
     draw = random.Random(seed)
     seconds = made.watched(parallel=1)
     expected = made.artefacts()
-    for stage in set(STAGES) - set(seconds):  # shorter than a look, on a busy machine
+    for stage in set(STAGES) - set(seconds):  # too short to be noticed on a busy machine
         seconds[stage] = [LOOK_SECONDS]
-    print({stage: [round(one, 3) for one in seconds[stage]] for stage in STAGES}, file=sys.stderr)
+    print({stage: [round(value, 3) for value in seconds[stage]] for stage in STAGES}, file=sys.stderr)
     fell: Counter = Counter()
     experiments = 0
     while fell.total() < kills:
@@ -395,7 +396,7 @@ def survive(made: Experiment, kills: int, seed: int, keep: Path | None = None) -
         parallel = 2 - experiments % 2
         experiments += 1
         count = min(KILLS_PER_EXPERIMENT, kills - fell.total())
-        # Those that were met least come first, so that none escapes.
+        # The stages with the fewest kills come first, so that all are killed.
         rare = sorted(STAGES, key=lambda stage: (fell[stage], draw.random()))
         wanted = sorted(rare[:count], key=STAGES.index)
         for stage in wanted:
@@ -404,7 +405,7 @@ def survive(made: Experiment, kills: int, seed: int, keep: Path | None = None) -
             if hit is None:
                 break
             fell[hit] += 1
-            print(f"kill {fell.total()} of {kills}: {hit} (meant: {stage} + {moment:.3f} s)", file=sys.stderr)
+            print(f"kill {fell.total()} of {kills}: {hit} (intended: {stage} + {moment:.3f} s)", file=sys.stderr)
         else:
             made.expect(made.begin(parallel))
         if names := differing(expected, found := made.artefacts()):
@@ -413,7 +414,8 @@ def survive(made: Experiment, kills: int, seed: int, keep: Path | None = None) -
                     for name in set(names) & files.keys():
                         (keep / side / name).parent.mkdir(parents=True, exist_ok=True)
                         (keep / side / name).write_bytes(files[name])
-            sys.exit(f"error: other than undisturbed, seed {seed}, after {fell.total()} kills: {', '.join(names)}")
+            why = f"after {fell.total()} kills with seed {seed}, files differ from those of an undisturbed run"
+            sys.exit(f"error: {why}: {', '.join(names)}")
     return fell, experiments, len(expected)
 
 
@@ -434,10 +436,10 @@ def table(fell: Counter, experiments: int, files: int, seed: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=6, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of stages and moments (%(default)s)")
-    parser.add_argument("--import_each_time", action="store_true", help="start Python anew for every script")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where files that differ are put")
+    parser.add_argument("--kills", type=int, default=6, help="number of kills (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the stages and moments (%(default)s)")
+    parser.add_argument("--import_each_time", action="store_true", help="start a new Python for every script")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder for copies of files that differ")
     args = parser.parse_args(argv)
     with experiment(args.import_each_time) as made:
         print(table(*survive(made, args.kills, args.seed, args.keep), args.seed))

@@ -1,14 +1,14 @@
-"""A small Hugging Face Hub on loopback, in memory, with faults on demand: what the real clients ask for, and no more.
+"""A small Hugging Face Hub on loopback, in memory, with faults on demand, for the requests of the real clients.
 
-    server = HubServer()                       in this process; clients in others find it through HF_ENDPOINT
+    server = HubServer()                       in this process; other processes find it through HF_ENDPOINT
     server.user("hf_token", "zamenhof")
     server.fault("PUT /lfs/", status=503, times=2, headers={"Retry-After": "0"})
-    server.fault("PUT /lfs/", drop=True)       the connection breaks in the middle of the file
-    server.fault(".", skip=3, empty=True)      the fourth request gets an empty answer, and does nothing
+    server.fault("PUT /lfs/", drop=True)       the connection is closed in the middle of the file
+    server.fault(".", skip=3, empty=True)      the fourth request gets an empty answer, and has no effect
     server.files("model", "zamenhof/x")        {path: bytes} of the last commit
 
-Large files go through Git LFS, as on the Hub without xet (HF_HUB_DISABLE_XET=1): hf_xet is a compiled client of a
-storage protocol of its own, which this server does not speak.
+Large files are sent by Git LFS, as on the Hub without xet (HF_HUB_DISABLE_XET=1): hf_xet is a compiled client with its
+own protocol, which this server does not support.
 """
 
 import base64
@@ -23,13 +23,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 KINDS = {"models": "model", "datasets": "dataset"}
-LFS_BYTES = 10_000  # larger files go through LFS, so that small test models do too
+LFS_BYTES = 10_000  # larger files use LFS; this includes the weights of small test models
 
 
 class HubServer:
     def __init__(self, port: int = 0, part_bytes: int = 50_000_000):
-        self.part_bytes = part_bytes  # larger LFS files go up in parts
-        self.users: dict[str, dict] = {}  # token -> what whoami answers
+        self.part_bytes = part_bytes  # larger LFS files are sent in parts
+        self.users: dict[str, dict] = {}  # by token: the answer to whoami
         self.repos: dict[tuple[str, str], dict] = {}
         self.lfs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
@@ -65,17 +65,17 @@ class HubServer:
         empty: bool = False,
         skip: int = 0,
     ):
-        """Spoil the next `times` requests that match ("METHOD /path"), after `skip` that pass.
+        """Disturb the next `times` requests that match the pattern ("METHOD /path"), after the first `skip` of them.
 
         Args:
-            status: what is answered.
-            headers: with it.
-            drop: break off in the middle of what is sent to us, or of the answer where nothing is sent; "answer": do
-                what is asked, and break off in the middle of the answer.
-            empty: say that it is done, with an empty answer, and do nothing.
+            status: HTTP status of the answer.
+            headers: of the answer.
+            drop: close the connection in the middle of the request's body, or in the middle of the answer if there is
+                no body. "answer": do what is requested, then close it in the middle of the answer.
+            empty: answer with status 200 and an empty body, and do nothing.
         """
-        what = {"status": status, "headers": headers, "drop": drop, "empty": empty}
-        self.faults.append({"pattern": pattern, "times": times, "skip": skip, **what})
+        fault = {"status": status, "headers": headers, "drop": drop, "empty": empty}
+        self.faults.append({"pattern": pattern, "times": times, "skip": skip, **fault})
 
     def files(self, kind: str, repo: str) -> dict[str, bytes]:
         return {path: self.content(entry) for path, entry in self.repos[kind, repo]["commits"][-1]["files"].items()}
@@ -87,7 +87,7 @@ class HubServer:
         return self.lfs[entry["oid"]] if entry["lfs"] else entry["content"]
 
     def put(self, kind: str, repo: str, files: dict[str, bytes]) -> None:
-        """Files that somebody else has committed."""
+        """Create a repository with files of somebody else."""
         self.create(kind, repo, False)
         self.commit(kind, repo, {path: _regular(content) for path, content in files.items()}, ())
 
@@ -117,7 +117,7 @@ def _tree_entry(path: str, entry: dict) -> dict:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer, sent in two pieces, waits 40 ms for the first to be acknowledged
+    disable_nagle_algorithm = True  # otherwise the second part of every answer waits 40 ms for an acknowledgement
     hub: HubServer
 
     def log_message(self, *args) -> None:
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def may_write(self, repo: str) -> bool:
-        """Answers 401, 403 or 404 itself where not."""
+        """Whether the token may write there; if not, it has been answered with status 401 or 403."""
         if self.me is None:
             self.reply(401, {"error": "Invalid username or password."})
             return False
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def found(self, kind: str, repo: str, revision: str = "main") -> dict | None:
-        """The commit, or None when the answer has already been given."""
+        """The commit; None if it does not exist, which has been answered already."""
         entry = self.hub.repos.get((KINDS[kind], repo))
         if entry is None or (entry["private"] and self.me is None):
             self.reply(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})

@@ -1,10 +1,10 @@
-"""Do long runs grow? Memory and open files of four stages on a tiny model, sampled while they run, and drawn.
+"""Memory and open files of four stages with a tiny model, sampled while they run, as figures and as a picture.
 
     python tests/long_runs.py                     all of them, into docs/long_runs.json and docs/long_runs.png
-    python tests/long_runs.py training analysis   some of them; what is known of the others stays
+    python tests/long_runs.py training analysis   some of them; the figures of the others are kept
 
-Each stage is the project's own script or function in a process of its own. Memory is what the process holds itself
-(RssAnon) and what is resident with mapped files, which the system takes back when it needs it. Linux only.
+Each stage is a script or function of the project in its own process. Memory is measured without mapped files (RssAnon)
+and with them (VmRSS); the system can take back the memory of mapped files at any time. Linux only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TRAINING = f"""train_model.py --softmax_n 1 --data_dir few --vocab_size 400 --ma
 ANALYSIS = """analyze_kurtosis.py models/esperberto-softmax1 --max_samples 10000 --batch_size 1 --max_scored 100
     --calibration_batches 1""".split()
 
-# Name: (what is done how often, what has to be there before, the command).
+# Name: (amount of work, commands that must run before, the command).
 STAGES = {
     "dataset": (f"{LINES:,} lines", [], DATASET),
     "tokenization": (f"{LINES // 1000:,} batches of 1,000 lines", [SAMPLE, TOKENIZER, DATASET], ["-c", TOKENIZE]),
@@ -65,7 +65,7 @@ def started(command: list[str], folder: Path) -> subprocess.Popen:
 
 
 def look(pid: int) -> tuple[float, float, int]:
-    """(MB of its own, MB with mapped files, open files) of a process. Raises OSError or KeyError when it has ended."""
+    """(MB without mapped files, MB with them, open files) of a process. Raises OSError or KeyError if it has ended."""
     lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     kilobytes = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
     return kilobytes["RssAnon:"] / 1024, kilobytes["VmRSS:"] / 1024, len(os.listdir(f"/proc/{pid}/fd"))
@@ -87,13 +87,13 @@ def watched(command: list[str], folder: Path) -> dict[str, list]:
 
 
 def growth(values: list[float]) -> float:
-    """How much more the last fifth has than the second: the first holds the imports."""
+    """Median of the last fifth of the values minus that of the second. In the first fifth, modules are imported."""
     fifth = len(values) // 5
     return statistics.median(values[-fifth:]) - statistics.median(values[fifth : 2 * fifth])
 
 
 def measure(wanted: list[str]) -> Iterator[tuple[str, dict]]:
-    """Yield (stage, figures) of the stages that are wanted, on text and model of their own."""
+    """Yield (stage, figures) of the wanted stages, with a text and a model that are made for them."""
     done = set()
     sentences = (ROOT / "sample" / "esperanto.txt").read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory() as name:
@@ -115,7 +115,7 @@ def measure(wanted: list[str]) -> Iterator[tuple[str, dict]]:
 
 
 def draw(stages: dict) -> None:
-    """A panel for each stage: memory on the left, open files on the right, against the time that the stage took."""
+    """Draw a panel for each stage: memory (left axis) and open files (right axis) over time."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, 2, figsize=(WIDTH, 6.4), layout="constrained")
         for panel, (stage, seen) in zip(panels.flat, stages.items(), strict=False):

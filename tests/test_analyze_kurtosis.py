@@ -66,7 +66,13 @@ def results_of(model, name, softmax_n):
         "seed": 42,
         "test_pipeline": False,
         "effective_batch_size": 16,
-        "settings": {"learning_rate": 5e-5, "weight_decay": 0.0, "max_length": 512},
+        "settings": {
+            "learning_rate": 5e-5,
+            "weight_decay": 0.0,
+            "max_length": 512,
+            "padded": True,
+            "statistics_steps": 1,
+        },
         "emergence_texts": 64,
         "emergence": [
             {"step": step, **{f"layer.{i}.{name}": step / 1e3 + i for i in range(2) for name in EMERGING | SEEDS}}

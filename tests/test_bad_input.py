@@ -1,7 +1,7 @@
-"""Bad input to every script: one line that says what is wrong, the exit status, and nothing lost.
+"""Bad input to every script: one line that says what is wrong, the right exit status, and nothing lost.
 
-Each row is a command as a user types it, in a small project that has all that the scripts make. `status` is 2 where the
-flags themselves are refused and 1 otherwise; the one line must hold the row's text.
+Each row is (flags as a user types them, exit status, text that the one line must contain), for a small project with the
+output of all scripts. The status is 2 if argparse refuses a flag, and 1 otherwise.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ TOKENIZER = [
 ]
 
 TRAIN = [
-    # what is there already
+    # existing runs and checkpoints
     ("--seed 42", 1, f"{RUN} is complete (results/{RUN}.json is there)"),
     ("--seed 7 --learning_rate 1e-4", 1, f"{CHECKPOINT} was made with learning_rate = 5e-05, not 0.0001"),
     ("--seed 7 --overwrite --resume_from_checkpoint True", 1, "--overwrite starts again, which contradicts"),
@@ -113,7 +113,7 @@ TRAIN = [
     ("--resume_from_checkpoint damaged/scheduler.pt", 1, "damaged/scheduler.pt is damaged"),
     ("--resume_from_checkpoint damaged/model.safetensors", 1, "damaged/model.safetensors is damaged"),
     ("--output_dir damaged/model", 1, "damaged/model/checkpoint-1 is damaged"),
-    # data, tokenizer, places
+    # data, tokenizer, folders
     ("--data_dir nowhere", 1, "nowhere holds no whole dataset"),
     ("--data_dir data-not-json", 1, "data-not-json holds no whole dataset"),
     ("--data_dir data-nulls", 1, "has samples without a text"),
@@ -153,7 +153,7 @@ TRAIN = [
     ("--max_eval_samples 0", 1, "--max_eval_samples must be a number from 1 to"),
     ("--statistics_steps 0", 1, "--statistics_steps must be a number from 1 to"),
     ("--attention flash --use_cpu", 1, "--attention flash"),
-    # numbers that no training can have
+    # impossible numbers
     ("--seed -1", 1, "--seed must be a number from 0 to below 4294967296, got -1"),
     (f"--seed {NINES}", 1, "--seed must be a number from 0 to below 4294967296, got 999"),
     ("--data_seed -1", 1, "--data_seed must be a number from 0"),
@@ -261,7 +261,7 @@ CASES = [(script, *row) for script, rows in TABLE.items() for row in rows]
 
 
 def save_data(path: Path, train: dict, validation: dict | None = None) -> None:
-    """A dataset like build_dataset.py's, of these columns."""
+    """A dataset of these columns, in the form of build_dataset.py."""
     splits = {"train": Dataset.from_dict(train), "validation": Dataset.from_dict(validation or train)}
     DatasetDict(splits).save_to_disk(path)
     numbers = {name: {"samples": len(split), "sha256": "0" * 64} for name, split in splits.items()}
@@ -270,7 +270,7 @@ def save_data(path: Path, train: dict, validation: dict | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def project(sample, tmp_path_factory):
-    """A folder with all that the scripts make, whole and damaged."""
+    """A folder with the output of all scripts, complete and damaged."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(sample / "data", root / "data", ignore=shutil.ignore_patterns("tokenized-*"))
     shutil.copytree(sample / "tokenizer", root / "tokenizer")
@@ -282,7 +282,7 @@ def project(sample, tmp_path_factory):
         def killed(*args, **kwargs):
             raise KeyboardInterrupt
 
-        patch.setattr(train_model, "saved_loss", killed)  # behind the training, whose checkpoint then is left
+        patch.setattr(train_model, "saved_loss", killed)  # after the training, so that its checkpoint remains
         with pytest.raises(KeyboardInterrupt):
             train_model.main([*shlex.split(TRAINING), "--max_steps", "1", "--seed", "7"])
 
@@ -332,13 +332,13 @@ def project(sample, tmp_path_factory):
 
 
 def listing(root: Path) -> dict[str, str]:
-    """{file: digest} of everything below, but locks: they hold the id of the last process."""
+    """{file: digest} of all files below `root`, except locks, which contain the id of a process."""
     files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize(("script", "flags", "status", "text"), CASES, ids=lambda value: str(value)[:60])
-def test_bad_input_is_one_line_and_loses_nothing(project, monkeypatch, capsys, script, flags, status, text):
+def test_bad_input_gives_one_line_and_loses_nothing(project, monkeypatch, capsys, script, flags, status, text):
     monkeypatch.chdir(project)
     monkeypatch.setattr(hub, "ENV_FILE", project / "no.env")
     for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER", "CUDA_VISIBLE_DEVICES"):
@@ -365,8 +365,8 @@ def test_bad_input_is_one_line_and_loses_nothing(project, monkeypatch, capsys, s
     assert all("tokenized-" in name for name in after.keys() - before.keys())  # which the next command finds
 
 
-def test_every_flag_of_the_table_of_refused_ones_is_refused(monkeypatch):
-    """With a value that differs from its default; flags that this release of transformers lacks are unknown."""
+def test_every_flag_in_the_table_of_refused_flags_is_refused(monkeypatch):
+    """If its value is not the default. Flags that this release of transformers lacks are unknown."""
     parser = arguments.Parser("")
     known = {action.dest: action for action in reversed(parser._actions)}  # --no_x comes behind --x
     refused = [name for name in arguments.REFUSED if name in known]

@@ -1,4 +1,4 @@
-"""build_dataset.py: what it keeps, where it puts it, what it downloads, and how it refuses."""
+"""build_dataset.py: the texts that it keeps, their split, downloads, the output folder, and errors."""
 
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def readable(value):
-    """The part of a test's name for a parameter."""
+    """A parameter in the name of a test."""
     return value if isinstance(value, str) else "content"
 
 
@@ -50,7 +50,7 @@ def manifest(path="data"):
 
 
 def refused(*arguments, **options):
-    """The one line with which a build ends; a build that fails leaves no folder behind."""
+    """The one line with which a build ends. A failed build leaves no folder behind."""
     before = sorted(Path().glob("data*"))
     with pytest.raises(SystemExit) as end:
         build(*arguments, **options)
@@ -75,7 +75,7 @@ def built_texts(path="data"):
     return {name: list(split["text"]) for name, split in data.items()}
 
 
-# What is kept
+# The texts
 
 
 def test_sample():
@@ -90,7 +90,7 @@ def test_sample():
 
 
 def test_manifest_describes_the_dataset(monkeypatch):
-    monkeypatch.setattr(build_dataset, "BATCH_LINES", 7)  # order must survive the batches
+    monkeypatch.setattr(build_dataset, "BATCH_LINES", 7)  # several batches, which must not change the order
     written = build("--from_files", write("text.txt", TEXTS))
     splits = built_texts()
     for name, texts in splits.items():
@@ -107,7 +107,7 @@ def test_manifest_describes_the_dataset(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", "\n".join(TEXTS).encode()),  # no line end behind the last line
+        ("a.txt", "\n".join(TEXTS).encode()),  # no line end after the last line
         ("a.txt", b"\xef\xbb\xbf" + "\r\n".join(TEXTS).encode()),  # as Windows writes it
         ("a.txt.gz", gzip.compress("\n".join(TEXTS).encode())),
         ("a.gz", gzip.compress(b"".join(LINES[:50])) + gzip.compress(b"".join(LINES[50:]))),
@@ -124,7 +124,7 @@ def test_file_types_give_the_same_text(name, content):
     assert sorted(splits["train"] + splits["validation"]) == sorted(TEXTS)
 
 
-def test_lines_are_dropped_for_a_reason():
+def test_dropped_lines_are_counted_by_reason():
     nfd = unicodedata.normalize("NFD", "ĉiuĵaŭde  du spacoj\tkaj tabulo")
     lines = [*(text.encode() for text in TEXTS), b"", b" \t ", b"\xe9\xff", f"  {nfd} \u00a0".encode()]
     Path("text.txt").write_bytes(b"\n".join(lines))
@@ -181,14 +181,14 @@ def test_patterns():
 # The split
 
 
-def test_split_never_moves():
-    # Written down once: these hold for ever, or every old held-out loss becomes worthless.
+def test_no_sample_ever_changes_its_split():
+    # These must never change, or held-out losses could no longer be compared with earlier ones.
     held_out = [number for number in range(1000) if build_dataset.is_validation(f"frazo {number}".encode(), 0.01)]
     assert held_out == [78, 167, 250, 253, 538, 568, 855, 887, 928]
     assert all(build_dataset.is_validation(f"frazo {number}".encode(), 0.1) for number in held_out)
 
 
-def test_adding_a_source_moves_nothing_and_duplicates_stay_together():
+def test_an_added_source_moves_no_sample_and_duplicates_share_a_split():
     write("a.txt", TEXTS)
     write("b.txt", [*TEXTS[100:200], *TEXTS[100:200], *(text + " Jes." for text in TEXTS)])
     build("--from_files", "a.txt", "--output_dir", "small")
@@ -201,7 +201,7 @@ def test_adding_a_source_moves_nothing_and_duplicates_stay_together():
     assert 20 < len(large["validation"]) < 140
 
 
-def test_max_samples_takes_the_first():
+def test_max_samples_keeps_the_first_samples():
     write("a.txt", ["", *TEXTS[:100]])
     write("b.txt", TEXTS[100:])
     write("c.txt", TEXTS)
@@ -215,7 +215,7 @@ def test_max_samples_takes_the_first():
     assert written["max_samples"] == 120
 
 
-def test_lines_are_joined_to_samples_of_that_many_words_and_never_across_sources():
+def test_join_words_joins_lines_within_a_source():
     write("a.txt", ["one two", "", "three", "four five six seven", "eight"])
     write("b.txt", ["nine", "ten eleven"])
     written = build("--from_files", "a.txt", "b.txt", "--join_words", "3", fraction="0.5")
@@ -237,13 +237,13 @@ def test_empty_split(fraction, split):
 
 
 class Server:
-    """A loopback server whose behaviour a test sets."""
+    """A server on loopback; its attributes determine its behaviour."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str | None]] = []  # path and Range header
-        self.statuses: list[int] = []  # answered first, one a request
-        self.cut_at: int | None = None  # the next answer breaks off after so many bytes
+        self.statuses: list[int] = []  # of the next answers, one for each request
+        self.cut_at: int | None = None  # the next answer ends after this number of bytes
         self.ranges = True
         server = self
 
@@ -294,7 +294,7 @@ def server():
 
 
 def archive(*members):
-    """A .tar.gz of (name, content) or finished TarInfo members."""
+    """A .tar.gz of members: (name, content), or TarInfo objects without content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for member in members:
@@ -335,7 +335,7 @@ def test_download(server, capsys):
     assert f"{NAME}         150         150  0" in output.out
 
     build(*server.flags("oscar", NAME), "--overwrite")
-    assert len(server.requests) == 2, "what is there is not downloaded again"
+    assert len(server.requests) == 2, "an existing file is not downloaded again"
 
 
 def test_no_warning_for_the_expected_number(server, capsys, monkeypatch):
@@ -381,8 +381,8 @@ def test_server_without_ranges_starts_again(server):
 
 
 @pytest.mark.parametrize(("surplus", "requests"), [(0, 1), (5, 2)])
-def test_partial_file_that_lacks_nothing(server, surplus, requests):
-    """A complete one is taken as it is; one that is too long belongs to another version and is replaced."""
+def test_partial_file_that_is_complete_or_too_long(server, surplus, requests):
+    """A complete file is used; a file that is too long belongs to another version, and is replaced."""
     Path("downloads").mkdir()
     Path("downloads/oscar.eo.txt.partial").write_bytes(server.files["/oscar.txt"] + b"x" * surplus)
     build(*server.flags("oscar"))
@@ -450,7 +450,7 @@ def test_existing_folder_is_safe(monkeypatch):
     assert "--overwrite" in refused("--sample")
     assert manifest() == first
 
-    # A build that fails while it replaces another leaves the other as it was.
+    # A build that fails while it replaces a dataset leaves that dataset unchanged.
     Path("bad.txt").write_bytes(b"")
     refused("--from_files", "a.txt", "bad.txt", "--overwrite")
     assert manifest() == first and len(built_texts()["train"]) == first["splits"]["train"]["samples"]
@@ -492,21 +492,21 @@ def test_foreign_folder_is_never_replaced():
     assert Path("thesis/chapter.txt").exists() and Path("empty/notes.txt").exists()
 
 
-def test_link_to_another_disk_stays_a_link():
+def test_a_link_to_another_disk_remains_a_link():
     Path("disk").mkdir()
     Path("data").symlink_to("disk")
     build("--sample")
     assert Path("data").is_symlink() and Path("disk/manifest.json").exists()
 
 
-def test_what_a_killed_build_left_is_cleared_away(capsys):
+def test_leftovers_of_a_killed_build_are_deleted(capsys):
     write("a.txt", TEXTS)
     Path("data.partial-x/new").mkdir(parents=True)
     write("data.partial-x/new/half.arrow", TEXTS)
     first = build("--from_files", "a.txt")
     assert sorted(path.name for path in Path().iterdir()) == ["a.txt", "data"]
 
-    # Killed between the two renames with which one dataset takes another's place: the other returns.
+    # If a build was killed between the two renames that replace a dataset, the earlier dataset is restored.
     Path("data.partial-y/new").mkdir(parents=True)
     Path("data").rename("data.partial-y/old")
     with pytest.raises(SystemExit, match=r"^error: data exists and is complete"):
@@ -514,7 +514,7 @@ def test_what_a_killed_build_left_is_cleared_away(capsys):
     assert manifest() == first and sorted(Path().glob("data*")) == [Path("data")]
 
 
-def test_two_builds_of_one_dataset_do_not_meet(server):
+def test_two_builds_at_the_same_time_exclude_each_other(server):
     with folder.locked("data"):
         assert f"process {os.getpid()} is at work on" in refused("--sample")
     got = []
@@ -522,7 +522,7 @@ def test_two_builds_of_one_dataset_do_not_meet(server):
         other = threading.Thread(target=lambda: got.append(build(*server.flags("oscar"))))
         other.start()
         other.join(1)
-        assert not server.requests  # it waits for whoever downloads the same file
+        assert not server.requests  # it waits for the process that downloads the same file
         Path("downloads/oscar.eo.txt").write_bytes(b"".join(LINES))
     other.join(60)
     assert not server.requests and got[0]["sources"][0]["lines_read"] == len(LINES)
@@ -540,7 +540,7 @@ def test_few_validation_samples_are_noted(capsys):
 
 
 def test_command_line():
-    """A failure is one line on stderr and exit code 1, a full disk included; success prints the figures."""
+    """An error, for example a full disk, is one line on stderr and exit code 1; otherwise the figures are printed."""
 
     def run(*flags, **options):
         command = [sys.executable, str(SCRIPT), *flags, "--validation_fraction", "0.1"]
@@ -561,10 +561,10 @@ def test_command_line():
     assert "6,000" in result.stdout and "training samples" in result.stdout
 
 
-def test_a_dataset_of_the_same_flags_is_kept_and_another_refused(capsys):
+def test_keep_accepts_only_a_dataset_with_the_same_flags(capsys):
     Path("a.txt").write_bytes(b"".join(LINES))
     Path("b.txt").write_bytes(b"".join(LINES))
-    build("--from_files", "a.txt", "--keep")  # nothing is there yet
+    build("--from_files", "a.txt", "--keep")  # there is no dataset yet
     before = Path("data/manifest.json").stat().st_mtime_ns
     build("--from_files", "a.txt", "--keep")
     assert Path("data/manifest.json").stat().st_mtime_ns == before and "data: found and kept" in capsys.readouterr().out
@@ -578,7 +578,7 @@ def test_a_dataset_of_the_same_flags_is_kept_and_another_refused(capsys):
 
 
 def bomb(kind: str) -> tuple[str, bytes]:
-    """(name, content) of a file of some 40 kB that says it holds 40 MB, or 7 GB."""
+    """(name, content) of a file of about 40 kB that unpacks to 40 MB, or announces a header of 7 GB."""
     lines = b"La suno brilas. " * 50 + b"\n"
     block = lines * (1_000_000 // len(lines))
     if kind == "gz":
@@ -603,7 +603,7 @@ def bomb(kind: str) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "another member", "header"])
-def test_a_file_that_unpacks_to_far_more_than_text_can_is_refused(tmp_path, monkeypatch, kind):
+def test_a_file_that_unpacks_to_far_more_than_a_text_is_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build_dataset, "FREE_UNPACKED_BYTES", 1_000_000)
     name, content = bomb(kind)

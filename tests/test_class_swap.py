@@ -1,7 +1,7 @@
-"""The instrument must not know which arm it measures: swapping the class and keeping the function changes no figure.
+"""The measurement must not depend on the class of a model: another class with the same function changes no figure.
 
-n = 1e-30 stands for 0: the class of softmax_n models then computes softmax, to rounding. So do learned sinks where
-every head's n is 1e-30 or 0. Whatever treats the arms differently for another reason than their function shows here.
+With n = 1e-30 instead of 0, the class of softmax_n models computes softmax, except for rounding. So do learned sinks if
+n is 1e-30 or 0 in every head. These tests fail if something depends on the arm other than its function.
 """
 
 import json
@@ -19,8 +19,8 @@ from softmax1 import RobertaSoftmaxNConfig, RobertaSoftmaxNForMaskedLM, learned_
 ZERO = 1e-30  # as n: exp(0) + ZERO is exp(0) in every format
 
 
-def test_training_and_all_that_it_records(train):
-    """Dropout included: both classes draw the same."""
+def test_training_and_its_results_are_the_same_in_both_classes(train):
+    """With dropout: both classes draw the same masks."""
     stock = train("--softmax_n", "0")
     swapped = train("--softmax_n", str(ZERO))
     assert swapped["run"] == "esperberto-softmax1e-30"
@@ -29,18 +29,16 @@ def test_training_and_all_that_it_records(train):
         for ours, theirs in zip(stock[history], swapped[history], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
     for kind in ("weight_excess_kurtosis", "activation_excess_kurtosis"):
-        for results in (
-            stock,
-            swapped,
-        ):  # a key's bias moves no softmax: its gradient is rounding, of which Adam makes steps
-            results[kind] = {name: value for name, value in results[kind].items() if not name.endswith("key.bias")}
+        # A bias of the keys does not change a softmax: its gradient is a rounding error, from which Adam makes steps.
+        for result in (stock, swapped):
+            result[kind] = {name: value for name, value in result[kind].items() if not name.endswith("key.bias")}
         assert stock[kind] == pytest.approx(swapped[kind], rel=1e-3, abs=1e-3, nan_ok=True)
     for ours, theirs in zip(stock["emergence"], swapped["emergence"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 def both_classes(folder, scale=1.0):
-    """Folders stock/, swapped/ and learned/: the same weights, those of the attention's query and key times `scale`."""
+    """Folders stock/, swapped/ and learned/ with the same weights; query and key weights are multiplied by `scale`."""
     tokenizer = save_tokenizer(folder / "stock")
     save_tokenizer(folder / "swapped")
     save_tokenizer(folder / "learned")
@@ -63,7 +61,7 @@ def both_classes(folder, scale=1.0):
 
 
 def differences(ours, theirs, place=""):
-    """Where two results differ by more than rounding."""
+    """A line for each place where two results differ by more than rounding."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), place
         return [line for key in ours for line in differences(ours[key], theirs[key], f"{place}.{key}")]
@@ -78,7 +76,7 @@ def differences(ours, theirs, place=""):
 
 
 def analysed(folder, *names):
-    """What analyze_kurtosis.py says of the models in these folders: {name: what it writes into analysis.json}."""
+    """{name: results in analysis.json} of analyze_kurtosis.py for the models in these folders."""
     texts = datasets.Dataset.from_dict({"text": TEXTS * 4})
     datasets.DatasetDict({"train": texts, "validation": texts}).save_to_disk(str(folder / "data"))
     places = ["--data_dir", str(folder / "data"), "--output_dir", str(folder / "results")]
@@ -86,17 +84,17 @@ def analysed(folder, *names):
     return json.loads((folder / "results" / "analysis.json").read_text(encoding="utf-8"))["runs"]
 
 
-def test_everything_that_an_analysis_writes(tmp_path):
-    """Every figure of analysis.json, in models whose attention is far from uniform."""
+def test_every_figure_of_an_analysis_is_the_same_in_both_classes(tmp_path):
+    """The figures in analysis.json, for models whose attention is far from uniform."""
     both_classes(tmp_path, scale=20.0)
-    runs = analysed(tmp_path, "stock", "swapped", "learned")
-    stock, swapped, learned = runs["stock"], runs["swapped"], runs["learned"]
-    checks = [run["quantization"].pop("self_check") for run in runs.values()]  # says which class it is
+    found = analysed(tmp_path, "stock", "swapped", "learned")
+    stock, swapped, learned = found["stock"], found["swapped"], found["learned"]
+    checks = [run["quantization"].pop("self_check") for run in found.values()]  # they name the class
     assert all(check["class_swap"]["passed"] for check in checks)
     sinks = [layer.pop("log_n") for layer in learned["attention"].values()]
-    assert sinks == [[pytest.approx(math.log(ZERO))] * 2, [None] * 2]  # JSON has no infinity
+    assert sinks == [[pytest.approx(math.log(ZERO))] * 2, [None] * 2]  # JSON cannot express infinity
     assert learned.pop("weights_sha256") != stock["weights_sha256"]
-    for run in runs.values():
+    for run in found.values():
         assert run.pop("model") and run.pop("arm")
     assert len(stock["quantization"]["ranges"]) == len(swapped["quantization"]["ranges"]) > 40
     assert differences(stock, swapped) == []
@@ -104,8 +102,8 @@ def test_everything_that_an_analysis_writes(tmp_path):
     assert differences(stock, learned) == []
 
 
-def test_learned_sinks_of_one_value_are_measured_as_that_number(tmp_path):
-    """n = 2 for every head and n = 2 for all: whatever ignores the sinks, or takes them for 1, shows here."""
+def test_learned_sinks_with_equal_values_are_measured_like_that_n(tmp_path):
+    """n = 2 as a number, and n = 2 in every head. This fails if something ignores the sinks, or assumes n = 1."""
     both_classes(tmp_path, scale=20.0)
     for name, n in (("swapped", 2.0), ("learned", math.log(2))):
         model = RobertaSoftmaxNForMaskedLM.from_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""command.py: how every script begins and ends, and its help."""
+"""command.py: how every script starts and ends, and its help."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ SCRIPTS = ["build_dataset", "train_tokenizer", "train_model", "train_runs", "hub
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_begins_before_it_imports_what_takes_seconds(script):
+def test_every_script_calls_begin_before_slow_imports(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
     began = next(node.lineno for node in tree.body if isinstance(node, ast.If) and "begin" in ast.unparse(node))
     for node in tree.body:
@@ -30,7 +30,7 @@ def test_every_script_begins_before_it_imports_what_takes_seconds(script):
     assert ast.unparse(tree.body[-1]).endswith("command.run(main)")
 
 
-def test_windows_is_told_in_the_first_second():
+def test_windows_is_refused_before_slow_imports():
     code = """
 import argparse, email.utils, http.client, os, runpy, shutil, subprocess, sys, tarfile, tempfile, urllib.request
 os.name = "nt"
@@ -53,7 +53,7 @@ assert "torch" not in sys.modules and "datasets" not in sys.modules
 
 SCRIPT = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # behind a shell's & it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored if a shell's & started the tests
 import command
 command.begin()
 print("imports", flush=True)
@@ -81,7 +81,7 @@ def test_ctrl_c_ends_a_script_without_a_traceback(when, status):
         assert process.wait(30) == status and process.stderr.read() == ""
 
 
-def test_an_error_of_the_system_is_one_line():
+def test_an_oserror_is_one_line():
     def full():
         raise OSError(28, "No space\nleft", "file")
 
@@ -92,7 +92,7 @@ def test_an_error_of_the_system_is_one_line():
 @pytest.mark.parametrize(
     "script", [build_dataset, train_tokenizer, train_runs, hub], ids=lambda script: script.__name__
 )
-def test_help_has_the_examples_and_what_is_read_and_written(script, capsys):
+def test_help_contains_the_docstring_of_the_script(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
     told = capsys.readouterr().out

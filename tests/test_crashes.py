@@ -1,4 +1,4 @@
-"""Kills at drawn moments; what the experiment then leaves is what it leaves undisturbed (see crash_harness.py)."""
+"""Kills at random moments: the experiment must end with the files of an undisturbed one (see crash_harness.py)."""
 
 import signal
 import time
@@ -10,22 +10,22 @@ import pytest
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds its processes by Linux's /proc")
 
 
-def test_an_experiment_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
-    """Short, for every day: two trainings at a time, killed in three stages."""
+def test_a_killed_experiment_ends_like_an_undisturbed_one(tmp_path):
+    """The short form, for the default tests: two trainings at a time, killed in three stages."""
     with crash_harness.experiment(import_each_time=False) as made:
         fell, _, files = crash_harness.survive(made, kills=3, seed=48, keep=tmp_path)
     assert fell.total() == 3 and files > 50
 
 
 @pytest.mark.slow
-def test_no_stage_escapes(tmp_path):
+def test_every_stage_is_killed(tmp_path):
     with crash_harness.experiment(import_each_time=False) as made:
         fell, _, _ = crash_harness.survive(made, kills=40, seed=1, keep=tmp_path)
     assert set(crash_harness.STAGES) <= set(fell)
 
 
 @pytest.mark.slow
-def test_nor_does_it_matter_how_the_scripts_start(tmp_path):
+def test_kills_of_separately_started_scripts(tmp_path):
     with crash_harness.experiment(import_each_time=True) as made:
         crash_harness.survive(made, kills=3, seed=2, keep=tmp_path)
 

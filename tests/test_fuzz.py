@@ -1,9 +1,9 @@
-"""Generated bad input to everything that reads a file or a command line: one line or success, and nothing else touched.
+"""Generated bad input for every reader of a file or a command line: success or one line, and no other file changes.
 
     pytest tests/test_fuzz.py -m slow                                seeded; 20 seconds for each kind of input
     FUZZ_SEED=7 FUZZ_SECONDS=600 pytest tests/test_fuzz.py -m slow   another seed, ten minutes for each
 
-What it has found stands in FOUND, which the default suite tries.
+Inputs that failed are in FOUND, which the default tests include.
 """
 
 import gzip
@@ -36,9 +36,9 @@ import train_tokenizer
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))  # for each reader
-MEMORY_BYTES = 4 << 30  # what a reader may take beyond what the tests have taken already
+MEMORY_BYTES = 4 << 30  # that a reader may use in addition to the memory of the tests
 NAME = "epo_web_2012_1M"
-NEW = ("new", "downloads", "copy", "changed.json", ".env", "text.")  # what readers may write
+NEW = ("new", "downloads", "copy", "changed.json", ".env", "text.")  # files that readers may write
 SENTENCES = b"".join(b"%d\tJen la frazo numero %d.\n" % (i, i) for i in range(60))
 
 
@@ -46,7 +46,7 @@ SENTENCES = b"".join(b"%d\tJen la frazo numero %d.\n" % (i, i) for i in range(60
 
 
 def ends_well(capfd, root: Path, call) -> bool:
-    """`call` comes back or ends with one line: whether it did that. Below `root` nothing changes but what is in NEW."""
+    """Whether `call` ends with one line instead of returning. Below `root` only the files of NEW may change."""
     before = listing(root)
     capfd.readouterr()
     refused = False
@@ -71,7 +71,7 @@ def elsewhere(files: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def bounded_memory():
-    """A reader that asks for far more than its file holds fails, rather than taking the machine with it."""
+    """Limits the memory, so that a reader which allocates too much fails without stopping the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
     before = resource.getrlimit(resource.RLIMIT_AS)
     if pages:
@@ -82,7 +82,7 @@ def bounded_memory():
 
 @pytest.fixture(scope="module")
 def project(sample, tmp_path_factory):
-    """A small project with all that the scripts make, and a checkpoint."""
+    """A small project with the output of all scripts, and a checkpoint."""
     root = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(sample / "data", root / "data", ignore=shutil.ignore_patterns("tokenized-*"))
     shutil.copytree(sample / "tokenizer", root / "tokenizer")
@@ -105,7 +105,7 @@ def place(project, monkeypatch):
 
 
 def fuzz(place: Path, capfd, reader, strategy) -> None:
-    """Call what `reader` makes of generated values, for SECONDS at most, and print how many these were."""
+    """Call reader(value)() for generated values, for at most SECONDS, and print the number of values."""
     until = time.monotonic() + SECONDS
     refused = []
 
@@ -148,7 +148,7 @@ def places(value, path=()) -> list[tuple]:
 
 @st.composite
 def changed_json(draw, text: str) -> bytes:
-    """A JSON document with one or two values taken out or replaced."""
+    """A JSON document with one or two values removed or replaced."""
     value = json.loads(text)
     for _ in range(draw(st.integers(1, 2))):
         *path, last = draw(st.sampled_from(places(value)[1:]))
@@ -160,14 +160,14 @@ def changed_json(draw, text: str) -> bytes:
                 del inside[last]
             else:
                 inside[last] = draw(VALUES)
-        except (LookupError, TypeError):  # what was there has gone with the first change
+        except (LookupError, TypeError):  # the first change removed this place
             pass
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 @st.composite
 def changed_bytes(draw, data: bytes, within: int | None = None) -> bytes:
-    """A file with a few bytes replaced, put in or taken out, or cut off."""
+    """The content of a file with a few bytes replaced, added or removed, or with its end cut off."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, min(within or len(changed), len(changed))))
@@ -201,7 +201,7 @@ KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.REGTYPE, *b"1 2 3 4 5 6 S x L 
 
 @st.composite
 def archives(draw) -> bytes:
-    """What may come in place of a corpus: tar files with wrong members, compressed once or twice or not, changed."""
+    """Wrong corpora: tar files with wrong members, compressed or not, or twice, and changed."""
     buffer = io.BytesIO()
     with tarfile.open(
         fileobj=buffer, mode="w", format=draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
@@ -245,7 +245,7 @@ def text(name: str, data: bytes):
 
 
 def in_a_copy(folder: Path, file: str, data: bytes) -> Path:
-    """A copy of a folder in which one file holds something else."""
+    """A copy of a folder in which one file has another content."""
     shutil.rmtree("copy", ignore_errors=True)
     shutil.copytree(folder, "copy")
     Path("copy", file).write_bytes(data)
@@ -395,6 +395,6 @@ FOUND = {".env that is not UTF-8": (env_file, b"HUGGINGFACE_TOKEN=\x80")}
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_stays_mended(place, capfd, name):
+def test_earlier_failures_stay_fixed(place, capfd, name):
     reader, *arguments = FOUND[name]
     ends_well(capfd, place, reader(*arguments))

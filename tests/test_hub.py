@@ -1,4 +1,4 @@
-"""hub.py and the model folder: real clients against a Hub on loopback, with faults; fresh processes; exports."""
+"""hub.py and the model folder: real clients with a Hub on loopback and faults; new processes; exports."""
 
 import copy
 import itertools
@@ -62,7 +62,7 @@ def make_model(n: float | str, vocab_size: int = 1024, layers: int = 2):
 
 
 def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
-    """What train_model.py writes, with figures that can be found again in the card."""
+    """Results in the form of train_model.py, with figures that can be recognized in the card."""
     weights = {f"roberta.encoder.layer.{i}.attention.output.dense.weight": 1.0 + 2 * i for i in range(2)}
     activations = {f"roberta.encoder.layer.{i}.output.dense": 10.0 * i for i in range(2)}
     activations |= {f"roberta.encoder.layer.{i}.attention.output.dense": 100.0 + i for i in range(2)}
@@ -84,8 +84,8 @@ def make_results(n: float, run: str, test_pipeline: bool = False) -> dict:
 
 @pytest.fixture(scope="session")
 def folders(sample, tmp_path_factory):
-    """{n: model folder as train_model.py leaves it}, each with results/<run>.json beside models/."""
-    found = {}
+    """{n: model folder in the form of train_model.py}, each with results/<run>.json next to models/."""
+    folder_of = {}
     for n in NS:
         base = tmp_path_factory.mktemp("project")
         run = experiment.run_name(n, 42)
@@ -97,13 +97,13 @@ def folders(sample, tmp_path_factory):
         (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"x" * 20_000)
         (base / "results").mkdir()
         (base / "results" / f"{run}.json").write_text(json.dumps(make_results(n, run)))
-        found[n] = folder
-    return found
+        folder_of[n] = folder
+    return folder_of
 
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """The pauses that were asked for; none is made."""
+    """The requested pauses; time.sleep returns at once."""
     asked = []
     monkeypatch.setattr(time, "sleep", asked.append)
     return asked
@@ -111,7 +111,7 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path, pauses):
-    """A Hub for this process's clients, which read HF_ENDPOINT when they are imported, and for new processes."""
+    """A Hub for new processes, by HF_ENDPOINT, and for the clients of this process, which were imported before."""
     server = HubServer(part_bytes=60_000)
     server.user(TOKEN, "zamenhof", orgs=(("asocio", "write"), ("legantoj", "read")))
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -131,13 +131,13 @@ def server(monkeypatch, tmp_path, pauses):
 
 
 def run_code(code: str, *arguments, cwd, **environment) -> subprocess.CompletedProcess:
-    """A fresh process with pip's packages alone: -I keeps this project and PYTHONPATH out of sys.path."""
+    """Run code in a new process that has only installed packages: -I removes this project from sys.path."""
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def fails(call) -> str:
-    """The one line that `call` ends with."""
+    """The one line with which `call` ends."""
     with pytest.raises(SystemExit) as caught:
         call()
     message = str(caught.value)
@@ -147,9 +147,9 @@ def fails(call) -> str:
 
 
 def assert_no_token(server: HubServer, folder: Path, *printed: str) -> None:
-    """The token stands in no file below `folder` but .env and the tests, in no body that was sent, in nothing printed.
+    """The token is in no file below `folder` except .env and the tests, in no request, and in no printed text.
 
-    Nor does a pickle lie there that came from Trainer.
+    There is no pickle of Trainer either.
     """
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".env" and "tests" not in path.parts]
     assert len(files) > 5 and not [path for path in files if path.name == "training_args.bin"]
@@ -159,7 +159,7 @@ def assert_no_token(server: HubServer, folder: Path, *printed: str) -> None:
 
 
 def printed_command(message: str) -> list[str]:
-    """The arguments of the `python hub.py ...` that a message ends with."""
+    """The arguments of the command `python hub.py ...` at the end of a message."""
     return shlex.split(message.rpartition("python hub.py ")[2])
 
 
@@ -208,7 +208,7 @@ for n, arm in {0.0: "softmax0", 1.0: "softmax1", 0.5: "softmax0.5", "learned": "
                 found[n]["lost"] = True
             except (ValueError, KeyError):
                 pass
-        # The second guard alone, should a later transformers take the first one's key.
+        # The second guard alone, in case a later transformers uses the key of the first guard.
         config = json.load(open("tuned/config.json"))
         config["hidden_act"] = "gelu"
         json.dump(config, open("tuned/config.json", "w"))
@@ -227,7 +227,7 @@ def test_round_trip_in_a_fresh_process(server, folders, sample, tmp_path):
     for n in NS:
         hub.main(["push", str(folders[n])])
     hub.main(["push", str(sample / "data")])
-    server.fault("GET /zamenhof/esperberto-softmax0.5/resolve/.*model.safetensors", drop=True)  # mid-download
+    server.fault("GET /zamenhof/esperberto-softmax0.5/resolve/.*model.safetensors", drop=True)  # in the download
     result = run_code(FRESH, cwd=tmp_path, HUGGINGFACE_TOKEN="")
     assert result.returncode == 0, result.stderr[-3000:]
     assert not any(fault["times"] for fault in server.faults)
@@ -249,7 +249,7 @@ def test_round_trip_in_a_fresh_process(server, folders, sample, tmp_path):
     assert found["data"]["train"] == data["text"][:] and found["data"]["validation"]
 
 
-def test_what_a_push_holds(server, folders, sample, capfd):
+def test_the_content_of_a_push(server, folders, sample, capfd):
     hub.push(folders[0.5])
     hub.push(sample / "data")
     model = server.files("model", "zamenhof/esperberto-softmax0.5")
@@ -262,13 +262,13 @@ def test_what_a_push_holds(server, folders, sample, capfd):
     data = server.files("dataset", "zamenhof/esperanto")
     parquet = {"data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
     assert set(data) == parquet | {".gitattributes", "README.md"}
-    assert any("/part/2" in request for request in server.requests)  # a large file went up in parts
+    assert any("/part/2" in request for request in server.requests)  # a large file was sent in parts
     everything = b"".join([*model.values(), *data.values(), *server.bodies])
     assert TOKEN.encode() not in everything and str(Path.home()).encode() not in everything
     assert TOKEN not in "".join(capfd.readouterr())
 
 
-def test_pushing_again_changes_nothing_and_a_changed_dataset_leaves_no_old_shards(server, sample, monkeypatch):
+def test_a_second_push_changes_nothing_and_old_shards_are_deleted(server, sample, monkeypatch):
     monkeypatch.setattr(hub, "SHARD_BYTES", 60_000)
     hub.push(sample / "data")
     hub.push(sample / "data")
@@ -289,7 +289,7 @@ def test_private(server, folders):
     assert printed_command(message) == ["push", str(folders[0.0]), "--private"]
 
 
-def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
+def test_repositories_of_others_and_real_runs_are_not_overwritten(server, folders, sample, tmp_path):
     server.put(
         "dataset", "zamenhof/esperanto", {"README.md": b"---\nlanguage: eo\n---\nMy songs.\n", "songs.txt": b"la"}
     )
@@ -319,7 +319,7 @@ def test_nothing_else_is_overwritten(server, folders, sample, tmp_path):
         ("PUT /lfs/", 403, "may not do that for zamenhof"),
     ],
 )
-def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, status, text):
+def test_permanent_errors_are_not_retried(server, folders, pauses, pattern, status, text):
     server.fault(pattern, times=99, status=status)
     message = fails(lambda: hub.push(folders[1.0]))
     assert text in message and not pauses
@@ -344,14 +344,14 @@ def test_errors_that_waiting_does_not_mend(server, folders, pauses, pattern, sta
         ("POST /api/repos/create", {"drop": True}, 1),
     ],
 )
-def test_errors_that_pass(server, folders, pauses, capfd, pattern, fault, pause):
+def test_transient_errors_are_retried(server, folders, pauses, capfd, pattern, fault, pause):
     server.fault(pattern, times=2, **fault)
     hub.push(folders[1.0])
     assert not any(fault["times"] for fault in server.faults)
     files = server.files("model", "zamenhof/esperberto-softmax1")
     assert files["model.safetensors"] == (folders[1.0] / "model.safetensors").read_bytes()
     assert server.commits("model", "zamenhof/esperberto-softmax1") == 1
-    if pause:  # ours; huggingface_hub itself waits on uploads
+    if pause:  # otherwise huggingface_hub itself waits and retries
         assert pause in pauses
         assert "trying again in" in capfd.readouterr().err
 
@@ -369,7 +369,7 @@ SHORT = ("HTTP 403", "HTTP 503", "cut in the answer")
         pytest.param("dataset", list(FAULTS), marks=pytest.mark.slow),
     ],
 )
-def test_a_fault_at_any_request_costs_one_line_at_most_and_the_next_push_is_whole(
+def test_a_fault_at_any_request_gives_one_line_at_most_and_the_next_push_is_complete(
     server, folders, sample, capfd, what, faults
 ):
     path, name = (folders[1.0], "esperberto-softmax1") if what == "model" else (sample / "data", "esperanto")
@@ -397,22 +397,22 @@ def test_a_fault_at_any_request_costs_one_line_at_most_and_the_next_push_is_whol
         print(f" {requests} requests, {ended.total()} faults: {dict(ended)}", end=" ")
 
 
-def test_a_push_that_broke_off_is_completed_by_the_printed_command(server, folders, pauses):
+def test_an_interrupted_push_is_completed_by_the_printed_command(server, folders, pauses):
     server.fault("PUT /lfs/.*/part/3", times=10_000, drop=True)
     message = fails(lambda: hub.push(folders[0.5]))
     assert "cannot be reached" in message and "is saved and complete here" in message
-    assert server.commits("model", "zamenhof/esperberto-softmax0.5") == 0  # nothing of it is visible
+    assert server.commits("model", "zamenhof/esperberto-softmax0.5") == 0  # no part of it is visible
     assert set(hub.RETRY_SECONDS) <= set(pauses)
     sent = len([request for request in server.requests if re.fullmatch(r"PUT /lfs/\w+", request)])
     server.faults.clear()
     hub.main(printed_command(message))
     files = server.files("model", "zamenhof/esperberto-softmax0.5")
     assert all(files[name] == (folders[0.5] / name).read_bytes() for name in ("model.safetensors", "config.json"))
-    # What had gone up whole is not sent again.
+    # Files that were sent completely are not sent again.
     assert len([request for request in server.requests if re.fullmatch(r"PUT /lfs/\w+", request)]) == sent
 
 
-def test_server_gone(server, sample, pauses):
+def test_a_server_that_is_gone_is_retried_and_then_reported(server, sample, pauses):
     server.close()
     message = fails(lambda: hub.push(sample / "data"))
     assert "cannot be reached" in message
@@ -427,7 +427,7 @@ def test_server_gone(server, sample, pauses):
 
 
 def test_command_line_ends_with_one_line(server, folders, tmp_path):
-    """As a user meets it, in a process of its own: status, streams, no traceback, no token."""
+    """In a new process, as for a user: exit status, one line on stderr, no traceback, no token."""
     server.fault("POST .*/commit/", times=99, status=403)
     command = [sys.executable, str(ROOT / "hub.py"), "push", str(folders[1.0])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -485,14 +485,14 @@ def test_check(server, monkeypatch, capsys, user, role, scoped, error):
 def test_dotenv(server, monkeypatch, tmp_path, capsys):
     file = tmp_path / ".env"
     monkeypatch.setattr(hub, "ENV_FILE", file)
-    monkeypatch.setenv("HUGGINGFACE_TOKEN", "")  # set, but empty: no token, whatever .env says
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "")  # set but empty: no token, even if .env has one
     file.write_text(f"HUGGINGFACE_TOKEN={TOKEN}\nHUGGINGFACE_USER=asocio\n")
     file.chmod(0o600)
     assert "HUGGINGFACE_TOKEN is not set" in fails(lambda: hub.main(["check"]))
     monkeypatch.delenv("HUGGINGFACE_TOKEN")
     hub.main(["check"])
     output = capsys.readouterr()
-    assert "zamenhof" in output.out and not output.err  # the environment's user, the file's token, no warning
+    assert "zamenhof" in output.out and not output.err  # user from the environment, token from the file, no warning
     monkeypatch.delenv("HUGGINGFACE_USER")
     for mode in (0o640, 0o604):
         file.chmod(mode)
@@ -511,7 +511,7 @@ def test_dotenv(server, monkeypatch, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------ inputs
 
 
-def test_folders_that_are_not_whole(server, folders, sample, tmp_path):
+def test_incomplete_folders_are_refused(server, folders, sample, tmp_path):
     assert "holds neither a dataset" in fails(lambda: hub.push(tmp_path))
     folder = tmp_path / "model"
     make_model(1.0).save_pretrained(folder)
@@ -551,11 +551,11 @@ def test_model_card(n):
         "perplexity": round(math.exp(3.25), 6),
     }
     assert all("<mask>" in widget["text"] for widget in card.data.widget) and len(card.data.widget) >= 3
-    # 1 and 3: mean 2, population deviation 1; 0 and 10: mean 5, deviation 5.
+    # Values 1 and 3: mean 2, population standard deviation 1; 0 and 10: mean 5, deviation 5.
     assert "| attention output: dense weight | 2 ± 1 | 1 | 3 |" in text
     assert "| FFN output: dense, activations | 5 ± 5 | 0 | 10 |" in text
     assert "| attention output: dense, activations | 100 ± 0.5 | 100 | 101 |" in text
-    # Activations of LayerNorms were not recorded here, and nothing else is taken for them.
+    # The results have no activations of LayerNorms, and the card shows no other values for them.
     assert "LayerNorm" not in text.partition("dense, activations")[2].partition("## ")[0]
     for figure in ("4.4567", "3.2500", "285,899", "4,574,369", "5e-05", "15%", "oscar (OSCAR", "NVIDIA A10G", "1.00 h"):
         assert figure in text
@@ -576,7 +576,7 @@ def test_model_card_without_results_says_so(server, folders, tmp_path):
     assert (folder / "README.md").read_text() == text
 
 
-def test_test_runs_say_so():
+def test_the_card_of_a_test_run_says_so():
     results = make_results(1.0, "esperberto-softmax1", test_pipeline=True)
     text = cards.model_card("zamenhof/esperberto-softmax1", make_model(1.0).config.to_dict(), results)
     assert "A test run" in text and "test-pipeline" in ModelCard(text).data.tags
@@ -623,7 +623,7 @@ def test_train_model_pushes_in_the_end(server, train_briefly, tmp_path, monkeypa
     assert files["model.safetensors"] == Path("models/esperberto-softmax1/model.safetensors").read_bytes()
     assert f"{results['validation']['loss']:.4f}" in files["README.md"].decode()
     assert server.repos["model", "zamenhof/esperberto-softmax1"]["private"]
-    assert server.commits("model", "zamenhof/esperberto-softmax1") == 1  # Trainer did not push on the way
+    assert server.commits("model", "zamenhof/esperberto-softmax1") == 1  # Trainer did not push during the training
     assert results["settings"]["push_to_hub"] is True
 
 
@@ -643,10 +643,10 @@ def test_train_model_checks_the_token_first_and_keeps_the_model_when_the_push_fa
     assert json.loads(server.files("model", "zamenhof/esperberto-softmax0")["config.json"])["softmax_n"] == 0
 
 
-def test_a_run_that_diverged_has_no_model_to_push_and_is_no_error(tmp_path, capsys):
+def test_the_push_of_a_diverged_run_is_skipped_without_an_error(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "esperberto-softmax0.json").write_text(json.dumps({"status": "diverged"}))
-    hub.push(tmp_path / "models" / "esperberto-softmax0")  # asks no server: there is none
+    hub.push(tmp_path / "models" / "esperberto-softmax0")  # there is no server, and it must not need one
     assert "esperberto-softmax0 diverged" in capsys.readouterr().out
 
 
@@ -658,14 +658,14 @@ def test_build_dataset_pushes_in_the_end(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_USER", "asocio")
     build_dataset.main([*build, "--hub_private_repo"])
     assert server.repos["dataset", "asocio/esperanto"]["private"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # no scratch is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # no temporary folder is left
 
 
 # ------------------------------------------------------------------------------------- the attention cannot get lost
 
 
 @pytest.mark.parametrize("wrong", ["softmax", "another n", "no mask"])
-def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
+def test_construction_fails_without_softmax_n_attention(monkeypatch, wrong):
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         n = {"softmax": 0.0, "another n": 1.001, "no mask": 1.0}[wrong]
         mask = None if wrong == "no mask" else attention_mask
@@ -679,7 +679,7 @@ def test_a_model_does_not_exist_without_its_attention(monkeypatch, wrong):
 
 
 @pytest.mark.parametrize("n", [0.0, 1e-3, 1e6])
-def test_the_check_passes_where_it_should_and_touches_nothing(n):
+def test_the_check_of_the_attention_has_no_side_effects(n):
     sizes = {"hidden_size": 192, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 99}
     config = RobertaSoftmaxNConfig(n, **sizes)
     torch.manual_seed(0)
@@ -712,7 +712,7 @@ def test_stock_classes_refuse_the_folder(folders, model_class, attention):
         model_class.from_pretrained(folders[1.0], **attention)
 
 
-def test_the_inner_model_cannot_be_turned_into_softmax_either():
+def test_the_attention_of_the_inner_model_cannot_be_changed():
     model = make_model(1.0)
     inputs = {"input_ids": torch.arange(5, 14)[None]}
     with torch.no_grad():
@@ -732,18 +732,20 @@ def padded_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.where(mask, input_ids, 1), "attention_mask": mask.long()}
 
 
-def errors(found: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
-    """(error of `found`, allowed): twice the error of the float32 model against float64, plus a rounding of the largest
-    logit. Real tokens only."""
+def errors(logits: torch.Tensor, model, inputs: dict) -> tuple[float, float]:
+    """(error of `logits` against float64, largest allowed error), for tokens that are not padding.
+
+    Allowed is twice the error of the float32 model, plus one rounding error of the largest logit.
+    """
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         plain = model(**inputs).logits[real]
         truth = copy.deepcopy(model).double()(**inputs).logits[real]
     floor = torch.finfo(torch.float32).eps * truth.abs().max().item()
-    return (found[real] - truth).abs().max().item(), 2 * (plain - truth).abs().max().item() + floor
+    return (logits[real] - truth).abs().max().item(), 2 * (plain - truth).abs().max().item() + floor
 
 
-# An export takes seconds; the machinery is the same for every n.
+# An export takes seconds, and does the same for every n.
 EXPORTED_NS = [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.0, 1.0, "learned"))]
 
 
@@ -763,7 +765,7 @@ def test_onnx_as_the_card_says(sample, tmp_path, monkeypatch, n):
         found = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
         error, allowed = errors(found, model, inputs)
         assert error <= allowed
-        if n:  # and it is no softmax
+        if n:  # the exported model is not softmax
             error, allowed = errors(found, softmax, inputs)
             assert error > 1000 * allowed
 
@@ -784,7 +786,7 @@ def test_torch_export(n):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", NS)
 def test_half_precision(folders, n, dtype):
-    """Against float64; twice the error of the plain formula, weights materialised, with the same half precision."""
+    """The error against float64 is at most twice that of the plain formula in the same half precision."""
     half = AutoModelForMaskedLM.from_pretrained(folders[n], dtype=dtype).eval()
     assert half.dtype == dtype and half.config.softmax_n == n
     truth = copy.deepcopy(half).double()
@@ -803,15 +805,15 @@ def test_half_precision(folders, n, dtype):
 
 
 @pytest.mark.slow
-def test_runner_pushes_and_a_stranger_asks_the_model(server, tmp_path, monkeypatch):
-    """runner.sh --test_pipeline on a copy of the project; first with a Hub that refuses every commit."""
-    server.part_bytes = 5_000_000  # the weights, 29 MB, go up in parts
+def test_runner_pushes_models_that_a_stranger_can_use(server, tmp_path, monkeypatch):
+    """runner.sh --test_pipeline in a copy of the project; at first the Hub refuses the commit of one model."""
+    server.part_bytes = 5_000_000  # the weights, 29 MB, are sent in parts
     project = tmp_path / "project"
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes((ROOT / name).read_bytes())
-    python = project / ".venv" / "bin" / "python"  # this environment in place of a new one
+    python = project / ".venv" / "bin" / "python"  # this environment instead of a new one
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
@@ -823,7 +825,7 @@ def test_runner_pushes_and_a_stranger_asks_the_model(server, tmp_path, monkeypat
     def runner() -> subprocess.CompletedProcess:
         return subprocess.run(["bash", "runner.sh", "--test_pipeline"], cwd=project, capture_output=True, text=True)
 
-    # The report is taken away between the runs, or the second would be a new test run.
+    # The report is deleted between the runs; otherwise the second would start from the beginning.
     server.fault("POST .*/esperberto-softmax1/commit/", times=99, status=403)
     result = runner()
     assert result.returncode == 1, result.stderr[-2000:]
@@ -869,8 +871,8 @@ print(len(fill("La suno <mask>.")))
         ({}, "HUGGINGFACE_TOKEN=$(touch ran)\nHUGGINGFACE_USER=zamenhof\n", 1, "no token has"),
     ],
 )
-def test_what_runner_asks_before_the_work(server, monkeypatch, tmp_path, capsys, environment, env_file, status, said):
-    """.env is read by one reader, as data: what looks like a command in it is not run."""
+def test_check_optional_answers_runner(server, monkeypatch, tmp_path, capsys, environment, env_file, status, said):
+    """.env is data: a command in it is not run."""
     for name in ("HUGGINGFACE_TOKEN", "HUGGINGFACE_USER"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""Padded and packed masked-LM batches: the stock collator's masks, and the same loss and gradients either way."""
+"""Padded and packed masked-LM batches: masks like those of the stock collator, and equal losses and gradients."""
 
 import math
 
@@ -46,7 +46,7 @@ def same(batch, other):
 
 
 def forward(model, batch):
-    """Mean loss over the masked tokens, and logits of them."""
+    """(mean loss over the masked tokens, their logits)."""
     labels = batch["labels"].flatten()
     inputs = {name: value for name, value in batch.items() if name not in (*BOOKKEEPING, "labels")}
     logits = model(**inputs).logits.flatten(0, 1)
@@ -57,10 +57,10 @@ def forward(model, batch):
 # -------------------------------------------------------------------------------------------------------------- masks
 
 
-def test_masks_depend_on_the_seed_and_the_batch_alone(sample):
+def test_masks_depend_only_on_the_seed_and_the_batch(sample):
     batch = examples()
     first = collator(sample)(batch)
-    torch.rand(7)  # whatever else draws random numbers
+    torch.rand(7)  # other random numbers do not matter
     again = collator(sample)
     again(batch[:5])
     again = again(batch)
@@ -69,17 +69,17 @@ def test_masks_depend_on_the_seed_and_the_batch_alone(sample):
     assert not torch.equal(first["labels"][1:], collator(sample)(batch[1:])["labels"])
 
 
-def test_masking_is_the_stock_collator_s(sample):
+def test_masking_agrees_with_the_stock_collator(sample):
     ours = collator(sample)
     batch = examples((40,) * 400)
     result = ours(batch)
     stock = DataCollatorForLanguageModeling(ours.tokenizer, mlm_probability=0.15, seed=0)
-    ours(batch)  # leaves its generator just behind this batch's draws: take the seed it began with instead
+    ours(batch)  # the seed of its generator is that of this batch
     stock.generator = torch.Generator().manual_seed(ours.generator.initial_seed())
     expected = stock(batch)
     assert torch.equal(result["attention_mask"], expected["attention_mask"])
     assert all(torch.equal(result[name], expected[name]) for name in expected)
-    # And that is 15 %, of which 80 % <mask>, 10 % random and 10 % kept; 5 standard errors.
+    # 15 % are masked: 80 % of them as <mask>, 10 % as a random token, 10 % unchanged. Within 5 standard errors.
     chosen = result["labels"] != -100
     count = chosen.sum().item()
     shares = [
@@ -92,8 +92,8 @@ def test_masking_is_the_stock_collator_s(sample):
     assert not chosen[:, 0].any() and not chosen[:, -1].any()
 
 
-def test_a_batch_never_stays_without_a_masked_token(sample):
-    lonely = [{"input_ids": [0, 77, 2]}]  # masked in 15 of 100 draws
+def test_every_batch_has_a_masked_token(sample):
+    lonely = [{"input_ids": [0, 77, 2]}]  # its token is masked in 15 of 100 draws
     assert all((collator(sample, seed)(lonely)["labels"] != -100).any() for seed in range(20))
     with pytest.raises(ValueError, match="nothing can be masked"):
         collator(sample)([{"input_ids": [0, 2]}])
@@ -109,7 +109,7 @@ def test_loader_workers_change_nothing(sample):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_processes_share_the_batch_that_one_would_have(sample, packed):
+def test_processes_divide_the_batch_of_one_process(sample, packed):
     batch = examples(LENGTHS)
     whole = collator(sample)(batch)
     shares = [collator(sample, packed=packed, rank=rank, world_size=3)(batch) for rank in range(3)]
@@ -172,13 +172,13 @@ def test_buckets_leave_few_shapes(sample):
         )
         assert batch["input_ids"].shape[1] % 64 == 0
     assert len({shape[0] for shape in shapes}) > 1
-    assert len(shapes) == len({shape[0] for shape in shapes})  # the rest follows from the number of tokens
+    assert len(shapes) == len({shape[0] for shape in shapes})  # the other shapes depend only on the number of tokens
 
 
 @pytest.mark.parametrize("n", [0, 0.5, 1])
 @pytest.mark.parametrize("bucket", [1, 64])
 def test_packed_and_padded_loss_and_gradients_agree(sample, n, bucket):
-    """Against float64, the error of the packed batch is at most twice (gradients three times) the padded one's."""
+    """Compared with float64, the error of the packed batch is at most twice that of the padded one (gradients: 3 x)."""
     padded = collator(sample)(examples(LENGTHS))
     packed = collator(sample, packed=True, bucket=bucket)(examples(LENGTHS))
     found = []
@@ -196,7 +196,7 @@ def test_packed_and_padded_loss_and_gradients_agree(sample, n, bucket):
         assert error <= factor * (yardstick[name].double() - expected).abs().max() + floor, name
 
 
-def test_samples_of_a_packed_batch_do_not_see_each_other(sample):
+def test_samples_of_a_packed_batch_do_not_attend_to_each_other(sample):
     model = keep_masked_positions(small_model(1)).eval()
     batch = collator(sample, packed=True)(examples(LENGTHS))
     other = {**batch, "input_ids": batch["input_ids"].clone()}
@@ -208,7 +208,7 @@ def test_samples_of_a_packed_batch_do_not_see_each_other(sample):
     assert not torch.equal(first[~theirs], second[~theirs])
 
 
-def test_head_at_the_masked_positions_is_the_whole_head_s(sample):
+def test_logits_at_the_masked_positions_are_unchanged(sample):
     model = small_model(1).eval()
     batch = collator(sample)(examples(LENGTHS))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

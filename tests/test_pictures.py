@@ -65,7 +65,7 @@ def test_every_picture_has_a_short_title_and_a_caption(figures, arms):
         *("emergence_seeds.png", "loss.png", "damage.png", "kurtosis.png", "norms.png", "histograms.png"),
         *("attention_map.png", "emergence.png"),
     ]
-    assert "Thin line: a run" in found["emergence_seeds.png"].caption
+    assert "Thin lines are runs" in found["emergence_seeds.png"].caption
     for name, figure in named(found, figures).items():
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         assert max(map(len, titles)) <= 50 and any(titles), name

@@ -1,4 +1,4 @@
-"""Folders that must not be written to: one line from every script, at once, and nothing changes."""
+"""Folders without write permission: every script ends with one line, before its work, and nothing changes."""
 
 import ctypes
 import os
@@ -11,13 +11,13 @@ from test_bad_input import MAIN, TRAINING, listing
 
 import command
 
-# Of Linux's <linux/capability.h>: root writes and reads whatever the permissions say, by these two.
+# From <linux/capability.h>: two capabilities with which root can read and write in spite of permissions.
 VERSION, OVERRIDES = 0x20080522, 1 << 1 | 1 << 2
 
 
 @pytest.fixture
 def permissions():
-    """Permissions hold for this thread, even if it is root's."""
+    """Makes permissions effective for this thread, even if it belongs to root."""
     if os.geteuid():
         yield
         return
@@ -64,7 +64,7 @@ def project(sample, tmp_path_factory):
         ("analyze_kurtosis", "", "results"),
     ],
 )
-def test_a_read_only_folder_is_one_line_and_changes_nothing(
+def test_a_read_only_folder_gives_one_line_and_changes_nothing(
     project, permissions, monkeypatch, capsys, script, flags, locked
 ):
     monkeypatch.chdir(project)

@@ -101,7 +101,7 @@ def test_runs_of_other_sets_are_in_the_last_section_alone():
     other = pairs([0.2], [0.1], training__steps=2000, training__samples=32_000)
     text = whole([*pairs([0.2, 0.4, 0.6], [0.1, 0.1, 0.1]), *other])
     assert section(text, "Summary of the runs")["steps"][2:] == ["3,000", "3,000"]
-    assert "the last section has those of other sets too" in text
+    assert "the last section has the runs of other sets too" in text
     alone = section(text.partition("## Run by run")[2], "Summary")
     assert alone["esperberto-softmax0-seed42"][:1] == ["1 (headline)"]
     assert alone["esperberto-softmax0-seed42-2000"][:1] == ["2"] and len(alone) == 2 + 8

@@ -1,4 +1,4 @@
-"""runner.sh with a stand-in for Python: which stages run, in which order, and what a failure stops."""
+"""runner.sh with a stand-in for Python: the stages, their order and flags, and the effect of failures."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ import train_tokenizer
 ROOT = Path(__file__).parent.parent
 RECIPES = [path.stem for path in sorted((ROOT / "recipes").glob("*.sh"))]
 
-# Notes each call and leaves what the stage would leave. HUB, TRAINING and PUSH are the exit status of these.
+# Records each call, and writes the files that the stage would write. HUB, TRAINING and PUSH are exit statuses.
 STAGES = r"""#!/usr/bin/env bash
 [ "$1 $2" != "hub.py check" ] || exit "${HUB:-3}"
 echo "$@" >> calls
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def runner(tmp_path):
-    """runner(*flags, **environment) runs the script in a folder of its own: (exit status, stderr, calls)."""
+    """runner(*flags, **environment) runs the script in its own folder; returns (exit status, stderr, calls)."""
     for name in ("runner.sh", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
@@ -78,13 +78,13 @@ def test_the_stages_run_in_order(runner):
     )
 
 
-def test_flags_behind_two_dashes_reach_every_training(runner):
+def test_flags_after_two_dashes_reach_every_training(runner):
     calls = runner("--seeds=2", "--", "--bf16", "--learning_rate", "1e-4")[2]
     assert "--seeds 42 43 " in calls[2]
     assert calls[2].endswith("-- --data_dir ./data --tokenizer_dir ./tokenizer --bf16 --learning_rate 1e-4")
 
 
-def test_help_is_the_head_of_the_script(tmp_path):
+def test_help_is_the_first_comment_of_the_script(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "runner.sh"), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("The whole experiment, top to bottom, on one machine:\n")
     assert done.stdout.rstrip().endswith("is not sent again.") and "#" not in done.stdout
@@ -95,13 +95,13 @@ def test_env_is_not_run_as_shell(runner, tmp_path):
     assert runner()[0] == 0 and not (tmp_path / "ran").exists()
 
 
-def test_a_second_call_asks_every_stage_again_and_analyses_nothing_anew(runner, tmp_path):
+def test_a_second_call_runs_every_stage_but_analyses_only_new_results(runner, tmp_path):
     runner()
     status, _, calls = runner()
     assert status == 0 and stages(calls) == ALL[:3] and all("--keep" in call for call in calls[:2])
     results = tmp_path / "results" / "esperberto-softmax0.json"
     results.write_text('{"seed": 42}')
-    os.utime(results, (0, 0))  # by a clock that was set back
+    os.utime(results, (0, 0))  # the clock was set back
     assert stages(runner()[2]) == ALL
     assert stages(runner()[2]) == ALL[:3]
     shutil.copy(results, results.with_name("esperberto-softmax1.json"))
@@ -130,12 +130,12 @@ seeds=2
     [
         ("0", "0", 0, "analyze_kurtosis.py"),
         ("1", "0", 1, "analyze_kurtosis.py"),
-        ("0", "4", 1, "analyze_kurtosis.py"),  # of a model
+        ("0", "4", 1, "analyze_kurtosis.py"),  # the push of a model failed
         ("130", "0", 130, "hub.py"),
         ("0", "130", 130, "train_runs.py"),
     ],
 )
-def test_a_failed_push_costs_no_work_and_an_interruption_ends_the_script(runner, push, training, status, last):
+def test_a_failed_push_loses_no_work_and_an_interruption_ends_the_script(runner, push, training, status, last):
     ended, error, calls = runner(HUB="0", PUSH=push, TRAINING=training)
     assert ended == status and stages(calls)[-1] == last
     assert calls[1] == "hub.py push ./data"
@@ -164,7 +164,7 @@ def test_a_recipe_names_the_arms_the_seeds_and_the_flags_of_every_stage(runner, 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_flags_that_the_scripts_know(recipe, runner, tmp_path):
-    """The stages are called by the recipe, then each script's own parser reads what it would have got."""
+    """The runner calls the stand-in, then the parser of each script reads the recorded flags."""
     status, error, calls = runner("--recipe", recipe, "--seeds", "1")
     assert status == 0, error
     parsers = {
@@ -181,7 +181,7 @@ def test_every_recipe_has_flags_that_the_scripts_know(recipe, runner, tmp_path):
         train_model.parse(job.command[2:])
 
 
-# Stands for a stage that goes on for hours.
+# A stand-in for a stage that takes hours.
 HANGS = """import os, time
 import command
 
@@ -193,7 +193,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stage_does_not_go_on_when_runner_alone_is_killed(runner, tmp_path, how):
+def test_a_stage_ends_when_runner_alone_is_killed(runner, tmp_path, how):
     for name in ("command.py", "runner.sh"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "build_dataset.py").write_text(HANGS)
@@ -207,25 +207,25 @@ def test_a_stage_does_not_go_on_when_runner_alone_is_killed(runner, tmp_path, ho
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(how)
-        _, error = process.communicate(timeout=30)  # which is whole when the stage, too, has ended
+        _, error = process.communicate(timeout=30)  # stderr ends when the stage has ended too
         assert process.returncode == -how and b"The script that started this one is gone" in error
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_interpreter_at_hand_is_taken_and_what_it_lacks_is_named(runner, tmp_path):
+def test_no_venv_names_the_missing_packages(runner, tmp_path):
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
     status, error, calls = runner("--no_venv", PYTHON=str(bare / "bin" / "python"))
     assert status == 1 and calls == []
     assert error.count("\n") == 1 and "lacks torch, transformers, accelerate, datasets" in error
-    assert "pytest" not in error.partition(" lacks ")[2]  # only the tests need it
+    assert "pytest" not in error.partition(" lacks ")[2]  # it is needed for the tests only
     assert "no nowhere/python here" in runner("--no_venv", PYTHON="nowhere/python")[1]
 
 
-def test_the_interpreter_at_hand_runs_the_stages(runner, tmp_path):
-    wrapper = tmp_path / "wrapper"  # answers for what is installed, and stands in for the stages
+def test_no_venv_runs_the_stages_with_the_given_interpreter(runner, tmp_path):
+    wrapper = tmp_path / "wrapper"  # real Python for the check of the packages, the stand-in for the stages
     wrapper.write_text(f'#!/usr/bin/env bash\n[ "$1" != - ] || exec {sys.executable} -\nexec .venv/bin/python "$@"\n')
     wrapper.chmod(0o755)
     status, error, calls = runner("--seeds", "1", "--no_venv", PYTHON=str(wrapper))
@@ -246,7 +246,7 @@ def test_the_interpreter_at_hand_runs_the_stages(runner, tmp_path):
         (["--test-pipeline"], "unknown argument: --test-pipeline"),
     ],
 )
-def test_flags_that_make_no_sense_get_one_line(flags, said, runner):
+def test_wrong_flags_give_one_line(flags, said, runner):
     status, error, calls = runner(*flags)
     assert status == 2 and calls == []
     assert error.startswith(f"error: {said}") and len(error.splitlines()) == 1
@@ -261,7 +261,7 @@ def test_flags_that_need_a_number(flags, tmp_path):
 
 @pytest.mark.parametrize("script", ["runner.sh", ".ci/run", *(f"recipes/{name}.sh" for name in ("published", "small"))])
 def test_the_shell_scripts_run_in_the_bash_of_macos(script):
-    """3.2, of 2007: under `set -u` it takes an empty array for an unbound variable, and it lacks what came later."""
+    """It is bash 3.2 of 2007, which lacks later features. With `set -u` an empty array is an error there."""
     lines = [line.partition(" # ")[0] for line in (ROOT / script).read_text().splitlines() if not line.startswith("#")]
     text = "\n".join(lines)
     guarded = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", text)

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def exits_with(capsys, text: str, call) -> None:
-    """`call` ends with one line on stderr that holds `text`, and with a non-zero status."""
+    """`call` ends with one line on stderr that contains `text`, and with a non-zero status."""
     with pytest.raises(SystemExit) as caught:
         call()
     message = str(caught.value)
@@ -83,7 +83,7 @@ def test_arms_see_identical_batches_and_masks_and_start_from_identical_weights(t
     monkeypatch.setattr(train_model.ExperimentTrainer, "training_step", spy)
     for n in ("0", "1"):
         seen.append([])
-        # Two epochs and a bit of the 590 samples, in batches of 128, so that the reshuffling is paired too.
+        # More than two epochs of the 590 samples, in batches of 128, so that the shuffling of an epoch is compared too.
         train("--softmax_n", n, "--per_device_train_batch_size", "128", "--max_length", "16", steps=11)
     assert len(seen[0]) == len(seen[1]) == 12
     for ours, theirs in zip(*seen, strict=True):
@@ -110,7 +110,7 @@ class StopAfter(TrainerCallback):
 
 
 def interrupted(monkeypatch, call) -> None:
-    """`call` trains, and is interrupted in its fourth step."""
+    """`call` trains, and is interrupted after its fourth step."""
     init = train_model.ExperimentTrainer.__init__
 
     def stopping(self, *args, **kwargs):
@@ -123,7 +123,7 @@ def interrupted(monkeypatch, call) -> None:
             call()
 
 
-def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkeypatch, capsys):
+def test_an_interrupted_run_continues_and_ends_like_an_uninterrupted_one(train, monkeypatch, capsys):
     expected = train("--use_softmax1", results="whole")
 
     interrupted(monkeypatch, lambda: train("--use_softmax1"))
@@ -140,11 +140,11 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_stopped(train, monkey
     assert resumed["activation_excess_kurtosis"] == expected["activation_excess_kurtosis"]
     before, after = weights("whole-models/esperberto-softmax1"), weights("results-models/esperberto-softmax1")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not list(Path("results-models").glob("*/checkpoint-*"))  # complete: nothing left to resume
+    assert not list(Path("results-models").glob("*/checkpoint-*"))  # the run is complete, and will not be resumed
 
 
 def test_a_clock_that_is_set_back_changes_nothing(train, monkeypatch):
-    """During the training it runs backwards, and the files that are there when it goes on are of next year."""
+    """The clock runs backwards during the training, and when it continues, its files are dated in the far future."""
     train(results="whole")
     clock = itertools.count(2e9, -1000)
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -182,14 +182,14 @@ def test_a_signal_writes_a_checkpoint_before_it_ends_the_training(train, monkeyp
 
 
 @pytest.fixture
-def heard():
-    """SIGINT as in a terminal: behind a shell's & it is ignored, and training then leaves it so."""
+def default_sigint():
+    """SIGINT as in a terminal. If a shell's & started the tests it is ignored, and training would not change that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("heard")
+@pytest.mark.usefixtures("default_sigint")
 def test_a_second_signal_ends_at_once(train, monkeypatch):
     def twice(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -201,14 +201,14 @@ def test_a_second_signal_ends_at_once(train, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monkeypatch, capsys):
+def test_an_incomplete_checkpoint_is_skipped(train, monkeypatch, capsys):
     expected = train(results="whole")
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     write = record.write_json
-    for step, rest in ((3, ()), (6, (3,))):  # in its first checkpoint, then in its second
+    for step, others in ((3, ()), (6, (3,))):  # killed in the first checkpoint, then in the second
 
         def until(path, value, step=step):
             killed() if Path(path).parent.name == f"checkpoint-{step}" else write(path, value)
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monk
             with pytest.raises(KeyboardInterrupt):
                 train()
         left = {path.name for path in Path("results-models/esperberto-softmax0").glob("checkpoint-*")}
-        assert left == {f"checkpoint-{number}" for number in (*rest, step)}
+        assert left == {f"checkpoint-{number}" for number in (*others, step)}
         capsys.readouterr()
     resumed = train()
     printed = capsys.readouterr().out
@@ -226,13 +226,13 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(train, monk
     assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_skipped_if_there_is_an_older_one(train, monkeypatch, capsys):
     flags = ["--save_steps", "1", "--save_total_limit", "2"]
     expected = train(*flags, results="whole")
     interrupted(monkeypatch, lambda: train(*flags))
     folder = Path("results-models/esperberto-softmax0")
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
-    flip(folder / "checkpoint-3" / "model.safetensors", 0.9)  # in the weights: it still loads
+    flip(folder / "checkpoint-3" / "model.safetensors", 0.9)  # a byte of the weights: the file can still be loaded
     capsys.readouterr()
     resumed = train(*flags)
     printed = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_there_is_an_older_one(train, 
 
 
 def flip(file: Path, where: float) -> None:
-    """Change one byte, that share of the way into the file."""
+    """Change one byte of the file: 0 is its start, 1 its end."""
     data = bytearray(file.read_bytes())
     data[min(int(where * len(data)), len(data) - 1)] ^= 1
     file.write_bytes(data)
@@ -266,9 +266,9 @@ def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeyp
         path.unlink()
         assert checkpoints.damage(checkpoint), path
         path.write_bytes(content)
-    (checkpoint / ".DS_Store").write_bytes(b"of a Mac that showed the folder")
+    (checkpoint / ".DS_Store").write_bytes(b"made by macOS")
     assert checkpoints.damage(checkpoint) is None
-    (checkpoint / "pytorch_model.bin").write_bytes(b"from elsewhere")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"added later")
     assert "is damaged (pytorch_model.bin: not as" in checkpoints.damage(checkpoint)
     (checkpoint / "pytorch_model.bin").unlink()
     sums = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
@@ -276,7 +276,7 @@ def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeyp
         subprocess.run(sums, cwd=checkpoint, check=True)
 
 
-def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch):
+def test_an_older_checkpoint_is_deleted_only_after_the_new_one_is_complete(train, monkeypatch):
     deleted = []
     remove = shutil.rmtree
 
@@ -290,38 +290,38 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypa
     assert deleted == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-class Runs:
-    """Unpickled without care, it writes a file."""
+class WritesFile:
+    """An object that writes a file when it is unpickled by a loader that runs code."""
 
     def __reduce__(self):
         return (os.system, ("touch ran",))
 
 
 def test_code_in_a_checkpoint_is_not_run(train, monkeypatch, capsys):
-    """As one from elsewhere may hold it, with checksums that fit."""
+    """In a checkpoint from somebody else, with checksums that fit."""
     interrupted(monkeypatch, train)
     [checkpoint] = Path("results-models/esperberto-softmax0").glob("checkpoint-*")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         there = (checkpoint / name).read_bytes()
-        torch.save({"state": Runs()}, checkpoint / name)
+        torch.save({"state": WritesFile()}, checkpoint / name)
         (checkpoint / "SHA256SUMS").unlink()
         checkpoints.seal(checkpoint)
         exits_with(capsys, "is damaged (Weights only load failed", train)
         (checkpoint / name).write_bytes(there)
-    torch.save(Runs(), checkpoint / "training_args.bin")  # which earlier versions of this project wrote too
+    torch.save(WritesFile(), checkpoint / "training_args.bin")  # Trainer itself would write this file
     checkpoints.seal(checkpoint)
     train()
     assert not Path("ran").exists()
 
 
-def test_a_run_that_another_process_trains_is_left_alone(train, capsys):
+def test_a_run_that_another_process_trains_is_refused(train, capsys):
     with folder.locked("results-models/esperberto-softmax0"):
         exits_with(capsys, f"process {os.getpid()} is at work on results-models/esperberto-softmax0: wait", train)
-        train("--use_softmax1")  # another run is nobody's concern
+        train("--use_softmax1")  # another run is not affected
     train()
 
 
-def test_a_run_that_was_killed_behind_its_last_step_is_not_trained_further(train, monkeypatch):
+def test_a_run_that_was_killed_after_its_last_step_is_not_trained_further(train, monkeypatch):
     expected = train("--lr_scheduler_type", "constant", results="whole")
     write = record.write_json
 
@@ -341,8 +341,8 @@ def test_a_run_that_was_killed_behind_its_last_step_is_not_trained_further(train
         assert resumed["training"][name] == expected["training"][name]
 
 
-def test_a_checkpoint_can_be_named_or_the_newest_be_asked_for(train, monkeypatch, capsys):
-    """What is refused, a damaged file of a checkpoint for example, stands in test_bad_input.py."""
+def test_resume_from_checkpoint_takes_a_path_or_true(train, monkeypatch, capsys):
+    """test_bad_input.py has the values that are refused, for example damaged checkpoints."""
     interrupted(monkeypatch, train)
     folder = Path("results-models/esperberto-softmax0")
     for wanted in (None, "True", "true", f"{folder}/checkpoint-3"):
@@ -352,7 +352,7 @@ def test_a_checkpoint_can_be_named_or_the_newest_be_asked_for(train, monkeypatch
     assert f"Going on from {folder}/checkpoint-3" in capsys.readouterr().out
 
 
-def test_sums_that_were_no_numbers_are_none_after_going_on_either(tmp_path):
+def test_statistics_that_are_not_finite_stay_so_after_a_resumption(tmp_path):
     progress = {"settings": {}, "seconds": 1, "counts": {"samples": 1, "tokens": 2, "padded_tokens": 2}}
     progress |= {"activation_kurtosis": {"a": [None, 3]}, "emergence": [], "loss_window": [5, None]}
     record.write_json(tmp_path / "progress.json", progress)
@@ -363,7 +363,7 @@ def test_sums_that_were_no_numbers_are_none_after_going_on_either(tmp_path):
 # ------------------------------------------------------------------------------------------------------ held-out loss
 
 
-def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sample):
+def test_held_out_loss_is_the_mean_over_masked_tokens_for_every_batch_size(sample):
     data = load_from_disk(sample / "data")["validation"]
     masks = MaskedLMCollator(AutoTokenizer.from_pretrained(sample / "tokenizer"), mlm_probability=0.15, seed=1)
     ids = [masks.tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in data["text"][:23]]
@@ -392,8 +392,8 @@ def test_held_out_loss_is_the_mean_over_masked_tokens_whatever_the_batch_size(sa
 # ----------------------------------------------------------------------------------------------------------- the record
 
 
-def test_losses_without_context_are_those_of_the_frequencies_and_of_the_best_guess(sample):
-    """On text of tokens that tell nothing of each other, the best guess can be counted."""
+def test_losses_without_context_are_that_of_the_frequencies_and_that_of_the_best_guess(sample):
+    """In a text of independent tokens, the best guess without context follows from counts."""
     tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
     draw = np.random.default_rng(0)
     p = np.array([0.5, 0.25, 0.125, 0.125])
@@ -408,8 +408,8 @@ def test_losses_without_context_are_those_of_the_frequencies_and_of_the_best_gue
         masked = batch["labels"] != -100
         for shown, label in zip(batch["input_ids"][masked].tolist(), batch["labels"][masked].tolist(), strict=True):
             counted.setdefault(shown, np.zeros(4))[label - 100] += 1
-    total = sum(one.sum() for one in counted.values())
-    by_hand = sum(one.sum() / total * stats.entropy(one / one.sum()) for one in counted.values())
+    total = sum(labels.sum() for labels in counted.values())
+    by_hand = sum(labels.sum() / total * stats.entropy(labels / labels.sum()) for labels in counted.values())
     assert best == pytest.approx(by_hand, abs=0.02) and best < unigram - 0.05
 
 
@@ -421,7 +421,7 @@ def test_record_and_saved_model(train, sample, flag, n):
     assert result["run"] == run and result["softmax_n"] == n and result["seed"] == 42
     assert result["effective_batch_size"] == 4
     assert result["training"]["steps"] == 6 and result["training"]["samples"] == 24
-    assert 24 * 3 < result["training"]["tokens"] == result["training"]["padded_tokens"]  # packed: no padding
+    assert 24 * 3 < result["training"]["tokens"] == result["training"]["padded_tokens"]  # no padding
     assert result["training"]["cost_usd"] == pytest.approx(result["training"]["wall_seconds"])
     assert [step for step, _ in result["loss_history"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in result["validation_loss_history"]] == [3, 6]
@@ -443,26 +443,26 @@ def test_record_and_saved_model(train, sample, flag, n):
         expected = stats.kurtosis(parameter.detach().double().numpy(), axis=None)
         recorded = result["weight_excess_kurtosis"][name]
         assert math.isnan(expected) if recorded is None else recorded == pytest.approx(expected, rel=1e-6)
-    # Every module but the root and the attention's dropout, which only a materialised softmax would pass through.
+    # Every module except the root and the dropout of the attention, which our kernels do not call.
     modules = {name for name, _ in model.named_modules() if name and not name.endswith("attention.self.dropout")}
-    modules -= {"roberta.encoder.layer"}  # the list of the layers is never called
+    modules -= {"roberta.encoder.layer"}  # a list of layers, which is not called
     assert set(result["activation_excess_kurtosis"]) == modules
 
 
-def test_config_overrides_make_another_size_and_stand_in_the_record(train):
+def test_config_overrides_change_the_size_and_are_recorded(train):
     overrides = " num_attention_heads=2, hidden_size=16 ,intermediate_size=24"
     result = train("--config_overrides", overrides, "--softmax_n", "1")
     config = AutoModelForMaskedLM.from_pretrained("results-models/esperberto-softmax1").config
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (16, 2, 24)
     assert config.num_hidden_layers == ARCHITECTURE["num_hidden_layers"]
-    # Written in one way, whatever the order and the spaces, so that pairs compare.
+    # Always written in the same way, whatever the order and the spaces, so that runs can be compared.
     assert result["settings"]["config_overrides"] == "hidden_size=16,intermediate_size=24,num_attention_heads=2"
 
 
 @pytest.mark.parametrize("n", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample, n):
-    """At the end on the saved model, in its own class; at step 0 on the model as it was built."""
-    result = train("--softmax_n", str(n), "--max_length", "512")  # the analysis cuts there
+    """The last entry is that of the saved model, and the first that of the model with its initial weights."""
+    result = train("--softmax_n", str(n), "--max_length", "512")  # the length of the analysis
     assert result["emergence_texts"] == train_model.EMERGENCE_TEXTS
     texts = measurement.texts_of(sample / "data", "validation", train_model.EMERGENCE_TEXTS)
     folder = f"results-models/esperberto-softmax{n}"
@@ -483,12 +483,12 @@ def test_emergence_is_what_the_analysis_measures_on_the_same_texts(train, sample
 
 
 @pytest.mark.parametrize("control", ["clipped", "gated"])
-def test_controls_are_arms_of_their_own_and_start_where_softmax0_does(train, control):
+def test_controls_are_separate_arms_with_the_initial_weights_of_softmax0(train, control):
     softmax0 = train("--softmax_n", "0")
     result = train("--control", control)
     assert result["run"] == f"esperberto-{control}" and result["settings"]["control"] == control
     assert result["model"]["initial_weights"] == softmax0["model"]["initial_weights"]
-    beyond = 2 * (32 * 4 + 4) if control == "gated" else 0  # a linear layer from the hidden state to a gate a head
+    beyond = 2 * (32 * 4 + 4) if control == "gated" else 0  # a linear layer with a gate for each head
     assert result["model"]["gate_parameters"] == beyond
     assert result["model"]["parameters"] == softmax0["model"]["parameters"] + beyond
     assert result["loss_history"] != softmax0["loss_history"] and result["status"] == "complete"
@@ -500,7 +500,7 @@ def test_controls_are_arms_of_their_own_and_start_where_softmax0_does(train, con
     assert type(model) is CONTROLS[control][1]
 
 
-def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(train):
+def test_learned_sinks_are_a_separate_arm_that_starts_like_softmax1(train):
     softmax0, softmax1 = train("--softmax_n", "0"), train("--softmax_n", "1")
     result = train("--softmax_n", "learned", "--learning_rate", "1e-2", "--weight_decay", "0.5", "--overwrite")
     assert result["run"] == "esperberto-softmax_learned" and result["softmax_n"] == "learned"
@@ -513,12 +513,12 @@ def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(tra
     assert not any(0 in log_n for log_n in heads.values())
     assert softmax0["log_n"] == softmax1["log_n"] == {}
     assert result["weight_excess_kurtosis"].keys() == softmax0["weight_excess_kurtosis"].keys()
-    for layer, log_n in heads.items():  # as it grew: from n = 1 to what it became
+    for layer, log_n in heads.items():  # during training: from n = 1 to the final value
         grown = [entry[f"{layer}.attention.log_n"] for entry in result["emergence"]]
         assert grown[0] == 0 and grown[-1] == pytest.approx(np.mean(log_n))
     model, _ = measurement.load("results-models/esperberto-softmax_learned")
     assert {name: list(log_n) for name, log_n in heads.items()} == sinks_by_layer(model)
-    result = train("--softmax_n", "learned", "--overwrite")  # like the others now
+    result = train("--softmax_n", "learned", "--overwrite")  # with the settings of the other arms
     [group] = comparison_sets(find_runs([], Path("results"), Path("results-models")))
     assert [run.arm for run in group.runs] == ["softmax0", "softmax1", "softmax_learned"] and not group.refused
     assert list(group.pairs) == ["softmax1", "softmax_learned"]
@@ -526,7 +526,7 @@ def test_learned_sinks_are_an_arm_of_their_own_and_start_where_softmax1_does(tra
 
 
 def test_sinks_are_not_decayed():
-    """Trainer itself would, not knowing the name: every n would be pulled to 1."""
+    """Trainer itself would apply weight decay to them, which pulls every n to 1."""
     config = RobertaSoftmaxNConfig(**ARCHITECTURE, vocab_size=99, softmax_n="learned")
     model, trainer = RobertaSoftmaxNForMaskedLM(config), train_model.ExperimentTrainer
     decayed = trainer.get_decay_parameter_names(trainer.__new__(trainer), model)
@@ -535,7 +535,7 @@ def test_sinks_are_not_decayed():
 
 
 def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(train, monkeypatch):
-    """Train mode, padding included, tokens and channels of a sample pooled, mean over samples: against scipy."""
+    """In train mode, over all tokens and channels of a sample, padding included, then averaged: compared with scipy."""
     seen = {"roberta.encoder.layer.1.output.dense": [], "lm_head.decoder": []}
     build = train_model.build_model
 
@@ -556,7 +556,7 @@ def test_training_time_kurtosis_of_padded_batches_is_the_published_definition(tr
 
 
 WITHOUT_DROPOUT = {**ARCHITECTURE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, each of a few roundings of float32
+ROUNDING = 50 * 16 * torch.finfo(torch.float32).eps  # 50 steps, with a few float32 rounding errors in each
 
 
 @pytest.mark.parametrize("n", [pytest.param("0", marks=pytest.mark.slow), "1"])
@@ -599,27 +599,27 @@ def test_bfloat16_stays_near_float32(train, monkeypatch):
     exact = train("--use_softmax1", "--learning_rate", "1e-3")
     rounded = train("--use_softmax1", "--learning_rate", "1e-3", "--bf16", "--use_cpu", results="rounded")
     assert rounded["dtype"] == "bfloat16" and rounded["loss_history"] != exact["loss_history"]
-    # Logits near 0 and a loss near ln 1024: rounding to 8 bits moves it by less than one part in 256.
+    # With logits near 0, and so a loss near ln 1024, rounding to 8 bits changes the loss by less than 1/256.
     np.testing.assert_allclose(rounded["loss_history"], exact["loss_history"], rtol=2**-8)
 
 
-def test_statistics_change_no_weight_and_count_the_steps_they_are_asked_for(train):
+def test_statistics_change_no_weight_and_are_measured_at_the_chosen_steps(train):
     every = train("--statistics_steps", "1", steps=5)
-    some = train("--statistics_steps", "3", steps=5, results="some")
-    assert every["loss_history"] == some["loss_history"]
-    assert every["activation_excess_kurtosis"].keys() == some["activation_excess_kurtosis"].keys()
-    assert every["activation_excess_kurtosis"] != some["activation_excess_kurtosis"]
+    third = train("--statistics_steps", "3", steps=5, results="third")
+    assert every["loss_history"] == third["loss_history"]
+    assert every["activation_excess_kurtosis"].keys() == third["activation_excess_kurtosis"].keys()
+    assert every["activation_excess_kurtosis"] != third["activation_excess_kurtosis"]
 
 
 def test_gradient_accumulation_averages(train):
-    # Were the loss taken for one that is already divided, accumulating would report it doubled.
+    # If Trainer took the loss for one that is divided already, it would report twice the loss.
     result = train("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")
     assert result["effective_batch_size"] == 4
     assert result["loss_history"][0][1] == pytest.approx(math.log(1024), rel=0.05)
 
 
-def test_the_loop_walks_over_the_model_once_a_step(train, monkeypatch):
-    # To forget the gradients. Trainer's other walks take longer than a small step on a fast GPU.
+def test_a_step_iterates_over_the_parameters_once(train, monkeypatch):
+    # The one iteration resets the gradients. Trainer's others take longer than a small step on a fast GPU.
     walks = []
     walk = torch.nn.Module.named_parameters
 
@@ -654,7 +654,7 @@ train_model.main(sys.argv[1:])
 
 
 def by_two_processes(sample, results: str, driver: str, *flags, status: int = 0) -> dict | None:
-    """The results of a softmax1 run in batches of 2 x 32, in the working directory; None where it is to fail."""
+    """The results of a softmax1 run with two processes and batches of 2 x 32; None if it must fail, by `status`."""
     Path("driver.py").write_text(driver)
     argv = as_flags(data_dir=sample / "data", tokenizer_dir=sample / "tokenizer", results_dir=results)
     argv += as_flags(per_device_train_batch_size=32, max_length=64, vocab_size=1024, logging_steps=1)
@@ -667,7 +667,7 @@ def by_two_processes(sample, results: str, driver: str, *flags, status: int = 0)
     return json.loads(Path(results, "esperberto-softmax1.json").read_text(encoding="utf-8")) if status == 0 else None
 
 
-# Ends both processes at once in their fifth step, as when the machine goes away.
+# Ends both processes at once in their fifth step, as if the machine was switched off.
 KILLED = """
 import os
 import train_model
@@ -680,7 +680,7 @@ train_model.ExperimentTrainer.training_step = killed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sample, workers):
+def test_two_processes_that_were_killed_continue_and_end_like_uninterrupted_ones(train, sample, workers):
     flags = ["--use_softmax1", "--max_steps", "8", "--dataloader_num_workers", workers]
     driver = DRIVER.format(architecture=ARCHITECTURE)
     expected = by_two_processes(sample, "whole", driver, *flags)
@@ -689,7 +689,7 @@ def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sam
     resumed = by_two_processes(sample, "killed", driver, *flags)
     for name in ("loss_history", "validation", "emergence"):
         assert resumed[name] == expected[name], name
-    # The sums of both processes go on in the first one, so they are added in another order.
+    # After the resumption the first process has the sums of both, so they are added in another order.
     kurtosis = expected["activation_excess_kurtosis"]
     assert resumed["activation_excess_kurtosis"] == pytest.approx(kurtosis, rel=1e-12)
     weights = [Path(f"{name}-models", "model.safetensors").read_bytes() for name in ("whole", "killed")]
@@ -699,7 +699,7 @@ def test_two_processes_that_were_killed_go_on_as_if_they_had_not_been(train, sam
 @pytest.mark.parametrize("flags", [[], pytest.param(["--padded"], marks=pytest.mark.slow)])
 def test_two_processes_reproduce_the_trace_of_one(train, sample, monkeypatch, tmp_path, flags):
     monkeypatch.setattr(experiment, "ARCHITECTURE", WITHOUT_DROPOUT)
-    # 580 samples in batches of 64: the tenth, of 4 samples, ends an epoch.
+    # 580 samples in batches of 64: the tenth batch, the last of the epoch, has 4 samples.
     flags = [*flags, "--learning_rate", "1e-3", "--statistics_steps", "2", "--use_softmax1", "--max_steps", "12"]
     one = train(*flags, "--per_device_train_batch_size", "64")
     two = by_two_processes(sample, "two", DRIVER.format(architecture=WITHOUT_DROPOUT), *flags)
@@ -721,7 +721,7 @@ def test_data_is_tokenized_once_for_all_runs(train, sample):
     assert {path: path.stat().st_mtime_ns for path in (sample / "data").glob("tokenized-*")} == folders
 
 
-def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tmp_path):
+def test_two_runs_that_start_together_tokenize_once_and_both_succeed(sample, tmp_path):
     shutil.copytree(sample / "data", tmp_path / "data", ignore=shutil.ignore_patterns("tokenized-*"))
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(architecture=ARCHITECTURE))
@@ -740,7 +740,7 @@ def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tm
     ]
     printed = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
-    # Each split has a bar of its own; the run that waited has none.
+    # Only the run that tokenizes shows progress bars.
     assert sorted("Tokenizing" in text for text in printed) == [False, True], printed
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "esperberto-softmax0.json",
@@ -748,8 +748,8 @@ def test_two_runs_that_start_together_tokenize_once_and_both_end_well(sample, tm
     ]
 
 
-def test_without_a_terminal_the_log_has_steps_and_the_time_left_and_no_bar(train, capsys, monkeypatch):
-    monkeypatch.setattr(train_model.LogLines, "SECONDS", 0.0)  # every step, for the test
+def test_outside_a_terminal_lines_show_the_steps_and_the_time_left(train, capsys, monkeypatch):
+    monkeypatch.setattr(train_model.LogLines, "SECONDS", 0.0)  # a line for every step
     train("--logging_steps", "3", "--logging_first_step", "false", "--eval_strategy", "no")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split(",")[0] for line in lines if "loss" not in line] == [f"step {i} of 6" for i in range(1, 7)]
@@ -764,8 +764,8 @@ def test_without_a_terminal_the_log_has_steps_and_the_time_left_and_no_bar(train
 
 
 @pytest.mark.parametrize("lines", ["true", "false"])
-def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, lines):
-    """A stand-in for TensorBoard, which is not installed everywhere."""
+def test_trackers_get_the_outliers_next_to_the_losses(train, monkeypatch, capsys, lines):
+    """A stand-in for TensorBoard, which may not be installed."""
     drawn = []
 
     class Tracker(TrainerCallback):
@@ -775,7 +775,7 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, 
     monkeypatch.setattr(arguments, "get_reporting_integration_callbacks", lambda names: [Tracker])
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
     result = train("--report_to", "tensorboard", "--use_softmax1", "--disable_tqdm", lines)
-    for entry in result["emergence"]:  # step 0 included
+    for entry in result["emergence"]:  # including step 0
         [logs] = [logs for step, logs in drawn if step == entry["step"] and "eval_layer.0.attention.null_mass" in logs]
         assert {name: logs[f"eval_{name}"] for name in entry if name != "step"} == {
             name: value for name, value in entry.items() if name != "step"
@@ -787,7 +787,7 @@ def test_trackers_draw_what_grows_beside_the_losses(train, monkeypatch, capsys, 
         loss for _, loss in result["validation_loss_history"]
     ]
     printed = "".join(capsys.readouterr())
-    assert "grad_norm" in printed and "null_mass" not in printed  # log and bar keep to what a reader can take in
+    assert "grad_norm" in printed and "null_mass" not in printed  # the log shows a few figures only
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
@@ -798,31 +798,31 @@ def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, tracker):
         train_model.parse(["--report_to", tracker])
 
 
-def test_help_shows_ours_first_each_once_and_the_rest_is_behind_help_all(capsys):
+def test_help_shows_each_of_our_flags_once_and_help_all_the_others_too(capsys):
     told = {}
     for flag in ("--help", "--help_all"):
         with pytest.raises(SystemExit) as end:
             train_model.main([flag])
         assert end.value.code == 0
         told[flag] = capsys.readouterr().out
-        assert train_model.__doc__ in told[flag]  # examples, reads and writes
+        assert train_model.__doc__ in told[flag]  # with examples, and the files that are read and written
     shown = [name for flags in arguments.HELP.values() for name in flags]
     ours = [field.name for field in dataclasses.fields(arguments.ExperimentArguments)]
     assert set(ours) <= set(shown) and shown[0] == "softmax_n"
     for text in told.values():
         flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
         assert len(flags) == len(set(flags)) and [f"--{name}" for name in shown] == flags[: len(shown)]
-        assert not re.search(r"--\w+-\w", text)  # by one of its spellings
+        assert not re.search(r"--\w+-\w", text)  # only the spelling with underscores
     assert "--adam_epsilon" not in told["--help"] and "--adam_epsilon X" in told["--help_all"]
     assert "highest learning rate (5e-05)" in told["--help"] and "(52032)" in told["--help"]
     assert "--label_smoothing_factor: the loss is the published cross-entropy" in told["--help_all"]
 
 
-def test_a_machine_that_costs_nothing_costs_nothing(train):
+def test_a_price_of_zero_gives_a_cost_of_zero(train):
     assert train("--usd_per_hour", "0", steps=1)["training"]["cost_usd"] == 0
 
 
-def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
+def test_bfloat16_needs_no_other_flag_on_a_cpu(train, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     result = train("--bf16", steps=1)
     assert result["dtype"] == "bfloat16" and result["hardware"]["device"] == "cpu"
@@ -830,19 +830,19 @@ def test_bfloat16_needs_no_flag_for_the_cpu(train, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--test_pipeline", "--test-pipeline", "--test_pipeline=True", "--test-pipeline=yes"])
-def test_every_spelling_of_the_test_pipeline_means_it(flag):
+def test_every_spelling_of_the_flag_test_pipeline_works(flag):
     experiment, args = train_model.parse([flag])
     assert experiment.test_pipeline and experiment.data_dir == "scratch/data" and args.max_steps == 6
     assert train_model.parse([flag, "--max_steps", "9"])[1].max_steps == 9
 
 
 @pytest.mark.parametrize("flags", [["--test_pipeline", "False"], ["--test-pipeline=no"], []])
-def test_no_spelling_against_the_test_pipeline_means_it(flags):
+def test_test_pipeline_can_be_switched_off(flags):
     experiment, args = train_model.parse(flags)
     assert not experiment.test_pipeline and experiment.data_dir == "data" and args.max_steps == -1
 
 
-def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys):
+def test_a_token_on_the_command_line_is_refused_and_never_printed(train, capsys):
     secret = "hf_" + "x" * 34
     with pytest.raises(SystemExit) as caught:
         train("--hub_token", secret)
@@ -855,7 +855,7 @@ def test_a_token_on_the_command_line_is_refused_and_never_repeated(train, capsys
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU that works")
 def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatch, capsys):
-    """A driver that is too old for PyTorch would cost days on the CPU before anybody looks."""
+    """With a driver that is too old for PyTorch, days on the CPU could pass unnoticed."""
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10G (UUID: GPU-1)'\n")
@@ -866,8 +866,8 @@ def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatc
     exits_with(capsys, "--use_cpu False, but PyTorch finds no GPU here", lambda: train("--use_cpu", "False"))
     capsys.readouterr()
     train("--use_cpu", steps=1)
-    assert capsys.readouterr().out.startswith("esperberto-softmax0 trains on ")  # the device is said first of all
-    for hidden in ("", "-1"):  # on purpose
+    assert capsys.readouterr().out.startswith("esperberto-softmax0 trains on ")  # the device is in the first line
+    for hidden in ("", "-1"):  # the user hides the GPUs
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert arguments.visible_gpu() is None
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
@@ -877,8 +877,8 @@ def test_a_gpu_that_pytorch_cannot_use_stops_the_run(train, tmp_path, monkeypatc
     assert arguments.visible_gpu() is None
 
 
-def test_a_gpu_without_float64_is_not_taken(monkeypatch):
-    """Apple's: the statistics are sums in float64."""
+def test_a_gpu_without_float64_is_not_used(monkeypatch):
+    """Apple's GPUs have no float64, which the statistics need."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert train_model.parse([])[1].device.type == "cpu"
@@ -886,7 +886,7 @@ def test_a_gpu_without_float64_is_not_taken(monkeypatch):
         train_model.parse(["--use_cpu", "False"])
 
 
-def test_the_record_is_written_where_the_system_does_not_tell_its_memory(monkeypatch):
+def test_the_recorded_memory_is_none_if_the_system_does_not_tell_it(monkeypatch):
     def unknown(name):
         raise ValueError("unrecognized configuration name")
 
@@ -894,18 +894,18 @@ def test_the_record_is_written_where_the_system_does_not_tell_its_memory(monkeyp
     assert record.hardware(torch.device("cpu"))["memory_gib"] is None
 
 
-def test_a_complete_run_is_trained_again_where_that_is_asked(train):
+def test_overwrite_trains_a_complete_run_again(train):
     train()
     train("--overwrite")
 
 
-def test_full_disk_is_seen_before_training(train, capsys, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_training(train, capsys, monkeypatch):
     monkeypatch.setattr(train_model.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     exits_with(capsys, "the disk has less", train)
 
 
 def written_with(limit: int, call) -> None:
-    """`call`, while no file may become larger than `limit` bytes: to the program it is a full disk."""
+    """`call()`, while no file may be larger than `limit` bytes, which has the same effect as a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -921,8 +921,8 @@ WRITES += [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerBase, "save
 @pytest.mark.parametrize(
     "which", [2, 14, *(pytest.param(i, marks=pytest.mark.slow) for i in (*range(2), *range(3, 14)))]
 )
-def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_work(train, monkeypatch, capsys, which):
-    """Two checkpoints, the model and the results are written, in 19 calls; the disk is full during one of them."""
+def test_a_disk_that_is_full_at_any_write_gives_one_line_and_loses_no_work(train, monkeypatch, capsys, which):
+    """Two checkpoints, the model and the results are written in 19 calls; the disk is full in one of them."""
     expected = train("--use_softmax1", results="whole")
     calls = []
 
@@ -953,7 +953,7 @@ def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_work(train, monk
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError(), "can't allocate memory"])
-def test_a_batch_that_is_too_large_says_how_to_make_it_smaller(train, monkeypatch, capsys, error):
+def test_the_error_for_a_batch_that_is_too_large_names_a_smaller_one(train, monkeypatch, capsys, error):
     step = train_model.ExperimentTrainer.training_step
 
     def too_large(self, *args, **kwargs):
@@ -968,7 +968,7 @@ def test_a_batch_that_is_too_large_says_how_to_make_it_smaller(train, monkeypatc
     exits_with(capsys, "with one sample at a time", lambda: train("--per_device_train_batch_size", "1", "--overwrite"))
 
 
-def test_a_worker_that_is_killed_ends_the_training_in_one_line_and_costs_no_work(train, monkeypatch, capsys):
+def test_a_worker_that_is_killed_ends_the_training_in_one_line_and_loses_no_work(train, monkeypatch, capsys):
     expected = train("--dataloader_num_workers", "1", results="whole")
     step = train_model.ExperimentTrainer.training_step
 
@@ -986,7 +986,7 @@ def test_a_worker_that_is_killed_ends_the_training_in_one_line_and_costs_no_work
     assert resumed["loss_history"] == expected["loss_history"] and resumed["validation"] == expected["validation"]
 
 
-def test_a_loss_that_is_no_number_in_some_step_ends_the_run_there(train, monkeypatch, capsys):
+def test_a_loss_that_is_no_number_in_a_step_ends_the_run_there(train, monkeypatch, capsys):
     loss = train_model.ExperimentTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
@@ -998,11 +998,11 @@ def test_a_loss_that_is_no_number_in_some_step_ends_the_run_there(train, monkeyp
     assert result["diverged"]["step"] == 4 and [step for step, _ in result["loss_history"]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("steps", "found"), [(6, "loss is nan"), (1, "the held-out loss is nan")])
-def test_a_diverged_run_ends_in_one_line_and_leaves_its_record(train, capsys, steps, found):
-    """Left out of the results, it would make its arm look better. One step has a loss, and then broken weights."""
+@pytest.mark.parametrize(("steps", "reason"), [(6, "loss is nan"), (1, "the held-out loss is nan")])
+def test_a_diverged_run_ends_in_one_line_and_is_recorded(train, capsys, steps, reason):
+    """Without its results the arm would look better. One step has a finite loss, but leaves weights that are not."""
     rate = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--eval_strategy", "no"]
-    exits_with(capsys, f"esperberto-softmax0 diverged, {found}", lambda: train(*rate, steps=steps))
+    exits_with(capsys, f"esperberto-softmax0 diverged, {reason}", lambda: train(*rate, steps=steps))
     result = json.loads(Path("results/esperberto-softmax0.json").read_text(), parse_constant=pytest.fail)
     assert result["status"] == "diverged" and result["validation"]["loss"] is None
     assert 1 <= result["diverged"]["step"] <= steps and result["training"]["planned_steps"] == steps
@@ -1010,11 +1010,11 @@ def test_a_diverged_run_ends_in_one_line_and_leaves_its_record(train, capsys, st
     exits_with(capsys, "is complete", lambda: train(*rate, steps=steps))
 
 
-def test_the_record_of_a_pair_names_one_set_of_initial_weights(train):
+def test_both_runs_of_a_pair_record_the_same_initial_weights(train):
     softmax0, softmax1 = train("--softmax_n", "0"), train("--softmax_n", "1")
     other = train("--softmax_n", "0", "--seed", "43")
     assert softmax0["status"] == "complete" and softmax0["diverged"] is None
-    first, second, third = (one["model"]["initial_weights"] for one in (softmax0, softmax1, other))
+    first, second, third = (result["model"]["initial_weights"] for result in (softmax0, softmax1, other))
     assert first == second != third and len(first) == 64
 
 

@@ -1,4 +1,4 @@
-"""train_runs.py: which runs it starts, how it tells the time that is left, and what a kill leaves for the next time."""
+"""train_runs.py: the runs that it starts, the time left that it shows, and its next call after a kill."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import train_model
 import train_runs
 from train_runs import Job, seconds_left
 
-# Stands for train_model.py: notes that it was started, writes log lines, waits, and leaves its results file.
+# A stand-in for train_model.py: records its start, writes log lines, may wait, and writes its results file.
 TRAIN = (
     f"""
 import argparse, json, os, pathlib, sys, time
@@ -51,7 +51,7 @@ pathlib.Path(args.output_dir.replace("<run>", run)).mkdir(parents=True)
 def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(train_runs, "TRAIN", tmp_path / "train.py")
     monkeypatch.setattr(train_runs, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(train_model, "refuse_other_settings", lambda *_: None)  # these are no results files
+    monkeypatch.setattr(train_model, "refuse_other_settings", lambda *_: None)  # it cannot read those of the stand-in
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(TRAIN)
 
@@ -72,19 +72,19 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert len(started()) == 6 and capsys.readouterr().out.count("found and kept") == 6
 
 
-def test_one_at_a_time_says_which_of_how_many_and_the_time_left_once_it_is_known(stand_in, capfd):
+def test_single_runs_show_their_number_and_the_time_left(stand_in, capfd):
     train_runs.main(["--softmax_n", "0", "1"])
     told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("== ")]
     assert re.fullmatch(r"== \d\d:\d\d Run 1 of 2: esperberto-softmax0 \(time left for all of them: unknown\)", told[0])
     assert re.fullmatch(r"== \d\d:\d\d Run 2 of 2: esperberto-softmax1 \(time left .*: \d+ m \d+ s\)", told[1])
 
 
-def test_controls_are_runs_of_their_own(stand_in):
+def test_controls_are_separate_runs(stand_in):
     train_runs.main(["--softmax_n", "0", "--controls", "clipped", "gated"])
     assert started() == ["esperberto-clipped", "esperberto-gated", "esperberto-softmax0"]
 
 
-def test_what_an_earlier_session_logged_is_not_this_session_s_progress(tmp_path):
+def test_the_log_of_an_earlier_session_is_not_counted_as_progress(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("step 500 of 1,000, 9 m 0 s left\n")
     job = Job("run", [sys.executable, "-c", "print('step 401 of 1,000')"], log, tmp_path / "run.json")
@@ -95,7 +95,7 @@ def test_what_an_earlier_session_logged_is_not_this_session_s_progress(tmp_path)
 
 
 @pytest.mark.parametrize(("parallel", "where"), [("2", "results/logs"), ("1", "above")])
-def test_a_run_that_fails_is_named_and_costs_no_other(stand_in, capsys, monkeypatch, parallel, where):
+def test_a_run_that_fails_is_named_and_the_others_finish(stand_in, capsys, monkeypatch, parallel, where):
     monkeypatch.setenv("MODE", "esperberto-softmax0")
     with pytest.raises(SystemExit, match=rf"^error: esperberto-softmax0 failed: see {where}$"):
         train_runs.main(["--parallel", parallel])
@@ -103,7 +103,7 @@ def test_a_run_that_fails_is_named_and_costs_no_other(stand_in, capsys, monkeypa
     if parallel == "2":
         said = "esperberto-softmax0 failed: no luck (see results/logs/esperberto-softmax0.log)"
         assert said in capsys.readouterr().err
-    assert Path("results/logs").exists() == (parallel == "2")  # one run at a time has the terminal
+    assert Path("results/logs").exists() == (parallel == "2")  # a single run at a time writes to the terminal
 
 
 @pytest.mark.parametrize("parallel", ["1", "2"])
@@ -112,7 +112,7 @@ def test_every_model_is_pushed_as_soon_as_it_is_complete(stand_in, monkeypatch, 
     Path("hub.py").write_text(f'import sys\n{note}\nsys.exit("softmax1" in sys.argv[2])\n')
     monkeypatch.setattr(train_runs, "HUB", Path("hub.py"))
     flags = ["--parallel", parallel, "--push"]
-    for _ in range(2):  # what is complete already is pushed again, for it may not have arrived
+    for _ in range(2):  # complete runs are pushed again, because the earlier push may have failed
         with pytest.raises(SystemExit) as end:
             train_runs.main(flags)
         assert end.value.code == train_runs.UNPUSHED
@@ -145,7 +145,7 @@ def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sampl
     ]
     train_model.main([*flags, "--max_steps", "2"])
     monkeypatch.setattr(train_runs, "train_alone", lambda job: job.results.touch() or True)
-    left = Path("models/esperberto-softmax0/checkpoint-2")  # as a kill right behind the results file leaves it
+    left = Path("models/esperberto-softmax0/checkpoint-2")  # as after a kill just after the results file was written
     left.mkdir()
     train_runs.main(["--softmax_n", "0", "--", *flags, "--max_steps", "2"])
     assert not left.exists() and (left.parent / "model.safetensors").exists()
@@ -156,7 +156,7 @@ def test_a_run_of_another_experiment_is_refused_before_anything_is_trained(sampl
     assert not Path("results/esperberto-softmax1.json").exists()
 
 
-def test_a_run_that_another_process_still_trains_is_told_in_the_terminal(sample, tmp_path, monkeypatch, capsys):
+def test_the_terminal_names_a_run_that_another_process_still_trains(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--data_dir", str(sample / "data"), "--tokenizer_dir", str(sample / "tokenizer"), "--vocab_size", "1024"]
     flags += ["--config_overrides", OVERRIDES, "--max_length", "32"]
@@ -176,11 +176,11 @@ INTERRUPTIONS = [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (s
 
 
 @pytest.mark.parametrize(("how", "parallel"), INTERRUPTIONS)
-def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_path, how, parallel):
+def test_an_interruption_ends_every_run_and_the_next_call_continues(stand_in, tmp_path, how, parallel):
     driver = "import command, pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()
     main = source[source.rindex('if __name__ == "__main__":') :].replace("run(main)", "run(train_runs.main)", 1)
-    # Behind a shell's & it would be ignored, here as in pytest itself.
+    # SIGINT would be ignored if a shell's & started the tests.
     driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
         'if __name__ == "__main__":', "if True:"
     )
@@ -192,10 +192,10 @@ def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(how)
-    killed = how == signal.SIGKILL  # which it does not survive long enough to end its trainings: they end themselves
+    killed = how == signal.SIGKILL  # it cannot end its trainings then, and they end themselves
     assert process.wait(30) == (-how if killed else 128 + how) and "Traceback" not in process.stderr.read()
     deadline = time.monotonic() + (20 if killed else 0)
-    for path in Path("results/started").iterdir():  # nothing is left behind
+    for path in Path("results/started").iterdir():  # no training is left
         while Path("/proc", path.name.rpartition("-")[2]).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         with pytest.raises(ProcessLookupError):
@@ -206,13 +206,13 @@ def test_an_interruption_ends_every_run_and_the_next_call_goes_on(stand_in, tmp_
 
 def test_the_time_left_is_that_of_all_runs():
     def job(first, step, steps, seconds):
-        one = Job("run", [], Path(), Path(), first_step=first, step=step, steps=steps)
-        one.started = time.monotonic() - seconds
-        return one
+        running = Job("run", [], Path(), Path(), first_step=first, step=step, steps=steps)
+        running.started = time.monotonic() - seconds
+        return running
 
     waiting = [Job("waits", [], Path(), Path())] * 2
     assert seconds_left(waiting, [Job("starts", [], Path(), Path())], 2) is None
-    # Two runs at 2 s a step with 80 and 60 steps left, and two of 100 steps to come: 340 steps on two places.
+    # Two runs with 2 s a step have 80 and 60 steps left, and two runs of 100 steps wait: 340 steps, two at a time.
     running = [job(0, 20, 100, 40), job(30, 40, 100, 20)]
     assert seconds_left(waiting, running, 2) == pytest.approx(2 * 340 / 2, rel=1e-3)
     assert seconds_left([], running[:1], 2) == pytest.approx(2 * 80, rel=1e-3)

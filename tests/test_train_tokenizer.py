@@ -1,4 +1,4 @@
-"""train_tokenizer.py: the entries, the files that transformers loads, exact round trips, repeatability."""
+"""train_tokenizer.py: its entries, the files for transformers, exact decoding, repeatability, and errors."""
 
 import hashlib
 import itertools
@@ -46,7 +46,7 @@ def tokenizer(request, trained):
 
 
 def dataset(path, train, validation=("Saluton, mondo!",)):
-    """A dataset like build_dataset.py's, of these texts."""
+    """A dataset of these texts, in the form of build_dataset.py; returns its path."""
     splits = {
         name: Dataset.from_dict({"text": list(texts)}) for name, texts in (("train", train), ("validation", validation))
     }
@@ -92,19 +92,19 @@ def test_templates(tokenizer):
     assert len(tokenizer("la " * 2000, truncation=True).input_ids) == 512
 
 
-def test_mask_takes_the_space_before_it(tokenizer):
+def test_mask_includes_the_space_before_it(tokenizer):
     ids = tokenizer("La <mask> kuras", add_special_tokens=False).input_ids
     words = [tokenizer(text, add_special_tokens=False).input_ids for text in ("La", " kuras")]
     assert ids == [*words[0], 4, *words[1]]
 
 
-def test_offsets_leave_the_space_out(tokenizer):
-    """As RoBERTa's: a token's offsets cover the word, not the space before it."""
+def test_offsets_exclude_the_space_before_a_word(tokenizer):
+    """As in RoBERTa, the offsets of a token cover the word, without the space before it."""
     text = "La kato, kaj ŝi"
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     pieces = [text[start:end] for start, end in encoding["offset_mapping"]]
     assert not any(piece.startswith(" ") for piece in pieces) and pieces[0].startswith("L")
-    assert tokenizer.tokenize("kaj")[0][0] == "k", "no space is put in front of a text"
+    assert tokenizer.tokenize("kaj")[0][0] == "k", "no space is added before a text"
 
 
 HARD = [
@@ -117,15 +117,15 @@ HARD = [
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_every_text_comes_back(tokenizer, data, skip):
+def test_decoding_restores_every_text(tokenizer, data, skip):
     for text in [*HARD, *split_texts(data, "validation")]:
         ids = tokenizer(text, add_special_tokens=skip).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=skip) == text
-        assert 3 not in ids, "with every byte an entry nothing is unknown"
+        assert 3 not in ids, "every byte has an entry, so no token is unknown"
 
 
 def test_entries_are_the_greedy_merges(data, trained):
-    """Special tokens, 256 bytes, then merges: each one of the most frequent pairs that the earlier merges left."""
+    """Special tokens, 256 bytes, then merges. Each merge is a most frequent pair after the earlier merges."""
     saved = json.loads((trained / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     entries = sorted(saved["vocab"], key=saved["vocab"].get)
     assert entries[:5] == SPECIAL and sorted(entries[5:261]) == sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -168,7 +168,7 @@ def test_manifest(data, trained):
 
 
 def test_two_processes_give_the_same_bytes(data, trained, tmp_path):
-    """The text has many ties; neither hash seeds nor threads may decide them."""
+    """Many pairs are equally frequent; neither hash seeds nor the number of threads may decide between them."""
     for number, threads in enumerate(("1", "4")):
         command = [sys.executable, str(SCRIPT), "--data_dir", str(data), "--output_dir", str(number), "--vocab_size"]
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
@@ -181,12 +181,12 @@ def test_two_processes_give_the_same_bytes(data, trained, tmp_path):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
-def test_only_the_training_split_is_learned(tmp_path, capsys):
+def test_only_the_training_split_is_used(tmp_path, capsys):
     path = dataset(tmp_path / "data", ["kato"] * 3 + ["hundo"], ["zzzz zzzz"] * 9)
     train_tokenizer.main(["--data_dir", path, "--output_dir", str(tmp_path / "t")])
     entries = RobertaTokenizerFast.from_pretrained(tmp_path / "t").get_vocab()
     assert "kato" in entries and "zz" not in entries
-    assert "hu" not in entries, "once is under min_frequency 2"
+    assert "hu" not in entries, "it occurs once, and min_frequency is 2"
     output = capsys.readouterr().out
     assert "264 entries instead of 52,032" in output
     assert "4.50 tokens per word and 9.0 per text" in output  # zzzz, then a space and zzzz
@@ -195,7 +195,7 @@ def test_only_the_training_split_is_learned(tmp_path, capsys):
     assert "hundo" in RobertaTokenizerFast.from_pretrained(tmp_path / "u").get_vocab()
 
 
-def test_a_text_that_does_not_come_back_is_an_error(data, tmp_path, monkeypatch, capsys):
+def test_a_text_that_decoding_does_not_restore_is_an_error(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_tokenizer, "HARD_TEXTS", ["bona", "skribu <mask> tie"])
     line = refused(capsys, "--data_dir", data, "--output_dir", tmp_path / "t", "--vocab_size", 300)
     assert "skribu <mask> tie" in line and not list(tmp_path.iterdir())
@@ -207,7 +207,7 @@ def test_existing_folders_are_safe(data, trained, tmp_path, capsys):
     before = (trained / "tokenizer.json").read_bytes()
     assert "--overwrite" in refused(capsys, *arguments, trained)
     assert (trained / "tokenizer.json").read_bytes() == before
-    assert "--output_dir" in refused(capsys, *arguments, data, "--overwrite"), "a dataset is no tokenizer"
+    assert "--output_dir" in refused(capsys, *arguments, data, "--overwrite"), "a dataset is not a tokenizer"
     assert (data / "train").is_dir()
     for flags in ([], ["--overwrite"]):
         train_tokenizer.main([*arguments, str(tmp_path / "t"), *flags])
@@ -225,14 +225,14 @@ def test_bad_data(tmp_path, capsys):
 
 def test_ctrl_c_does_not_wait_for_the_library():
     threads = []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's & started the tests
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored if a shell's & started the tests
     try:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             train_tokenizer.interruptible(lambda: threads.append(threading.current_thread()) or time.sleep(20))
         assert time.monotonic() - started < 10
-        # Signals reach Python in the main thread, between two of its instructions: the library must not hold that one.
+        # Python handles signals in the main thread only, so the library must not run there.
         assert threads[0] is not threading.main_thread() and threads[0].daemon
     finally:
         signal.signal(signal.SIGINT, before)
@@ -253,7 +253,7 @@ def test_command_line_errors_are_one_line(data, tmp_path):
     assert run("--data_dir", data, **full_disk).splitlines()[-1].startswith("error: ")
 
 
-def test_a_tokenizer_of_the_same_flags_is_kept_and_another_refused(data, tmp_path, capsys):
+def test_keep_accepts_only_a_tokenizer_with_the_same_flags(data, tmp_path, capsys):
     flags = ["--data_dir", str(data), "--output_dir", str(tmp_path / "kept"), "--keep", "--vocab_size"]
     train_tokenizer.main([*flags, "300"])
     before = (tmp_path / "kept" / "tokenizer.json").stat().st_mtime_ns

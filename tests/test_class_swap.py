@@ -87,14 +87,14 @@ def analysed(folder, *names):
 def test_every_figure_of_an_analysis_is_the_same_in_both_classes(tmp_path):
     """The figures in analysis.json, for models whose attention is far from uniform."""
     both_classes(tmp_path, scale=20.0)
-    found = analysed(tmp_path, "stock", "swapped", "learned")
-    stock, swapped, learned = found["stock"], found["swapped"], found["learned"]
-    checks = [run["quantization"].pop("self_check") for run in found.values()]  # they name the class
+    runs = analysed(tmp_path, "stock", "swapped", "learned")
+    stock, swapped, learned = runs["stock"], runs["swapped"], runs["learned"]
+    checks = [run["quantization"].pop("self_check") for run in runs.values()]  # says which class it is
     assert all(check["class_swap"]["passed"] for check in checks)
     sinks = [layer.pop("log_n") for layer in learned["attention"].values()]
     assert sinks == [[pytest.approx(math.log(ZERO))] * 2, [None] * 2]  # JSON cannot express infinity
     assert learned.pop("weights_sha256") != stock["weights_sha256"]
-    for run in found.values():
+    for run in runs.values():
         assert run.pop("model") and run.pop("arm")
     assert len(stock["quantization"]["ranges"]) == len(swapped["quantization"]["ranges"]) > 40
     assert differences(stock, swapped) == []

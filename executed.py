@@ -44,7 +44,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from held_out import longest_text
 from hooks import Hooks
 from packing import IGNORED
-from quantization import ATTENTION, EXECUTED, PERCENTILE, gap_error, measured_copy, scheme_figures, six_digits
+from quantization import ATTENTION, EXECUTED, PERCENTILE, gap_error, measured_copy, scheme_figures
 from record import hardware, one_line
 
 OPSET = 20  # the first version of ONNX's operators with GELU as one operator: otherwise each of its steps is rounded
@@ -495,7 +495,7 @@ def _execute(model: PreTrainedModel, groups: list[Group], calibration: list[Grou
         "schemes": schemes,
         "masked_tokens": int(masked.sum()),
         "masked": damage["masked"],
-        "texts": {name: six_digits(sums) for name, sums in losses.items()},
+        "texts": {name: [float(f"{loss:.6g}") for loss in sums] for name, sums in losses.items()},
         "float32_change": change,
         "agreement": agreements,
         "latency": measured_latency,

@@ -329,8 +329,7 @@ def weight_statistics(model: PreTrainedModel) -> dict[str, dict[str, float]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns about constant parameters
             kurtosis = float(scipy.stats.kurtosis(values))
-        norm = float(np.abs(values).max())
-        statistics[name] = {"kurtosis": kurtosis, "inf_norm": norm, **rounding_errors(parameter)}
+        statistics[name] = {"kurtosis": kurtosis, "inf_norm": float(np.abs(values).max()), **rounding_errors(parameter)}
     return statistics
 
 

@@ -435,7 +435,7 @@ class AttentionSinks(BatchStatistics):
 
 
 def uniform_attention(
-    lengths: Iterable[int], n: float | list[float], attention_weights: Callable[[Tensor], Tensor] | None = None
+    lengths: list[int], n: float | list[float], attention_weights: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float | int]:
     """Sink rates and null mass of attention whose weights are all equal, 1 / (n + T), on sequences of these lengths.
 
@@ -451,11 +451,10 @@ def uniform_attention(
         there is no sequence of that length.
     """
     if isinstance(n, list):
-        lengths = list(lengths)
         heads = [uniform_attention(lengths, n_of_head) for n_of_head in n]
         means = {key: sum(head[key] for head in heads) / len(heads) for key in heads[0]}
         return means | {key: heads[0][key] for key in ("sequences", "sequences_short")}  # the same for every head
-    length = torch.tensor(list(lengths), dtype=torch.float64)
+    length = torch.tensor(lengths, dtype=torch.float64)
     weight = 1 / (n + length)
     if attention_weights is not None:
         scores = [torch.zeros(1, int(tokens), dtype=torch.float64) for tokens in length]

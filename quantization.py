@@ -99,9 +99,7 @@ def mse_weight(weight: Tensor) -> Tensor:
     if not 0 < largest < math.inf:
         return int8_weight(weight)
     scales = largest / 127 * SHRINKAGE
-    errors = _rounding_error(
-        _occupied(_histogram(weight)), scales, np.full_like(scales, -128), np.full_like(scales, 127)
-    )
+    errors = _rounding_error(_occupied(_histogram(weight)), scales, -128, 127)
     return torch.fake_quantize_per_tensor_affine(weight.detach(), float(scales[errors.argmin()]), 0, -128, 127)
 
 
@@ -168,14 +166,14 @@ def _percentile(bins: Bins, share: float) -> float:
     return float(left[i] + inside * (right[i] - left[i]))
 
 
-def _rounding_error(bins: Bins, scale: np.ndarray, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+def _rounding_error(bins: Bins, scale: np.ndarray, lowest: np.ndarray | int, highest: np.ndarray | int) -> np.ndarray:
     """Mean squared error (grids,) of rounding a histogram to the integers from `lowest` to `highest` times `scale`.
 
     Values are assumed to be evenly spread inside a bin, so the mean over a bin is an integral: with k the integer that
     x is rounded to, (x - k scale)^2 has the antiderivative k scale^3 / 12 + (x - k scale)^3 / 3, which is continuous
-    where k changes. `scale`, `lowest` and `highest` are (grids,).
+    where k changes. `scale` is (grids,); `lowest` and `highest` are (grids,), or the same number for all grids.
     """
-    scale, lowest, highest = (values[:, None] for values in (scale, lowest, highest))
+    scale, lowest, highest = (np.asarray(values)[..., None] for values in (scale, lowest, highest))
     cube = scale * scale * scale / 12
 
     def integral(x: np.ndarray) -> np.ndarray:
@@ -441,10 +439,11 @@ class StaticW8A8:
 
     def _attach(self) -> None:
         self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
-        inside = f"{self.model.base_model_prefix}."
         weighted = (nn.Linear, nn.Embedding, nn.LayerNorm) if self.published else (nn.Linear, nn.Embedding)
         for name, module in self.model.named_modules():
-            part = _part(name, inside)
+            layer = re.search(r"\b(layer\.\d+)\.", name)
+            in_encoder = name.startswith(f"{self.model.base_model_prefix}.")
+            part = layer[1] if layer else "embeddings" if in_encoder else "head"
             if self.published and (part == "head" or name.endswith(".attention.self.gate")):
                 continue  # these stay in float32 in the published setting
             if isinstance(module, weighted):
@@ -523,12 +522,6 @@ def _published_places(name: str, module: nn.Module) -> tuple[bool, bool]:
     norm = isinstance(module, nn.LayerNorm)
     linear = isinstance(module, nn.Linear) and not name.endswith(".intermediate.dense")
     return norm, norm or linear or name.endswith(".intermediate")  # which is the output of the activation function
-
-
-def _part(name: str, inside: str) -> str:
-    if match := re.search(r"\b(layer\.\d+)\.", name):
-        return match[1]
-    return "embeddings" if name.startswith(inside) else "head"
 
 
 def joined(ids: list[list[int]], length: int) -> list[list[int]]:
@@ -657,13 +650,8 @@ def _losses_and_gaps(sums: dict[str, Tensor], draw_sums: list[Tensor]) -> dict:
         },
         "masked_tokens": int(masked.sum()),
         "masked": masked.astype(int).tolist(),
-        "texts": {scheme: six_digits(losses) for scheme, losses in texts.items()},
+        "texts": {scheme: [float(f"{loss:.6g}") for loss in losses] for scheme, losses in texts.items()},
     }
-
-
-def six_digits(losses: np.ndarray) -> list[float]:
-    """The losses of texts as they are kept: with six significant digits."""
-    return [float(f"{loss:.6g}") for loss in losses]
 
 
 def part_gaps(

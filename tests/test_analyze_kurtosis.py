@@ -184,9 +184,8 @@ def test_report_of_two_runs(workplace, capsys):
         assert picture.startswith(b"\x89PNG") and b"IHDR" in picture[:64]
         assert f"]({name}.png)" in text and base64.b64encode(picture).decode() in page
     assert "Note" not in text  # these two runs belong together
-    assert 'name="viewport"' in page and not re.search(
-        r'(src|href)="(?!data:|#)', page
-    )  # the page loads nothing from other files
+    assert 'name="viewport"' in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # the page loads nothing from other files
     rules = [line for line in text.splitlines() if line.startswith("| ---")]
     assert page.count("<table>") == len(rules) > 8
     for markdown_table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):

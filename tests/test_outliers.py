@@ -396,7 +396,7 @@ def test_uniform_attention_is_what_a_model_without_logits_does(n):
 
 def test_uniform_attention_with_an_n_for_each_head():
     lengths, heads = [20, 16, 3, 2], [0.0, 1.0, 7.5]
-    mean = outliers.uniform_attention(iter(lengths), heads)
+    mean = outliers.uniform_attention(lengths, heads)
     by_head = [outliers.uniform_attention(lengths, n) for n in heads]
     assert mean["sequences"] == mean["sequences_short"] == 2
     for key in ("null_mass", *SINK_RATES):

@@ -400,12 +400,10 @@ def test_damage_is_the_gap_to_float32(trained):
     assert damage["masked_tokens"] == count == sum(damage["masked"]) and schemes["float32"]["gap"] == 0
     assert schemes["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
     for figures in schemes.values():
-        assert figures["gap"] == pytest.approx(figures["loss"] - loss, abs=1e-5) and figures[
-            "perplexity"
-        ] == pytest.approx(math.exp(figures["loss"]))
-    assert len({figures["loss"] for figures in schemes.values()}) == len(
-        schemes
-    )  # no two schemes are the same by mistake
+        assert figures["gap"] == pytest.approx(figures["loss"] - loss, abs=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    losses = {figures["loss"] for figures in schemes.values()}
+    assert len(losses) == len(schemes)  # no two schemes are the same by mistake
     assert abs(schemes["bfloat16"]["gap"]) < 0.1 and abs(schemes["w8a8_dynamic"]["gap"]) < 0.1
     assert next(trained.parameters()).dtype == torch.float32
 
@@ -422,9 +420,8 @@ def test_errors_floors_draws_and_texts_of_the_damage(trained):
         assert sums.sum() / masked.sum() == pytest.approx(figures["loss"], rel=1e-5), scheme
         assert figures["floor"] == 2 * figures["error"] and all(value == float(f"{value:.6g}") for value in sums)
         if scheme not in ("float32", "w8a8_static"):
-            assert (
-                figures["error"] == pytest.approx(gap_error(sums - exact, masked), rel=1e-2) and "draws" not in figures
-            )
+            assert figures["error"] == pytest.approx(gap_error(sums - exact, masked), rel=1e-2)
+            assert "draws" not in figures
     static = damage["schemes"]["w8a8_static"]
     by_hand = []
     for draw in draws:
@@ -603,9 +600,7 @@ def test_losses_are_the_same_bit_by_bit_in_both_classes(pair, copy_of):
 def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
     ours = learn(model_of("softmax1"))
     stock = RobertaForMaskedLM(RobertaConfig(**SMALL))
-    stock.load_state_dict(
-        ours.state_dict(), strict=False
-    )  # if strict, it is refused: these weights were trained with softmax1
+    stock.load_state_dict(ours.state_dict(), strict=False)  # strict loading refuses weights of softmax1
     without = StaticW8A8(stock, batches(2, seed=3)).ranges
     apply_softmax_n(stock, 1.0)
     first, second = (StaticW8A8(model, batches(2, seed=3)) for model in (ours, stock))
@@ -615,9 +610,8 @@ def test_softmax1_in_the_stock_class_has_the_gaps_of_softmax1_in_ours():
 
 
 def test_a_stock_class_attends_with_softmax_whatever_its_config_says():
-    model = RobertaForMaskedLM(
-        RobertaConfig(**SMALL, softmax_n=1.0)
-    ).eval()  # the config that save_pretrained writes after apply_softmax_n
+    config = RobertaConfig(**SMALL, softmax_n=1.0)  # as save_pretrained writes it after apply_softmax_n
+    model = RobertaForMaskedLM(config).eval()
     expected = held_out_loss(model, batches(1, seed=2))[0]
     assert held_out_loss(measured_copy(model), batches(1, seed=2))[0] == pytest.approx(expected, rel=1e-6)
 

@@ -499,6 +499,9 @@ def by_mean(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> st
     sure = interval(comparison)
     if comparison.low is not None:
         sure += f", {comparison.test}, p = {comparison.p:.2g}"
+    if conclusion(comparison) == "equivalent":  # by an interval of its own, which lies within the margin
+        level = percent(1 - 2 * (1 - comparison.confidence))
+        sure += f"; for equivalence: {level} interval from {figure(comparison.low90)} to {figure(comparison.high90)}"
     sentence = (
         f"{capital(said)}: over {size(comparison.pairs, arm, group)} {costs(comparison, arm)} "
         f"(mean ± standard deviation over seeds), a difference of {figure(comparison.difference)} nats ({sure})"

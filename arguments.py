@@ -174,7 +174,9 @@ class ExperimentArguments:
     padded: bool = _flag(
         False, "the published computation: padded batches, logits of every token; same loss, much slower"
     )
-    attention: str = _flag("auto", "kernel of softmax_n attention; auto: the fastest", choices=list(BACKENDS))
+    attention: str = _flag(
+        "auto", "kernel of softmax_n attention; auto: by device and mask (docs/softmax_n.md)", choices=list(BACKENDS)
+    )
     statistics_steps: int = _flag(10, "steps between measurements of the activations' kurtosis; published: 1")
     max_length: int = _flag(MAX_LENGTH, "the most tokens of a sample; longer ones are cut off")
     mlm_probability: float = _flag(MLM_PROBABILITY, "share of the tokens that are masked, 80/10/10")

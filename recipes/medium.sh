@@ -1,7 +1,7 @@
 # Six times the parameters of the small experiment (8 layers of 512), on the same text, for the same steps: one pair, on
 # one GPU. Shows whether the signs of the small experiment hold at another size, and decides nothing.
 #
-# The learning rate is lower, because a larger model bears less. 1e-3 was tried first (commit 6b47e1c, docs/medium): there
+# The learning rate is lower, because a larger model bears less. 1e-3 was tried first (fixed in 6b47e1c, docs/medium): there
 # the loss of softmax0 rose to that of token frequencies within 750 steps, and stayed; softmax1 learned a little. Half of
 # it was fixed before the runs that count, whatever comes of them.
 

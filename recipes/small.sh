@@ -9,7 +9,7 @@
 #   exploratory       n = 0.1 and n = 10, the two published remedies, and every other metric
 #
 # More seeds would be a replication with an interval of its own, not an addition to these. float32, because what
-# bfloat16 does to these metrics has not been measured. The text is that of --from_files, or else the downloads.
+# bfloat16 does to these metrics had not been measured (since then: docs/bfloat16). The text is that of --from_files, or else the downloads.
 
 work=small
 dataset=(--validation_fraction 0.005)

@@ -69,6 +69,8 @@ def test_several_pairs(before, after, begins):
         assert "no spread over 3 pairs" in text and "p =" not in text
     else:
         assert f"95% interval from {figure(comparison.low)} to {figure(comparison.high)}" in text and "p = " in text
+    # Equivalence stands beside the interval that shows it.
+    assert ("for equivalence: 90% interval from" in text) == ("are equivalent" in text)
     # What is undecided says what could have been shown; nothing else does.
     effect = f"3 pairs would show a true difference of {figure(comparison.detectable)} nats in 80% of cases."
     assert (effect in text) == (begins.startswith("Undecided") and comparison.detectable is not None)

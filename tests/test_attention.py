@@ -1009,10 +1009,12 @@ def test_packed_input_without_tokens_keeps_its_gradient(n):
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of what it makes constant
-def test_a_traced_model_computes_the_same_for_other_shapes():
+@pytest.mark.parametrize("attention", ["softmax_n", "softmax_n_eager"])
+def test_a_traced_model_computes_the_same_for_other_shapes(attention):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
     model = apply_softmax_n(RobertaForMaskedLM(RobertaConfig(**size, vocab_size=50)).eval(), 1.0)
+    model.set_attn_implementation(attention)
     ids, other = torch.randint(5, 50, (2, 7)), torch.randint(5, 50, (3, 9))
 
     class Logits(torch.nn.Module):

@@ -145,6 +145,7 @@ def test_dim_dtype_empty_and_no_mutation():
     assert softmax1(x, dtype=torch.float64).dtype == torch.float64
     assert softmax1(torch.tensor([1, 2]), dtype=torch.float32).dtype == torch.float32
     assert softmax1(torch.zeros(2, 0)).shape == (2, 0)
+    assert softmax1(torch.tensor(0.0)).item() == 0.5
     assert torch.equal(x, before)
 
 

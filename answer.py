@@ -378,6 +378,12 @@ def interval(comparison: Comparison) -> str:
     return no_interval(comparison) or said
 
 
+def equivalence(comparison: Comparison) -> str:
+    """The interval of the equivalence test, in words."""
+    level = percent(1 - 2 * (1 - comparison.confidence))
+    return f"for equivalence: {level} interval from {ends(comparison.low90, comparison.high90)}"
+
+
 def brackets(comparison: Comparison, more: str = "") -> str:
     """The interval of the difference, in brackets; none of one pair."""
     return "" if comparison.pairs == 1 else f" ({interval(comparison)}{more})"
@@ -502,8 +508,7 @@ def by_mean(metric: dict[str, Comparison], arm: str, group: ComparisonSet) -> st
     if comparison.low is not None:
         sure += f", {comparison.test}, p = {comparison.p:.2g}"
     if conclusion(comparison) == "equivalent":  # by an interval of its own, which lies within the margin
-        level = percent(1 - 2 * (1 - comparison.confidence))
-        sure += f"; for equivalence: {level} interval from {figure(comparison.low90)} to {figure(comparison.high90)}"
+        sure += f"; {equivalence(comparison)}"
     sentence = (
         f"{capital(said)}: over {size(comparison.pairs, arm, group)} {costs(comparison, arm)} "
         f"(mean ± standard deviation over seeds), a difference of {figure(comparison.difference)} nats ({sure})"

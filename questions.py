@@ -27,6 +27,7 @@ from answer import (
     costs,
     direction,
     divergences,
+    equivalence,
     excludes_zero,
     failed_check,
     failures,
@@ -294,9 +295,7 @@ def held_out_loss(pairs: Pairs) -> Answered:
     tost = ""
     if comparison.low90 is not None:
         inside = "inside" if within_margin(comparison) else "not inside"
-        level = percent(1 - 2 * (1 - comparison.confidence))
-        sure = ends(comparison.low90, comparison.high90)
-        tost = f"; for equivalence: {level} interval from {sure}, {inside} the margin of ±{MARGIN:g}"
+        tost = f"; {equivalence(comparison)}, {inside} the margin of ±{MARGIN:g}"
     before, after = losses(comparison.baseline_mean, comparison.baseline_std), losses(comparison.mean, comparison.std)
     said = (
         f"{capital(phrase)}{few_pairs(comparison)}: {PRIMARY_ARM} {after} nats in float32, {BASELINE} {before}, "

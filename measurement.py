@@ -26,7 +26,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import build_dataset
 import softmax1  # which registers RoBERTa with softmax_n, so that from_pretrained below knows it
 from controls import self_check  # which registers the controls' classes too
 from experiment import MAX_LENGTH, MLM_PROBABILITY, OWN_PARAMETERS
@@ -46,6 +45,7 @@ from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, rounding_errors
 from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
+from sources import Source, check, samples
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
@@ -169,9 +169,9 @@ def texts_of(source: Path, split: str, max_samples: int) -> list[str]:
 
 def lines_of(file: Path) -> list[str]:
     """The different lines of a text file, read and bounded as in build_dataset.py; exits with one line on bad input."""
-    source = build_dataset.Source(file.name, str(file), file)
-    lines = list(dict.fromkeys(build_dataset.samples(source)))
-    build_dataset.check(source, whole=True)
+    source = Source(file.name, str(file), file)
+    lines = list(dict.fromkeys(samples(source)))
+    check(source, whole=True)
     if len(lines) < 2 * DRAWS:
         sys.exit(
             f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "

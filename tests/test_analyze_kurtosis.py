@@ -30,9 +30,9 @@ from transformers import (
 )
 
 import analyze_kurtosis
-import build_dataset
 import experiment
 import measurement
+import sources
 from answer import GLANCE
 from arm_tables import entry_cell
 from controls import CHECKS
@@ -1038,7 +1038,7 @@ def test_own_text_is_divided_into_scored_and_calibration_lines(workplace, monkey
 
 
 def test_text_that_cannot_be_used_ends_in_one_line(workplace, capsys, monkeypatch):
-    monkeypatch.setattr(build_dataset, "FREE_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "FREE_UNPACKED_BYTES", 1_000_000)
     (workplace / "utf-16").write_bytes("ĝis la revido\n".encode("utf-16-le") * 20)
     (workplace / "latin.txt").write_bytes("ĝis\n".encode("iso-8859-3") * 20)
     (workplace / "cut.gz").write_bytes(own_text(workplace, "own.gz").read_bytes()[:40])

@@ -20,6 +20,7 @@ from datasets import load_from_disk
 
 import build_dataset
 import folder
+import sources
 
 SCRIPT = Path(build_dataset.__file__)
 NAME = "epo_literature_2011_300K"
@@ -605,7 +606,7 @@ def bomb(kind: str) -> tuple[str, bytes]:
 @pytest.mark.parametrize("kind", ["gz", "zst", "another member", "header"])
 def test_a_file_that_unpacks_to_far_more_than_a_text_is_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build_dataset, "FREE_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "FREE_UNPACKED_BYTES", 1_000_000)
     name, content = bomb(kind)
     Path(name).write_bytes(content)
     flags = ["--sources", "epo_web_2012_1M", "--download_dir", "."] if ".tar" in name else ["--from_files", name]

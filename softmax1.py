@@ -103,7 +103,7 @@ def softmax_n(
 
     Args:
         input: any shape, floating point (other dtypes need `dtype`).
-        n: finite real number >= 0, or a tensor of such numbers that broadcasts with `input` and has size 1 along `dim`.
+        n: finite real number >= 0, or a tensor of such numbers of size 1 along `dim`, broadcastable to `input`.
         dim: the dimension that is normalised.
         dtype: dtype of the result; `input` is cast to it first.
         log_n: the logarithm of n, given instead of n; -inf is softmax.
@@ -123,12 +123,13 @@ def softmax_n(
     if not x.is_floating_point():
         raise TypeError(f"softmax_n needs a floating point input or a floating point dtype, got {x.dtype}")
     if x.dim() == 0:
-        return softmax_n(x[None], log_n=log_n)[0]
+        return softmax_n(x[None], dim=dim, log_n=log_n)[0]
     scores = x.to(torch.promote_types(x.dtype, torch.float32))
     shape = list(x.shape)
     shape[dim] = 1
     null = log_n.to(scores.dtype) if isinstance(log_n, Tensor) else scores.new_full((), log_n)
-    return torch.softmax(torch.cat([scores, null.expand(shape)], dim), dim).narrow(dim, 0, x.shape[dim]).to(x.dtype)
+    weights = torch.softmax(torch.cat([scores, null.expand(shape)], dim), dim).narrow(dim, 0, x.shape[dim])
+    return weights.to(x.dtype).contiguous()
 
 
 def softmax1(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -368,6 +369,7 @@ _LIMITS = {
         **_NO_MASK,
         "packed": "it is called for dense attention only",
         "single": "it takes more than one query and key",
+        "deterministic": "its backward pass is not deterministic",
         "wide": "it takes head sizes up to 128",
     },
     "flash": {
@@ -418,7 +420,9 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, call: _Call, unsupported_
         "packed dropout": packed and call.dropout_p > 0,
         "rectangular": call.is_causal and not packed and query.shape[-2] != key.shape[-2],
         "single": query.shape[-2] == 1 or key.shape[-2] == 1,
-        "short": key.shape[-2] < 2048,
+        # Only where cuDNN could be chosen: under torch.compile the question makes a guard on the length.
+        "short": _forced == "auto" and call.attn_mask is None and not (packed or query.is_cpu) and key.shape[-2] < 2048,
+        "deterministic": not query.is_cpu and torch.are_deterministic_algorithms_enabled(),
         "wide": size > 128,
         "very wide": size > 192,
     }
@@ -744,9 +748,12 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> 
         scores = query * scale @ key.transpose(-2, -1)
     else:
         scores = query @ key.transpose(-2, -1) * scale
-    bias = _bias(query, key, attn_mask, is_causal)
-    if bias is not None:
-        scores = scores + bias
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # not added: a score of inf plus -inf is NaN
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = softmax_n(scores, log_n=log_n[:, None, None] if isinstance(log_n, Tensor) else log_n)
     weights = F.dropout(weights.to(value.dtype), dropout_p)

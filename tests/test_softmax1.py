@@ -159,6 +159,12 @@ def test_bad_n_raises(n):
         RobertaSoftmaxNConfig(softmax_n=n)
 
 
+def test_results_are_dense_and_dim_is_checked():
+    assert softmax_n(torch.randn(2, 3)).is_contiguous() and softmax_n(torch.randn(2, 3), dim=0).is_contiguous()
+    with pytest.raises(IndexError):
+        softmax_n(torch.randn(()), dim=3)
+
+
 def test_integer_input_raises():
     with pytest.raises(TypeError, match="floating point"):
         softmax1(torch.tensor([1, 2]))

@@ -315,7 +315,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[ExperimentArguments
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         # Only the name of the flag: its value could be a secret.
-        sys.exit(f"error: unknown argument: {unknown[0].split('=')[0]} (see python train_model.py --help)")
+        name = command.without_secrets(unknown[0].split("=")[0])
+        sys.exit(f"error: unknown argument: {name} (see python train_model.py --help)")
     for name, why in REFUSED.items():
         if name in given and getattr(given, name) != parser.get_default(name):
             sys.exit(f"error: --{name} is not for this script: {why}")

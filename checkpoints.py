@@ -64,7 +64,9 @@ def _refuse_other_bytes(folder: Path) -> None:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """All checkpoints in `folder`, complete or not, the newest first."""
-    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    paths = [
+        path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal() and path.is_dir()
+    ]
     return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
@@ -103,10 +105,11 @@ def damage(checkpoint: Path) -> str | None:
 
     No code in it is run: like transformers' Trainer, this loads files with weights_only=True.
     """
-    if not (checkpoint / SUMS).exists():
+    if not (checkpoint / "progress.json").exists():
         return "was interrupted while it was written"
     try:
-        _refuse_other_bytes(checkpoint)
+        if (checkpoint / SUMS).exists():  # a copy may lack it
+            _refuse_other_bytes(checkpoint)
         # Checksums that fit do not show that the files come from this project.
         read_progress(checkpoint)
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -154,7 +157,7 @@ def checkpoint_to_go_on_from(wanted: str | None, folder: str) -> str | None:
         if wanted and newest is None:
             sys.exit(f"error: --resume_from_checkpoint True, but {folder} has no checkpoint: leave the flag out")
         return newest
-    if not Path(wanted).is_dir():
+    if not wanted or not Path(wanted).is_dir():  # "" would be this folder
         sys.exit(f"error: --resume_from_checkpoint {wanted} is not a folder: name a checkpoint, or True for the newest")
     if why := damage(Path(wanted)):
         sys.exit(f"error: {wanted} {why}: name another checkpoint, or leave the flag out")

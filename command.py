@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ def begin() -> None:
     """Refuse Windows, let Ctrl-C end the following imports without a traceback, and watch the parent process."""
     if os.name == "nt":
         sys.exit("error: this runs on Linux and macOS; on Windows it runs inside WSL (wsl --install)")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored after nohup or a shell's &
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's & in a script ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.pop(ENDS_WITH, "") == str(os.getppid()):
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -80,7 +81,7 @@ def whole_number(lowest: int, highest: int = 1 << 31) -> Callable[[str], int]:
     """The `type` of a flag that takes a whole number from `lowest` to `highest`."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
+        if not text.replace("_", "0").isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
             raise argparse.ArgumentTypeError(f"needs a whole number from {lowest:,} to {highest:,}, got {text[:24]!r}")
         return int(text)
 
@@ -90,6 +91,11 @@ def whole_number(lowest: int, highest: int = 1 << 31) -> Callable[[str], int]:
 positive = whole_number(1)
 
 
+def without_secrets(text: str) -> str:
+    """The text with every token of the Hub replaced, because logs keep what a script prints."""
+    return re.sub(r"hf_\w{4,}", "<secret>", text)
+
+
 class Parser(argparse.ArgumentParser):
     """Accepts only complete flag names, shows the script's docstring unchanged, and reports an error in one line."""
 
@@ -97,4 +103,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings})
 
     def error(self, message: str):
+        message = without_secrets(message)
         self.exit(2, f"error: {message} (all flags: python {self.prog} --help)\n")

@@ -31,7 +31,8 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
         SystemExit: with one line, if another process has the lock and `wait` is False.
         OSError: the lock file cannot be written.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)  # without a slash at its end
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
@@ -159,6 +160,8 @@ def kept(path: str | Path, wanted: dict, settings_of: Callable[[dict], dict] = d
     try:
         settings = settings_of(read_json(manifest))
         differing = [name for name, value in wanted.items() if settings[name] != value]
+    except KeyError as error:
+        sys.exit(f"error: {manifest} does not say {error}, so another version made it: move {path} away")
     except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"error: {manifest} is damaged: move {path} away, or add --overwrite to make it again")
     if differing:

@@ -168,12 +168,13 @@ def retry_after_seconds(response: httpx.Response) -> float:
     """The pause that the Hub asks for in Retry-After, as seconds or as a date; 0 without it."""
     value = response.headers.get("Retry-After", "0")
     try:
-        if value.isdecimal():
-            return min(int(value), MAX_RETRY_AFTER_SECONDS)
-        date = email.utils.parsedate_to_datetime(value)
+        seconds = float(value)
     except ValueError:
-        return 0
-    return min(max(date.timestamp() - time.time(), 0), MAX_RETRY_AFTER_SECONDS)
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):  # neither a number nor a date
+            seconds = 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def writable_namespace(me: dict, user: str) -> str:

@@ -83,7 +83,7 @@ def _processor(field: str) -> str | None:
 
 
 def command_line() -> list[str]:
-    """sys.argv, the script without its folder. It contains no secret: every script refuses a token as a flag."""
+    """sys.argv, the script without its folder. It contains no token of the Hub: every script refuses one as a flag."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 

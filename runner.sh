@@ -31,6 +31,7 @@ texts=
 wanted_seeds=
 parallel=1
 flags=()
+behind= # whether there are flags behind --
 venv=yes
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -47,10 +48,11 @@ while [ $# -gt 0 ]; do
         --)
             shift
             flags=("$@")
+            behind=yes
             break
             ;;
         --tests)
-            [ "$mode$recipe$wanted_seeds$texts" = experiment ] || usage "--tests goes with no other flag before it"
+            [ "$mode$recipe$wanted_seeds$texts$parallel" = experiment1 ] || usage "--tests goes with no other flag before it"
             mode=tests
             shift
             break # the other flags are for pytest
@@ -78,7 +80,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ "$mode" != benchmark ] || [ -z "$recipe$wanted_seeds$texts" ] || usage "--benchmark goes with no other flag"
+[ "$mode" != benchmark ] || [ "$recipe$wanted_seeds$texts$parallel$behind" = 1 ] ||
+    usage "--benchmark goes with no other flag"
 
 # ------------------------------------------------------------------------------------------------- environment
 if [ -z "$venv" ]; then

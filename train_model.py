@@ -236,7 +236,7 @@ def build_test_inputs(data_dir: str, tokenizer_dir: str) -> None:
         ("build_dataset.py", data_dir, ["--sample", "--validation_fraction", "0.1"]),
         ("train_tokenizer.py", tokenizer_dir, ["--data_dir", data_dir, "--vocab_size", "2048"]),
     ):
-        with locked(f"{folder}-sample"):  # if several runs start at the same time, one builds it
+        with locked(f"{Path(folder)}-sample"):  # if several runs start at the same time, one builds it
             if not Path(folder).exists():
                 command = [sys.executable, str(here / script), "--output_dir", folder, *options]
                 if (status := subprocess.run(command).returncode) != 0:
@@ -255,7 +255,7 @@ def model_of(
     with torch.device("meta"):  # only to count, without memory for the weights
         parameters = sum(parameter.numel() for parameter in build_model(*design).parameters())
     # Two checkpoints, each with the weights and two moments, because the older is deleted last; and the model.
-    needed = parameters * 4 * (3 + 3 + 1)
+    needed = parameters * 4 * (3 * ((args.save_total_limit or 1) + 1) + 1)
     if shutil.disk_usage(args.output_dir).free < needed:
         sys.exit(
             f"error: {args.output_dir} needs {needed / 1e9:.1f} GB for checkpoints and model, but the disk has less"

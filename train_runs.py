@@ -45,6 +45,14 @@ TELL_SECONDS = 60.0  # between two lines of progress outside a terminal, where a
 STEP = re.compile(rb"step ([\d,]+) of ([\d,]+)")  # in the log lines of train_model.py
 ERROR = re.compile(rb"^error: (.+)$", re.MULTILINE)  # the last line of a training that failed
 TAIL_BYTES = 4096
+SET_FOR_EACH_RUN = {  # flag of train_model.py: the flag here
+    "softmax_n": "--softmax_n",
+    "use_softmax1": "--softmax_n 1",
+    "control": "--controls",
+    "seed": "--seeds",
+    "results_dir": "--results_dir",
+    "output_dir": "--output_dir",
+}
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Job:
     model: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0
-    first_step: int | None = None  # the first one that was logged in this session; it follows an earlier checkpoint
+    first_step: int | None = None  # the first one that was logged in this session; above 1 after a resumption
     step: int = 0
     steps: int | None = None
     log_start: int = 0
@@ -148,8 +156,8 @@ def train(jobs: list[Job], parallel: int, push: Callable[[Job], None]) -> list[J
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
+                waiting[0].start(threads)
                 running.append(waiting.pop(0))
-                running[-1].start(threads)
             time.sleep(LOOK_SECONDS)
             for job in list(running):
                 job.look()
@@ -183,7 +191,7 @@ class Push:
         self.failed: list[str] = []
 
     def __call__(self, job: Job) -> None:
-        if not self.wanted or not Path(job.model).is_dir():  # a run that diverged leaves no model
+        if not self.wanted or not Path(job.model).is_dir():
             return
         print(f"== Push of {job.model}", flush=True)
         argv = [sys.executable, str(HUB), "push", job.model, "--results", str(job.results)]
@@ -207,8 +215,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--push", action="store_true", help="push every model as soon as it is complete (see hub.py)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of train_model.py")
     args = parser.parse_args(argv)
-    if any(flag.startswith("--control") for flag in args.flags):
-        parser.error("give controls by --controls, before the --")
+    for name in (flag.split("=")[0].replace("-", "_").lstrip("_") for flag in args.flags if flag.startswith("--")):
+        if name in SET_FOR_EACH_RUN:
+            parser.error(f"--{name} differs from run to run: give it before the -- ({SET_FOR_EACH_RUN[name]})")
     for name in ("softmax_n", "controls", "seeds"):
         if len(set(given := getattr(args, name))) < len(given):
             parser.error(f"--{name} names one of them twice")
@@ -279,5 +288,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would end this script but not the trainings
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     command.run(main)

@@ -249,7 +249,10 @@ class StopWhenAsked(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [
+                number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
+            ]
+            self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
     def note(self, number, frame) -> None:
         self.restore()

@@ -40,6 +40,7 @@ MAIN = {
 
 BUILD = [
     ("--sample", 1, "data exists and is complete: add --overwrite"),
+    ("--hub_token hf_secretsecret", 2, "unrecognized arguments: --hub_token <secret>"),
     ("--sample --keep --validation_fraction 0.3", 1, "made with validation_fraction = 0.1, not 0.3"),
     ("--sample --keep --output_dir data-not-json", 1, "data-not-json/manifest.json is damaged"),
     ("--sample --keep --output_dir data-nested", 1, "data-nested/manifest.json is damaged"),
@@ -215,7 +216,9 @@ RUNS = [
     ("--seeds 42 43 42", 2, "--seeds names one of them twice"),
     ("--softmax_n 1 1.0", 2, "--softmax_n names one of them twice"),
     ("--controls open", 2, "invalid choice: 'open'"),
-    ("-- --control clipped", 2, "give controls by --controls"),
+    ("-- --control clipped", 2, "--control differs from run to run: give it before the -- (--controls)"),
+    ("-- --seed=7", 2, "--seed differs from run to run: give it before the -- (--seeds)"),
+    ("-- --output-dir x", 2, "--output_dir differs from run to run"),
 ]
 
 ANALYZE = [

@@ -516,7 +516,7 @@ def test_leftovers_of_a_killed_build_are_deleted(capsys):
 
 
 def test_two_builds_at_the_same_time_exclude_each_other(server):
-    with folder.locked("data"):
+    with folder.locked("data/"):  # the same lock as without the slash
         assert f"process {os.getpid()} is at work on" in refused("--sample")
     got = []
     with folder.locked("downloads/oscar.eo.txt"):

@@ -609,7 +609,8 @@ def test_dataset_card(sample):
 @pytest.fixture
 def train_briefly(train):
     """train_briefly("--flag", ...) trains for two updates, into models/ and results/."""
-    return lambda *flags: train("--max_length", "32", "--output_dir", "models/<run>", *flags, steps=2)
+    every_step = ("--save_steps", "1", "--eval_steps", "1")
+    return lambda *flags: train("--max_length", "32", *every_step, "--output_dir", "models/<run>", *flags, steps=2)
 
 
 def test_train_model_pushes_in_the_end(server, train_briefly, tmp_path, monkeypatch, capfd):

@@ -264,7 +264,7 @@ def test_a_byte_that_changed_in_any_file_of_a_checkpoint_is_found(train, monkeyp
             assert "is damaged (" in (why := checkpoints.damage(checkpoint)) and path.name in why, (path, where)
             path.write_bytes(content)
         path.unlink()
-        assert checkpoints.damage(checkpoint), path
+        assert path.name == "SHA256SUMS" or checkpoints.damage(checkpoint), path  # a copy may lack it
         path.write_bytes(content)
     (checkpoint / ".DS_Store").write_bytes(b"made by macOS")
     assert checkpoints.damage(checkpoint) is None

@@ -72,6 +72,13 @@ def test_every_arm_and_seed_is_trained_once(stand_in, capsys):
     assert len(started()) == 6 and capsys.readouterr().out.count("found and kept") == 6
 
 
+def test_a_training_that_cannot_start_ends_in_its_own_error(stand_in):
+    Path("results").mkdir()
+    Path("results/logs").touch()
+    with pytest.raises(FileExistsError):  # which command.run says in one line
+        train_runs.main(["--softmax_n", "0", "1", "--parallel", "2"])
+
+
 def test_single_runs_show_their_number_and_the_time_left(stand_in, capfd):
     train_runs.main(["--softmax_n", "0", "1"])
     told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("== ")]

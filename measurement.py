@@ -45,7 +45,7 @@ from packing import MaskedLMCollator
 from quantization import DRAWS, PUBLISHED_LENGTH, joined, measure_damage, measured_copy, rounding_errors
 from record import git_state, one_line, versions, weights_sha256, write_whole
 from runs import BINS, Run, refuse_missing, unused_layer
-from sources import Source, check, samples
+from sources import NOT_UTF8, Source, check, samples
 
 PUBLISHED_TEXTS = 1_000  # a batch of the published setting; its 4,096 tokens are about 200 texts of the experiment
 CALIBRATION_SIZE = 32  # texts in a calibration batch, as Bondarenko et al. have it
@@ -172,6 +172,8 @@ def lines_of(file: Path) -> list[str]:
     source = Source(file.name, str(file), file)
     lines = list(dict.fromkeys(samples(source)))
     check(source, whole=True)
+    if dropped := source.lines_dropped[NOT_UTF8]:
+        print(f"note: {file}: lines that are not UTF-8 are left out: {dropped:,}", file=sys.stderr)
     if len(lines) < 2 * DRAWS:
         sys.exit(
             f"error: {file} has {len(lines)} different lines, and {2 * DRAWS} are needed: half of them are scored, the "

@@ -394,8 +394,10 @@ class StaticW8A8:
         self._round_weights(published_weight if self.published else int8_weight)
         self._activate(self.parts if self.published else ())
         self.observing = True
-        per_text_loss(self.model, calibration)
-        self.observing, self.observed = False, None
+        try:
+            per_text_loss(self.model, calibration)
+        finally:
+            self.observing, self.observed = False, None
         unset = [name for name, activation in self.ranges.items() if activation.low is None]
         if unset:
             raise UnsetRange(
@@ -425,9 +427,11 @@ class StaticW8A8:
 
     def distinct_values(self, batches: list[dict]) -> dict[str, int]:
         """{activation: number of distinct values in the last batch after rounding; 0 if it is not rounded}."""
-        self.levels = {}
-        per_text_loss(self.model, batches)
-        levels, self.levels = self.levels, None
+        self.levels = levels = {}
+        try:
+            per_text_loss(self.model, batches)
+        finally:
+            self.levels = None
         return {name: levels.get(name, 0) for name in self.ranges}
 
     def real_entries(self, values: Tensor) -> Tensor | None:

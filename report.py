@@ -24,7 +24,7 @@ from run_tables import (
     summary_section,
 )
 from runs import Run, arms, ranges
-from sets import headline, in_a_pair, recorded
+from sets import NOT_RECORDED, headline, in_a_pair, recorded
 from tables import ends, figure, gap_cell, over_runs, table
 
 NO_RECORD = {True: [], False: ["**This analysis, or a run in it, comes from uncommitted code: not a record.**"]}
@@ -130,7 +130,9 @@ def trained_with(finding: Finding) -> str:
         "settings.optim": "{}",
         "dtype": "{}",
     }
-    return f"All these runs: {', '.join(text.format(recorded(run, key)) for key, text in conditions.items())}."
+    values = {key: recorded(run, key) for key in conditions}
+    told = [conditions[key].format(value) for key, value in values.items() if value != NOT_RECORDED]
+    return f"All these runs: {', '.join(told)}."
 
 
 def opening(

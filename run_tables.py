@@ -335,8 +335,8 @@ def watched_in_training(runs: list[Run]) -> str:
     """The batches and steps from which the training-time kurtosis comes."""
     said = []
     for settings in (run.results["settings"] for run in runs if run.results):
-        batches = "padding counted" if settings["padded"] else "packed batches, so no padding counted"
-        steps = settings["statistics_steps"]
+        batches = "padding counted" if settings.get("padded", True) else "packed batches, so no padding counted"
+        steps = settings.get("statistics_steps", 1)
         said.append(f"{batches}, every step" if steps == 1 else f"{batches}, every {steps}th step")
     return each_once(said) or "no results file"
 

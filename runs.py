@@ -78,6 +78,7 @@ OPTIONAL = {
     "diverged": OBJECT,
     "diverged.step": COUNT,
     "log_n": HEADS,
+    "versions": OBJECT,
 }
 BINS = np.linspace(-20, 20, 161)  # edges of the histograms, in standard deviations; the outermost bins count the rest
 FEW_RUNS = 6  # so many can be named in a sentence, and their columns can be read side by side

@@ -239,7 +239,7 @@ def _notes_on_circumstances(runs: list[Run]) -> list[str]:
     """Notes on differences within a set that should not change a result."""
     lines = []
     for group in comparison_sets(runs):
-        packages = {package for run in group.runs for package in look_up(run.results, "versions", {})}
+        packages = {package for run in group.runs for package in look_up(run.results, "versions", None) or {}}
         for key in (*CIRCUMSTANCES, *(f"versions.{package}" for package in sorted(packages))):
             lines += _difference(key, {run: recorded(run, key) for run in group.runs}, "compared nevertheless")
     for key, label in {"code": "code", "packages": "package versions", "cuda": "devices (GPU and CPU)"}.items():

@@ -156,7 +156,8 @@ def samples(source: Source) -> Iterator[str]:
                 source.carriage_returns += text.count("\r")
                 yield text
     except (OSError, tarfile.TarError) as error:
-        sys.exit(f"error: {source.path} cannot be read ({error}): if it is damaged, delete it and run again")
+        advice = "if it is damaged, delete it and run again" if source.url else "name a text file that can be read"
+        sys.exit(f"error: {source.path} cannot be read ({error}): {advice}")
 
 
 def joined(texts: Iterator[str], words: int | None) -> Iterator[str]:

@@ -9,23 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ARCHITECTURE
 
 import benchmark
 import experiment
 
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-}
-
 
 @pytest.fixture
 def small_model(monkeypatch):
-    monkeypatch.setattr(experiment, "ARCHITECTURE", SMALL)
+    monkeypatch.setattr(experiment, "ARCHITECTURE", ARCHITECTURE)
     monkeypatch.setattr(benchmark, "VOCAB_SIZE", 1024)
 
 
@@ -116,7 +108,7 @@ def test_floor_counts_every_matrix_product(inputs, tmp_path):
     batches = [samples[:16], samples[16:32]]
     found = benchmark.floor(step, batches, ours=1.0, device=torch.device("cpu"))
     text = benchmark.lengths_of(step, batches)
-    layers, hidden, inner = (SMALL[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    layers, hidden, inner = (ARCHITECTURE[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     encoder = text["tokens_a_step"] * layers * (4 * hidden**2 + 2 * hidden * inner)
     head = text["masked_tokens_a_step"] * (hidden**2 + hidden * 1024)
     pairs = sum(len(sample["input_ids"]) ** 2 for sample in samples[:32]) / 2

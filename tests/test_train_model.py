@@ -159,6 +159,7 @@ def test_a_clock_that_is_set_back_changes_nothing(train, monkeypatch):
     assert Path(f"results-{name}").read_bytes() == Path(f"whole-{name}").read_bytes()
 
 
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_before_it_ends_the_training(train, monkeypatch, capsys, number):
     expected = train(results="whole")

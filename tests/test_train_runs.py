@@ -179,6 +179,14 @@ def test_a_wrong_flag_ends_before_any_run(stand_in):
     assert not Path("results").exists()
 
 
+def test_nohup_protects_it_from_the_end_of_its_shell():
+    source = Path(train_runs.__file__).read_text()
+    block = source[source.rindex('if __name__ == "__main__":') :]
+    told = block.replace("command.run(main)", "print(signal.getsignal(signal.SIGHUP).name)")
+    code = f"import signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{told}"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "SIG_IGN\n"
+
+
 INTERRUPTIONS = [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGKILL, 1), (signal.SIGKILL, 2)]
 
 
@@ -187,10 +195,9 @@ def test_an_interruption_ends_every_run_and_the_next_call_continues(stand_in, tm
     driver = "import command, pathlib, sys, train_runs; train_runs.TRAIN = pathlib.Path('train.py'); "
     source = Path(train_runs.__file__).read_text()
     main = source[source.rindex('if __name__ == "__main__":') :].replace("run(main)", "run(train_runs.main)", 1)
-    # SIGINT would be ignored if a shell's & started the tests.
-    driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + main.replace(
-        'if __name__ == "__main__":', "if True:"
-    )
+    # SIGINT would be ignored if a shell's & started the tests, SIGHUP after nohup.
+    driver += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    driver += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + main.replace('if __name__ == "__main__":', "if True:")
     command = [sys.executable, "-c", driver, "--parallel", str(parallel)]
     environment = {**os.environ, "MODE": "hang", "PYTHONPATH": str(Path(train_runs.__file__).parent)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

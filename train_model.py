@@ -254,7 +254,8 @@ def model_of(
     design = (experiment.softmax_n, experiment.vocab_size, tokenizer, args.seed, overrides, experiment.control)
     with torch.device("meta"):  # only to count, without memory for the weights
         parameters = sum(parameter.numel() for parameter in build_model(*design).parameters())
-    # Two checkpoints, each with the weights and two moments, because the older is deleted last; and the model.
+    # The kept checkpoints and one more, because the oldest is deleted last; each has the weights and two moments.
+    # And the model.
     needed = parameters * 4 * (3 * ((args.save_total_limit or 1) + 1) + 1)
     if shutil.disk_usage(args.output_dir).free < needed:
         sys.exit(
